@@ -1,0 +1,1 @@
+"""Does the arithmetic and keeps the books: pure functions and SQLite."""

@@ -1,0 +1,1 @@
+"""Decides and rents: plan, launch, supervise, recover, stop."""

@@ -1,0 +1,1 @@
+"""What can be rented from: one contract, several clouds."""

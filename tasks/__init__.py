@@ -1,0 +1,1 @@
+"""What runs on the rented nodes, and the recipes that describe it."""

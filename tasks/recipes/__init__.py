@@ -1,0 +1,1 @@
+"""Recipes by name; `slm recipes` lists them."""

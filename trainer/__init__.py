@@ -1,0 +1,1 @@
+"""Turns tokens into a checkpoint: torch and Lightning Fabric only."""
