@@ -1,0 +1,88 @@
+"""What one attempt of a run is told: the recipe, the places, and how many workers. JSON in the run store.
+
+Invariant: a spec is written whole by the supervisor and never changed by a node. Imports no numpy, torch or ray.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cost.errors import SlmError
+from tasks.recipe import Recipe
+from trainer.config import TrainConfig
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class SpecError(SlmError):
+    """The spec in the run store is not one that this version can run."""
+
+
+class RunSpec(BaseModel):
+    """One attempt: which lease trains what, from where, with how many workers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: str
+    lease_id: str
+    attempt: PositiveInt
+    recipe: Recipe
+    store_uri: str
+    data_dir: str
+    num_nodes: PositiveInt
+    workers_per_node: PositiveInt = 1
+    min_workers: PositiveInt = 1
+    max_workers: PositiveInt
+    checkpoint_interval_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSpec:
+        if not self.min_workers <= self.max_workers <= self.num_nodes * self.workers_per_node:
+            raise ValueError(
+                f"min_workers={self.min_workers} <= max_workers={self.max_workers} <= "
+                f"num_nodes={self.num_nodes} x workers_per_node={self.workers_per_node} does not hold"
+            )
+        return self
+
+    def train_config(self) -> TrainConfig:
+        """What the trainer is told in this attempt."""
+        return self.recipe.train_config(self.checkpoint_interval_seconds)
+
+    def to_bytes(self) -> bytes:
+        """JSON as it stands in the run store."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, *, origin: str = "spec.json") -> RunSpec:
+        """Read the JSON; `origin` names it in an error.
+
+        Raises:
+            SpecError: It is damaged, or was written by another version.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole text"
+            raise SpecError(
+                f"{origin} is no spec that this version can run ({where}: {first['msg']}); "
+                "start the run again with the version of slm that began it."
+            ) from None
+
+    @classmethod
+    def load(cls, path: Path) -> RunSpec:
+        """Read a spec from a file."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise SpecError(f"cannot read the spec {path}: {error.strerror}; is the run store there?") from None
+        return cls.from_bytes(content, origin=str(path))
+
+    def dump(self, path: Path) -> None:
+        """Write a spec to a file, whole or not at all."""
+        half = path.with_name(path.name + ".half")
+        half.write_bytes(self.to_bytes())
+        half.replace(path)
