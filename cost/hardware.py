@@ -163,6 +163,8 @@ _FIXED_SPELLINGS: Mapping[str, str] = MappingProxyType(
         "RTXPRO6000WS": "RTXPRO6000",
         "RTXPRO6000SERVER": "RTXPRO6000",
         "RTXPRO6000PCIE": "RTXPRO6000",
+        "RTXPRO6000WK": "RTXPRO6000",
+        "RTXPRO600096GB": "RTXPRO6000",
         "MI300": "MI300X",
         "H200SXM": "H200",
         "H200141G": "H200",
@@ -174,7 +176,6 @@ _FIXED_SPELLINGS: Mapping[str, str] = MappingProxyType(
         "V100SXM2": "V100",
         "V10032GB": "V100",
         "RTXL40S": "L40S",
-        "RTX8000ADA": "",
     }
 )
 MEMORY_OF_LARGE_A100_GIB = 60.0
@@ -199,23 +200,29 @@ def canonical_name(spelling: str, *, memory_gib: float | None = None, hint: str 
         if _squeezed(name) == squeezed:
             return name
     if squeezed in _FIXED_SPELLINGS:
-        return _FIXED_SPELLINGS[squeezed] or None
-    every_word = squeezed + " " + _squeezed(hint)
+        return _FIXED_SPELLINGS[squeezed]
+    text = f"{squeezed} {hint.upper()}"
     if re.match(r"A100(?!0)", squeezed):
-        return _form_of_a100(every_word, memory_gib)
+        return _form_of_a100(text, memory_gib)
     if re.match(r"H100(?!0)", squeezed):
-        return _form_of_h100(every_word)
+        return _form_of_h100(text)
     return None
+
+
+_SXM_WORDS = re.compile(r"SXM|HBM3|\bP4DE?\.|\bP5\.|\bA2-|\bA3-|\bND\d|_ND\d|BM\.GPU|\b\d[AH]100\.")
+"""SXM by name, or an instance type that has only SXM: AWS p4d, p4de, p5; GCP a2, a3; Azure ND; OCI; Verda."""
+_NVL_WORDS = re.compile(r"NVL(?!INK)|NC\d+ADIS?_H100|NC\d+ADS_H100")
+"""NVL by name, or Azure's NC series with H100."""
 
 
 def _form_of_a100(text: str, memory_gib: float | None) -> str:
     large = "80G" in text if memory_gib is None else memory_gib > MEMORY_OF_LARGE_A100_GIB
     if not large:
         return "A100-40GB"
-    return "A100-80GB-SXM" if "SXM" in text else "A100-80GB-PCIe"
+    return "A100-80GB-SXM" if _SXM_WORDS.search(text) else "A100-80GB-PCIe"
 
 
 def _form_of_h100(text: str) -> str:
-    if "NVL" in text and "NVLINK" not in text:
+    if _NVL_WORDS.search(text):
         return "H100-NVL"
-    return "H100-SXM" if "SXM" in text or "HBM3" in text else "H100-PCIe"
+    return "H100-SXM" if _SXM_WORDS.search(text) else "H100-PCIe"
