@@ -1,0 +1,138 @@
+"""What to do when a lease has ended: one pure function, so that every path can be tested without a cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+
+from cost.offers import Offer
+
+MAX_FAILURES_WITHOUT_PROGRESS = 6
+"""Breakdowns of ours in a row, none of them after a new step, before a run is given up."""
+BLOCK_MS = 10 * 60 * 1000
+"""Billed time for which an offer that preempted us, or had no capacity, is tried last."""
+FIRST_DELAY_SECONDS = 1.0
+MAX_DELAY_SECONDS = 60.0
+
+
+class Cause(StrEnum):
+    """Why a lease ended. Preemption: the cloud took it. Broken: our processes died. Bug: the training code raised."""
+
+    FINISHED = "finished"
+    ASKED = "asked"
+    CAP = "cap"
+    PREEMPTED = "preempted"
+    EXPIRED = "expired"
+    TTL = "ttl"
+    BROKEN = "broken"
+    BUG = "bug"
+    NO_CAPACITY = "no_capacity"
+    TOO_DEAR = "too_dear"
+
+
+class StopReason(StrEnum):
+    FINISHED = "finished"
+    ASKED = "asked"
+    BUDGET = "budget"
+    BUG = "bug"
+    GAVE_UP = "gave_up"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An offer in plan order, and what the smallest useful lease of it would set aside."""
+
+    offer: Offer
+    num_nodes: int
+    needed_usd: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Everything that `decide` may look at."""
+
+    cause: Cause
+    candidates: Sequence[Candidate]
+    remaining_usd: Decimal
+    now_ms: int
+    blocked_until_ms: Mapping[str, int]
+    """By offer_id."""
+    failures_without_progress: int
+    waits_in_a_row: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Relaunch:
+    offer: Offer
+    num_nodes: int
+    delay_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollover:
+    """The provider's fixed time limit ended the lease, as planned: start again on the same offer, no preemption."""
+
+    offer: Offer
+    num_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    reason: StopReason
+    message: str
+
+
+Decision = Relaunch | Rollover | Stop
+
+STOPS: Mapping[Cause, StopReason] = {
+    Cause.FINISHED: StopReason.FINISHED,
+    Cause.ASKED: StopReason.ASKED,
+    Cause.CAP: StopReason.BUDGET,
+    Cause.BUG: StopReason.BUG,
+}
+
+
+def decide(situation: Situation) -> Decision:
+    """What comes after a lease that ended.
+
+    Finished, asked, out of money and a bug end the run. Everything else goes on with the first candidate in plan order
+    that is affordable and not blocked; where all affordable ones are blocked, with the one that is free soonest, after
+    a wait that costs nothing. Waits grow twofold up to MAX_DELAY_SECONDS.
+    """
+    stop = STOPS.get(situation.cause)
+    if stop is not None:
+        return Stop(stop, situation.detail or stop.value)
+    if situation.failures_without_progress >= MAX_FAILURES_WITHOUT_PROGRESS:
+        return Stop(
+            StopReason.GAVE_UP,
+            f"{situation.failures_without_progress} breakdowns in a row without a new step; last: {situation.detail}",
+        )
+    affordable = [one for one in situation.candidates if one.needed_usd <= situation.remaining_usd]
+    if not affordable:
+        cheapest = min((one.needed_usd for one in situation.candidates), default=Decimal(0))
+        return Stop(
+            StopReason.BUDGET,
+            f"${situation.remaining_usd:.2f} is left and the smallest lease sets aside ${cheapest:.2f}",
+        )
+    if situation.cause is Cause.TTL:
+        return Rollover(affordable[0].offer, affordable[0].num_nodes)
+    free = [one for one in affordable if not is_blocked(one.offer, situation)]
+    chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.offer.offer_id])
+    return Relaunch(chosen.offer, chosen.num_nodes, delay_seconds(situation, waiting=not free))
+
+
+def is_blocked(offer: Offer, situation: Situation) -> bool:
+    return situation.blocked_until_ms.get(offer.offer_id, 0) > situation.now_ms
+
+
+def delay_seconds(situation: Situation, *, waiting: bool) -> float:
+    """Real seconds before the next try: none for a first preemption, growing where nothing helps."""
+    tries = situation.failures_without_progress if situation.cause is Cause.BROKEN else 0
+    if waiting or situation.cause is Cause.NO_CAPACITY:
+        tries = max(tries, situation.waits_in_a_row)
+    if tries == 0:
+        return 0.0
+    return float(min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (tries - 1)))

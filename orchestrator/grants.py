@@ -1,0 +1,111 @@
+"""Renewing the right to run: pay in the books first, then move the provider's limit, then answer the nodes.
+
+A node asks with a numbered request that carries its own boot-time clock; the answer is a duration counted from that
+moment, so neither clock skew nor a late reader can stretch it. What the books set aside ends later than any answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cost.leases import MILLISECONDS_PER_HOUR, micro_usd
+from cost.ledger import Balance, LeaseAccount, Ledger
+from orchestrator.backends.base import Backend
+from orchestrator.clock import Clock
+from trainer.store import Store, StoreKeyMissing
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How leases of one backend are paid; real seconds."""
+
+    term_seconds: float = 30.0
+    """How far ahead a renewal pays."""
+    boot_allowance_seconds: float = 10.0
+    """Longest time from the reservation to a node's boot, from which its first grant counts."""
+    startup_seconds: float = 25.0
+    """From boot to the first step, as assumed when the smallest useful lease is computed."""
+    kill_latency_seconds: float = 5.0
+    """kappa: how long the slowest killer assumed sound takes."""
+    drain_seconds: float = 12.0
+    """Longest time from asking for a checkpoint and a stop to the end of the node's command."""
+    stop_grace_seconds: float = 45.0
+    """How long a stop that somebody asked for may take before nodes are ended anyway."""
+    stall_seconds: float = 240.0
+    """Without a new step for so long, the cluster counts as broken."""
+    grow_delay_seconds: float = 4.0
+    """First wait before a lost node is rented again; doubles with every refusal."""
+    poll_seconds: float = 1.0
+    renew_below: float = 0.7
+    """Renew when less than this share of a term is left."""
+
+    @property
+    def smallest_seconds(self) -> float:
+        """The shortest lease that can do anything: boot, start, save and stop, and be killed."""
+        return self.boot_allowance_seconds + self.startup_seconds + self.drain_seconds + self.kill_latency_seconds
+
+
+def affordable_until_ms(account: LeaseAccount, balance: Balance, *, num_nodes: int) -> int:
+    """The latest expiry that the free budget pays for with `num_nodes`, in billed milliseconds."""
+    available = micro_usd(balance.free_usd) + account.held_micro_usd
+    future_ms = available * MILLISECONDS_PER_HOUR // (account.worst_micro_usd * num_nodes)
+    return account.accrued_until_ms + future_ms - account.latency_ms
+
+
+class Grants:
+    """Keeps one lease's nodes alive for as long as the books allow."""
+
+    def __init__(self, *, ledger: Ledger, backend: Backend, store: Store, clock: Clock, terms: Terms) -> None:
+        self._ledger = ledger
+        self._backend = backend
+        self._store = store
+        self._clock = clock
+        self._terms = terms
+        self._answered: dict[tuple[str, int], int] = {}
+
+    def billed_ms(self, seconds: float) -> int:
+        """Real seconds as billed milliseconds, rounded up."""
+        return -int(-seconds * 1000 * self._clock.scale // 1)
+
+    def renew(self, account: LeaseAccount) -> tuple[LeaseAccount, bool]:
+        """Pay for another term if it is due; False when the money only reaches to the drain line.
+
+        Near the end of the money the term shrinks, so that little stays unused.
+        """
+        if account.num_nodes == 0:
+            return account, True
+        now = self._clock.now_ms()
+        limit = affordable_until_ms(account, self._ledger.balance(), num_nodes=account.num_nodes)
+        reaches = limit - now > self.billed_ms(self._terms.drain_seconds)
+        wanted = now + self.billed_ms(self._terms.term_seconds)
+        due = account.expires_ms - now < self.billed_ms(self._terms.term_seconds * self._terms.renew_below)
+        target = min(wanted, limit)
+        if due and target > account.expires_ms:
+            account = self._ledger.renew(account.lease.lease_id, expires_ms=target, at_ms=now)
+            self._backend.extend(account.lease, self._seconds_left(account))
+        return account, reaches
+
+    def answer(self, account: LeaseAccount, ranks: Iterable[int]) -> None:
+        """Answer each node's newest request with what is left of the paid time."""
+        lease_id = account.lease.lease_id
+        for rank in ranks:
+            number = self._request_number(lease_id, rank)
+            if number is None or number <= self._answered.get((lease_id, rank), -1):
+                continue
+            duration = self._seconds_left(account)
+            if duration <= 0:
+                continue
+            grant = {"epoch": self._ledger.epoch, "number": number, "duration_seconds": duration}
+            self._store.write(f"grants/{lease_id}/{rank}.json", json.dumps(grant).encode())
+            self._answered[(lease_id, rank)] = number
+
+    def _seconds_left(self, account: LeaseAccount) -> float:
+        return (account.expires_ms - self._clock.now_ms()) / 1000 / self._clock.scale
+
+    def _request_number(self, lease_id: str, rank: int) -> int | None:
+        try:
+            return int(json.loads(self._store.read(f"guard/{lease_id}/{rank}/request.json"))["number"])
+        except (StoreKeyMissing, ValueError, KeyError, TypeError):
+            return None

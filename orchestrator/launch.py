@@ -1,0 +1,334 @@
+"""What a person asks for, as functions: launch, resume, stop, prepare.
+
+The command line parses and renders; the loop is in `supervise`, looking is in `report`. Everything that a second run of the same command needs
+to repair a broken one stands in the books or in the run store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from cost.errors import SlmError, UserError
+from cost.leases import Lease
+from cost.ledger import Ledger
+from cost.offers import Offer
+from cost.recovery import Candidate
+from orchestrator.backends.base import Backend
+from orchestrator.clock import SystemClock
+from orchestrator.events import Emit, Event, EventLog
+from orchestrator.grants import Terms
+from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
+from orchestrator.runs import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
+from orchestrator.settings import Home
+from orchestrator.supervise import Supervisor, worst_price
+from orchestrator.watch import StopSwitch
+from tasks.recipe import Recipe
+from tasks.spec import RunSpec
+from trainer.store import Store, open_store
+
+NODE_COMMAND = ("-m", "tasks", "node")
+MAX_CANDIDATES = 8
+STOP_WAIT_SECONDS = 120.0
+
+
+# -- launching ---------------------------------------------------------------------------------
+
+
+def launch(
+    recipe: Recipe,
+    offers: Sequence[Offer],
+    *,
+    home: Home,
+    budget_usd: Decimal | None,
+    on_event: Emit,
+    switch: StopSwitch | None = None,
+    checkpoint_interval_seconds: float | None = None,
+) -> RunSummary:
+    """Run the recipe to its end on the first of `offers` that can be had.
+
+    An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
+    stays unless a budget is given.
+
+    Raises:
+        UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
+    """
+    home.create()
+    with books(home) as runs:
+        run = unfinished(runs, recipe, home) or runs.create(
+            recipe_name=recipe.name,
+            recipe_digest=recipe.digest(),
+            recipe_json=recipe.model_dump_json(),
+            options={
+                "backend": recipe.backend or "local",
+                "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
+                "checkpoint_interval_seconds": checkpoint_interval_seconds,
+            },
+            cap_usd=budget_usd or recipe.budget_usd,
+        )
+    return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
+
+
+def resume(
+    run_id: str | None,
+    *,
+    home: Home,
+    budget_usd: Decimal | None,
+    on_event: Emit,
+    switch: StopSwitch | None = None,
+) -> RunSummary:
+    """Go on with a run that stopped, with a new cap if one is given.
+
+    Raises:
+        UserError: It is complete, or a supervisor is alive.
+    """
+    with books(home) as runs:
+        run = runs.pick(run_id)
+    if run.state is RunState.SUCCEEDED:
+        raise UserError(f"run {run.run_id} is complete; see: slm status {run.run_id}")
+    return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
+
+
+def unfinished(runs: Runs, recipe: Recipe, home: Home) -> Run | None:
+    """The newest run of exactly this recipe that was cut off, so that the same command repairs it."""
+    same = [run for run in runs.all() if run.recipe_digest == recipe.digest() and not run.is_finished]
+    for run in reversed(same):
+        if is_supervised(lock_path(home, run.run_id)):
+            raise UserError(
+                f"{run.run_id} runs this recipe already; follow it with: slm status {run.run_id}, "
+                f"end it with: slm stop {run.run_id}"
+            )
+    return same[-1] if same else None
+
+
+def supervise(
+    run_id: str, *, home: Home, budget_usd: Decimal | None, on_event: Emit, switch: StopSwitch | None
+) -> RunSummary:
+    """Take the run over and keep it going until it ends; one supervisor at a time."""
+    switch = switch or StopSwitch()
+    started = time.monotonic()
+    with SupervisorLock(lock_path(home, run_id), run_id), books(home) as runs, signals(switch):
+        asked_to_stop = runs.get(run_id).stop_requested
+        run = runs.take_over(run_id)
+        if asked_to_stop and not run.is_finished:
+            switch.press()
+        recipe = Recipe.model_validate_json(run.recipe_json)
+        emit = EventLog(home.run_dir(run_id) / "events.jsonl", on_event)
+        ledger = Ledger(runs.db, run_id, epoch=run.epoch)
+        if budget_usd is not None and budget_usd != run.cap_usd:
+            ledger.set_cap(budget_usd)
+        clock = clock_of(run, recipe, ledger, emit)
+        data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
+        # A store that vanished after the first lease held checkpoints: say so instead of starting from nothing.
+        store = open_store(str(home.store_dir(run_id)), create=not ledger.accounts())
+        terms = Terms(term_seconds=recipe.local.lease_seconds)
+        offers = [offer_of(content) for content in run.options["offers"]]
+        backend = backend_of(recipe, run, store=store, home=home, offers=offers)
+        supervisor = Supervisor(
+            run_record=run,
+            runs=runs,
+            ledger=ledger,
+            backend=backend,
+            store=store,
+            clock=clock,
+            terms=terms,
+            candidates=lambda _: candidates_of(offers, recipe, backend, terms, clock.scale),
+            command=[sys.executable, *NODE_COMMAND],
+            owner=home.owner_id(),
+            write_spec=lambda lease: write_spec(lease, run, recipe, store, data_dir),
+            emit=emit,
+            switch=switch,
+        )
+        check_one_lease_fits(supervisor, ledger)
+        supervisor.run()
+        return summary_of(runs, run_id, home, wall_seconds=time.monotonic() - started)
+
+
+def check_one_lease_fits(supervisor: Supervisor, ledger: Ledger) -> None:
+    """Refuse a budget that pays for nothing before anything is rented.
+
+    Raises:
+        UserError: The free budget is smaller than the smallest lease.
+    """
+    balance = ledger.balance()
+    if ledger.open_accounts():
+        return
+    smallest = min(one.needed_usd for one in supervisor.candidates(balance.free_usd))
+    if balance.free_usd < smallest:
+        raise UserError(
+            f"${balance.free_usd:.2f} of the ${balance.cap_usd:.2f} cap is free, and the smallest lease sets aside "
+            f"${smallest:.2f}; give at least --budget {balance.spent_usd + smallest:.2f}."
+        )
+
+
+def candidates_of(
+    offers: Sequence[Offer], recipe: Recipe, backend: Backend, terms: Terms, scale: float
+) -> list[Candidate]:
+    """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
+    counts = dict.fromkeys((recipe.nodes.max, recipe.nodes.min))
+    hours = Decimal(terms.smallest_seconds * scale / 3600)
+    return [
+        Candidate(offer, count, worst_price(offer, backend) * count * hours) for count in counts for offer in offers
+    ]
+
+
+def write_spec(lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: Path) -> None:
+    """Tell the nodes of this lease what to do."""
+    workers_per_node = max(1, lease.offer.gpus_per_node if run.options["backend"] != "local" else 1)
+    spec = RunSpec(
+        run_id=run.run_id,
+        lease_id=lease.lease_id,
+        attempt=lease.attempt,
+        recipe=recipe,
+        store_uri=store.uri,
+        data_dir=str(data_dir),
+        num_nodes=lease.num_nodes,
+        workers_per_node=workers_per_node,
+        min_workers=min(recipe.nodes.min, lease.num_nodes) * workers_per_node,
+        max_workers=lease.num_nodes * workers_per_node,
+        checkpoint_interval_seconds=run.options["checkpoint_interval_seconds"]
+        or recipe.train_config().checkpoint_interval_seconds,
+    )
+    store.write("spec.json", spec.to_bytes())
+
+
+def backend_of(recipe: Recipe, run: Run, *, store: Store, home: Home, offers: Sequence[Offer]) -> Backend:
+    """The backend that the run was launched on.
+
+    Raises:
+        UserError: This installation cannot rent from it.
+    """
+    if run.options["backend"] != "local":
+        raise UserError(
+            f"backend {run.options['backend']} cannot rent yet; use --backend local, which plays a spot market on "
+            "this machine."
+        )
+    from orchestrator.backends.local import LocalBackend
+
+    return LocalBackend(
+        home.run_dir(run.run_id) / "market",
+        run.run_id,
+        store_uri=store.uri,
+        market=recipe.local.market,
+        time_scale=recipe.local.time_scale,
+        seed=recipe.local.seed,
+        offers=offers,
+    )
+
+
+def clock_of(run: Run, recipe: Recipe, ledger: Ledger, emit: Emit) -> SystemClock:
+    """Billed time of the run, never before the newest entry of its books."""
+    newest = max((entry.at_ms for entry in ledger.entries()), default=0)
+    scale = recipe.local.time_scale if run.options["backend"] == "local" else 1.0
+    clock = SystemClock(origin_ms=run.created_ms, scale=scale, floor_ms=newest)
+    if clock.went_back_ms > 1000:
+        seconds = clock.went_back_ms / 1000
+        message = (
+            f"this machine's clock stands {seconds:.0f} s before the newest entry of the books; going on from there"
+        )
+        emit(Event("warning", message, datetime.now(UTC)))
+    return clock
+
+
+def prepare(recipe: Recipe, *, home: Home, on_event: Emit, switch: StopSwitch | None = None) -> Path:
+    """The prepared data set of this recipe; a child process makes it if it is not there.
+
+    Raises:
+        SlmError: The preparation failed; the message is its own.
+    """
+    home.data_root.mkdir(parents=True, exist_ok=True)
+    recipe_file = home.data_root / f".{recipe.digest()[:16]}.{os.getpid()}.json"
+    recipe_file.write_text(recipe.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "tasks", "prepare", "--recipe-json", str(recipe_file)]
+    command += ["--data-root", str(home.data_root)]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None and child.stderr is not None
+            output, errors = follow_child(child, on_event, switch)
+            code = child.returncode
+    finally:
+        recipe_file.unlink(missing_ok=True)
+    if code != 0:
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        error = UserError if code == UserError.exit_code else SlmError
+        raise error(last.removeprefix("Error: "))
+    return Path(json.loads(output.strip().splitlines()[-1])["data_dir"])
+
+
+def follow_child(child: subprocess.Popen[str], on_event: Emit, switch: StopSwitch | None) -> tuple[str, str]:
+    """Wait for the preparation; a stop ends it."""
+    on_event(Event("prepare", "preparing data", datetime.now(UTC)))
+    while True:
+        try:
+            return child.communicate(timeout=FOLLOW_SECONDS)
+        except subprocess.TimeoutExpired:
+            if switch is not None and switch.level:
+                child.kill()
+                child.communicate()
+                raise SlmError("stopped while preparing data; nothing was rented, run it again to go on.") from None
+
+
+def stop(run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:
+    """Ask a run for a checkpoint and its end, and wait for it; without a supervisor, do it here.
+
+    Raises:
+        SlmError: Its supervisor did not stop in time.
+    """
+    with books(home) as runs:
+        run = runs.pick(run_id)
+        if not run.is_finished:
+            runs.request_stop(run.run_id)
+            if not is_supervised(lock_path(home, run.run_id)):
+                supervise(run.run_id, home=home, budget_usd=None, on_event=on_event, switch=None)
+            wait_until_finished(runs, run.run_id)
+        return status_of(runs.get(run.run_id), runs, home)
+
+
+def wait_until_finished(runs: Runs, run_id: str) -> None:
+    deadline = time.monotonic() + STOP_WAIT_SECONDS
+    while runs.get(run_id).state not in TERMINAL:
+        if time.monotonic() > deadline:
+            raise SlmError(
+                f"run {run_id} did not stop within {STOP_WAIT_SECONDS:.0f} s; its nodes end by themselves when their "
+                f"grant runs out. Look at: slm logs {run_id}"
+            )
+        time.sleep(FOLLOW_SECONDS)
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def signals(switch: StopSwitch) -> Iterator[None]:
+    """Ctrl-C and SIGTERM press the switch instead of ending us in the middle of a step."""
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {one: signal.signal(one, lambda *_: switch.press()) for one in wanted}
+    except ValueError:  # not in the main thread: whoever called us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def offer_of(content: Mapping[str, Any]) -> Offer:
+    """An offer as it was written into a run's options."""
+    prices = {
+        name: None if content[name] is None else Decimal(content[name])
+        for name in ("usd_per_hour", "on_demand_usd_per_hour")
+    }
+    return Offer(**{**content, **prices})

@@ -1,0 +1,292 @@
+"""The loop that keeps one run going within its cap: pay, rent, watch, settle, decide, again.
+
+Invariant: every call that can cost money comes after a committed reservation, and nothing in here survives only in
+memory: a supervisor killed at any instant is replaced by the next one, which settles or adopts what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from cost.errors import BudgetExceeded, SlmError
+from cost.leases import Lease
+from cost.ledger import LeaseAccount, Ledger
+from cost.offers import Offer
+from cost.recovery import (
+    BLOCK_MS,
+    Candidate,
+    Cause,
+    Decision,
+    Relaunch,
+    Rollover,
+    Situation,
+    Stop,
+    StopReason,
+    decide,
+)
+from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
+from orchestrator.clock import Clock
+from orchestrator.events import Emit, Event
+from orchestrator.grants import Grants, Terms
+from orchestrator.reconcile import end_unknown_instances
+from orchestrator.runs import Run, Runs, RunState
+from orchestrator.watch import StopSwitch, Watch
+from trainer.store import Store
+
+WriteSpec = Callable[[Lease], None]
+Candidates = Callable[[Decimal], list[Candidate]]
+
+FINAL_STATES = {
+    StopReason.FINISHED: RunState.SUCCEEDED,
+    StopReason.ASKED: RunState.STOPPED,
+    StopReason.BUDGET: RunState.OUT_OF_BUDGET,
+    StopReason.BUG: RunState.FAILED,
+    StopReason.GAVE_UP: RunState.FAILED,
+}
+CONFIRM_SECONDS = 5.0
+"""Pause between tries to end a lease that the provider does not confirm as gone."""
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Everything one run's loop needs, passed in; `run()` returns the final state."""
+
+    run_record: Run
+    runs: Runs
+    ledger: Ledger
+    backend: Backend
+    store: Store
+    clock: Clock
+    terms: Terms
+    candidates: Candidates
+    command: list[str]
+    owner: str
+    write_spec: WriteSpec
+    emit: Emit
+    switch: StopSwitch
+    _grants: Grants = field(init=False)
+    _blocked: dict[str, int] = field(default_factory=dict)
+    _failures: int = 0
+    _waits: int = 0
+    _last_step: int = -1
+
+    def __post_init__(self) -> None:
+        self._grants = Grants(
+            ledger=self.ledger, backend=self.backend, store=self.store, clock=self.clock, terms=self.terms
+        )
+
+    # -- the story -------------------------------------------------------------------------------
+
+    def run(self) -> RunState:
+        """Supervise until the run is finished, stopped, out of money or given up."""
+        self._move(RunState.LAUNCHING, "")
+        account = self._repair()
+        decision = self._first() if account is None else self._watch_and_decide(account)
+        while not isinstance(decision, Stop):
+            if self.switch.level or self.runs.stop_requested(self.run_record.run_id):
+                decision = Stop(StopReason.ASKED, "stopped as asked")
+                break
+            decision = self._rent(decision)
+        state = FINAL_STATES[decision.reason]
+        self._move(state, decision.message)
+        return state
+
+    def _first(self) -> Decision:
+        """The first lease of this supervisor: the plan's order, nothing blocked."""
+        return self._decide(Cause.PREEMPTED, "")
+
+    def _rent(self, decision: Relaunch | Rollover) -> Decision:
+        if isinstance(decision, Relaunch) and decision.delay_seconds:
+            message = f"waiting {decision.delay_seconds:.0f} s at $0 before {decision.offer.offer_id}"
+            self._tell("relaunch", message)
+            if not self._wait(decision.delay_seconds):
+                return Stop(StopReason.ASKED, "stopped as asked while waiting")
+        try:
+            account = self._open(decision)
+        except BudgetExceeded as error:
+            return Stop(StopReason.BUDGET, str(error))
+        try:
+            self.backend.start(account.lease, self.command)
+        except NoCapacity as error:
+            # Nothing was rented, so nothing is owed.
+            self.ledger.settle(
+                account.lease.lease_id,
+                ended_ms=account.started_ms,
+                at_ms=self.clock.now_ms(),
+                outcome=Cause.NO_CAPACITY.value,
+            )
+            return self._decide(Cause.NO_CAPACITY, str(error), account)
+        except BackendError as error:
+            self._close(account, Cause.BROKEN)
+            return self._decide(Cause.BROKEN, str(error), account)
+        return self._watch_and_decide(account)
+
+    def _watch_and_decide(self, account: LeaseAccount) -> Decision:
+        watch = Watch(
+            lease=account.lease,
+            run_id=self.run_record.run_id,
+            runs=self.runs,
+            ledger=self.ledger,
+            backend=self.backend,
+            store=self.store,
+            clock=self.clock,
+            terms=self.terms,
+            grants=self._grants,
+            switch=self.switch,
+            command=self.command,
+            tell=self._tell,
+            on_running=lambda: self._move(RunState.RUNNING, ""),
+        )
+        cause, detail = watch.until_it_ends()
+        if cause in (Cause.ASKED, Cause.CAP):
+            self._move(RunState.STOPPING, detail)
+        account = self.ledger.account(account.lease.lease_id)
+        self._close(account, cause)
+        if watch.step is not None and watch.step > self._last_step:
+            self._last_step = watch.step
+            self._failures = self._waits = 0
+        return self._decide(cause, detail, account)
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def _repair(self) -> LeaseAccount | None:
+        """Settle what an earlier supervisor left behind, end what nobody knows, adopt a lease that still lives."""
+        open_accounts = self.ledger.open_accounts()
+        known = {account.lease.lease_id for account in open_accounts}
+        for message in end_unknown_instances(self.backend, known):
+            self._tell("warning", message)
+        adopted: LeaseAccount | None = None
+        for account in reversed(open_accounts):
+            state = self._poll(account.lease)
+            usable = state.phase in (LeasePhase.RUNNING, LeasePhase.STARTING) and 0 in state.alive_ranks
+            if adopted is None and usable:
+                adopted = account
+                self._tell("start", f"took over {account.lease.lease_id}, {len(state.alive_ranks)} nodes alive")
+            else:
+                self._close(account, Cause.EXPIRED)
+        return adopted
+
+    def _open(self, decision: Relaunch | Rollover) -> LeaseAccount:
+        """Write the intent and set its cost aside; the first term shrinks to what is affordable."""
+        attempt = 1 + max((account.lease.attempt for account in self.ledger.accounts()), default=0)
+        offer, num_nodes = decision.offer, decision.num_nodes
+        worst = worst_price(offer, self.backend)
+        fixed = self.terms.boot_allowance_seconds + self.terms.kill_latency_seconds
+        free = self.ledger.balance().free_usd
+        affordable = float(free / (worst * num_nodes)) * 3600 / self.clock.scale - fixed
+        term = min(max(self.terms.term_seconds, self.terms.startup_seconds + self.terms.drain_seconds), affordable)
+        lease = Lease(
+            lease_id=f"slm-{self.owner}-{self.run_record.run_id}-{attempt}",
+            run_id=self.run_record.run_id,
+            attempt=attempt,
+            offer=offer,
+            num_nodes=num_nodes,
+            worst_usd_per_hour=worst,
+            first_grant_seconds=max(term, 1.0),
+            kill_latency_seconds=self.terms.kill_latency_seconds,
+            epoch=self.ledger.epoch,
+        )
+        now = self.clock.now_ms()
+        account = self.ledger.reserve(
+            lease,
+            expires_ms=now + self._grants.billed_ms(self.terms.boot_allowance_seconds + lease.first_grant_seconds),
+            latency_ms=self._grants.billed_ms(self.terms.kill_latency_seconds),
+            at_ms=now,
+        )
+        if attempt > 1:
+            self._move(RunState.RECOVERING, "")
+        self.write_spec(lease)
+        price = f"${offer.usd_per_hour:.2f}/h each"
+        self._tell("start", f"renting {num_nodes} x {offer.offer_id} at {price} as {lease.lease_id}")
+        return account
+
+    def _close(self, account: LeaseAccount, cause: Cause) -> None:
+        """End the lease, wait until the provider says that it is gone, then settle real time."""
+        lease = account.lease
+        while True:
+            try:
+                self.backend.stop(lease)
+                gone = self.backend.poll(lease).phase is LeasePhase.GONE
+            except BackendError as error:
+                self._tell("warning", f"{lease.lease_id} could not be ended: {error}")
+                gone = False
+            now = self.clock.now_ms()
+            if gone or now > account.expires_ms + account.latency_ms:
+                break  # past the last killer's time it cannot be alive, whatever the provider's interface says
+            self.clock.sleep(CONFIRM_SECONDS)
+        settled = self.ledger.settle(lease.lease_id, ended_ms=now, at_ms=now, outcome=cause.value)
+        balance = self.ledger.balance()
+        message = f"{lease.lease_id} settled: {cause.value}; ${balance.spent_usd:.2f} of ${balance.cap_usd:.2f} spent"
+        self._tell("settled", message, spent_micro_usd=settled.spent_micro_usd, cause=cause.value)
+
+    def _decide(self, cause: Cause, detail: str, account: LeaseAccount | None = None) -> Decision:
+        run_id = self.run_record.run_id
+        if account is not None:
+            offer_id = account.lease.offer.offer_id
+            if cause in (Cause.PREEMPTED, Cause.NO_CAPACITY):
+                self._blocked[offer_id] = self.clock.now_ms() + BLOCK_MS
+            if cause is Cause.PREEMPTED:
+                self.runs.count(run_id, preemptions=1)
+            if cause in (Cause.BROKEN, Cause.EXPIRED):
+                self._failures += 1
+                self.runs.count(run_id, failures=1)
+            self._waits = self._waits + 1 if cause is Cause.NO_CAPACITY else 0
+        remaining = self.ledger.balance().free_usd
+        decision = decide(
+            Situation(
+                cause=cause,
+                candidates=self.candidates(remaining),
+                remaining_usd=remaining,
+                now_ms=self.clock.now_ms(),
+                blocked_until_ms=self._blocked,
+                failures_without_progress=self._failures,
+                waits_in_a_row=self._waits,
+                detail=detail,
+            )
+        )
+        if account is not None and not isinstance(decision, Stop):
+            self._move(RunState.RECOVERING, cause.value)
+            self._tell("relaunch", f"{cause.value}: {detail or 'the lease ended'}; next {decision.offer.offer_id}")
+        return decision
+
+    # -- small things ----------------------------------------------------------------------------
+
+    def _poll(self, lease: Lease) -> LeaseState:
+        try:
+            return self.backend.poll(lease)
+        except BackendError as error:
+            self._tell("warning", f"cannot see {lease.lease_id}: {error}")
+            return LeaseState(LeasePhase.STARTING)
+
+    def _wait(self, seconds: float) -> bool:
+        """Sleep at $0; False when somebody asked to stop meanwhile."""
+        until = self.clock.real_seconds() + seconds
+        while self.clock.real_seconds() < until:
+            if self.switch.level or self.runs.stop_requested(self.run_record.run_id):
+                return False
+            self.clock.sleep(min(self.terms.poll_seconds, until - self.clock.real_seconds()))
+        return True
+
+    def _move(self, state: RunState, reason: str) -> None:
+        self.runs.move(self.run_record.run_id, state, reason=reason, epoch=self.ledger.epoch)
+        self._tell("state", f"{state.value.lower().replace('_', ' ')}{': ' + reason if reason else ''}", state=state)
+
+    def _tell(self, kind: str, message: str, **data: Any) -> None:
+        self.emit(Event(kind, message, datetime.now(UTC), data))
+
+
+def worst_price(offer: Offer, backend: Backend) -> Decimal:
+    """p-hat of one node: its price where the provider fixes it at rent, else the on-demand price.
+
+    Raises:
+        SlmError: Nothing bounds the future price of this offer.
+    """
+    if backend.price_is_fixed:
+        return offer.usd_per_hour
+    if offer.on_demand_usd_per_hour is None:
+        raise SlmError(f"nothing bounds the future price of {offer.offer_id}; it was not rented. Pick another offer.")
+    return max(offer.usd_per_hour, offer.on_demand_usd_per_hour)

@@ -1,0 +1,282 @@
+"""Watching one lease from its start, or its adoption, to its end.
+
+Each turn: see, accrue, tell, ask the run to stop where it must, renew and answer, rent a lost node again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cost.errors import BudgetExceeded
+from cost.leases import Lease
+from cost.ledger import LeaseAccount, Ledger
+from cost.recovery import Cause
+from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
+from orchestrator.clock import Clock
+from orchestrator.grants import Grants, Terms, affordable_until_ms
+from orchestrator.runs import Runs
+from trainer.store import Store, StoreKeyMissing
+
+EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG = 0, 10, 20
+"""Exit codes of the node's command; every other one means that the cluster broke."""
+WARN_AT = (50, 80, 95)
+"""Percent of the cap."""
+
+
+@dataclass(slots=True)
+class StopSwitch:
+    """Ctrl-C and `slm stop`: level 1 asks for a checkpoint and a stop, level 2 ends the nodes at once."""
+
+    level: int = 0
+
+    def press(self) -> None:
+        self.level += 1
+
+
+@dataclass(slots=True)
+class Watch:
+    """One lease under watch. `step` is the newest step that the trainer reported."""
+
+    lease: Lease
+    run_id: str
+    runs: Runs
+    ledger: Ledger
+    backend: Backend
+    store: Store
+    clock: Clock
+    terms: Terms
+    grants: Grants
+    switch: StopSwitch
+    command: list[str]
+    tell: Callable[..., None]
+    on_running: Callable[[], None]
+    step: int | None = None
+    _stopping: Cause | None = None
+    _stop_detail: str = ""
+    _stop_asked_at: float = 0.0
+    _running: bool = False
+    _seen: set[int] = field(default_factory=set)
+    _awaited_until: float = 0.0
+    _last_new_step_at: float = 0.0
+    _grow_at: float | None = None
+    _grow_tries: int = 0
+    _lost_at: float | None = None
+    _lost_epoch: int = -1
+    _warned: int = 0
+    _trainer_epoch: int = -1
+    _unseen_since: float | None = None
+
+    def until_it_ends(self) -> tuple[Cause, str]:
+        """Block until the lease has ended or must be ended; the caller closes it."""
+        self._last_new_step_at = self.clock.real_seconds()
+        self._awaited_until = self.clock.real_seconds() + self.terms.boot_allowance_seconds
+        self._take_up()
+        while True:
+            ended = self._turn()
+            if ended is not None:
+                return ended
+            self.clock.sleep(self.terms.poll_seconds)
+
+    def _turn(self) -> tuple[Cause, str] | None:
+        try:
+            state = self.backend.poll(self.lease)
+        except BackendError as error:
+            return self._unseen(error)
+        self._unseen_since = None
+        account = self.ledger.accrue(self.lease.lease_id, at_ms=self.clock.now_ms(), usd_per_hour=state.usd_per_hour)
+        self._read_progress(account)
+        ended = self._ended(state, account)
+        if ended is not None:
+            return ended
+        account = self._count_nodes(state, account)
+        self._ask_to_stop_if_told()
+        if self.switch.level >= 2 or self._grace_is_over():
+            return self._stopping or Cause.ASKED, self._stop_detail or "ended at once, as asked"
+        account, reaches = self.grants.renew(account)
+        if not reaches and self._stopping is None:
+            self._ask(Cause.CAP, f"${self.ledger.balance().free_usd:.2f} is not reserved: the drain line is reached")
+        self.grants.answer(account, state.alive_ranks)
+        self._grow(account)
+        return None
+
+    # -- seeing ----------------------------------------------------------------------------------
+
+    def _unseen(self, error: BackendError) -> tuple[Cause, str] | None:
+        """The provider does not answer: grant nothing; when the last killer's time is over, the lease is too."""
+        if self._unseen_since is None:
+            self._unseen_since = self.clock.real_seconds()
+            self.tell("warning", f"cannot see {self.lease.lease_id}: {error}")
+        account = self.ledger.account(self.lease.lease_id)
+        if self.clock.now_ms() > account.expires_ms + account.latency_ms:
+            return Cause.EXPIRED, f"not seen since its paid time ended: {error}"
+        return None
+
+    def _ended(self, state: LeaseState, account: LeaseAccount) -> tuple[Cause, str] | None:
+        if state.phase is LeasePhase.ENDED:
+            return self._ended_by_itself(state.exit_code)
+        started = bool(self._seen) or state.phase is LeasePhase.GONE
+        head_gone = state.phase is LeasePhase.GONE or (state.phase is LeasePhase.RUNNING and 0 not in state.alive_ranks)
+        if started and head_gone:
+            if self._stopping is not None:
+                return self._stopping, self._stop_detail
+            if self.clock.now_ms() >= account.expires_ms:
+                return Cause.EXPIRED, "its grant ran out"
+            return Cause.PREEMPTED, state.detail or "the provider took its first node"
+        if self.clock.real_seconds() - self._last_new_step_at > self.terms.stall_seconds:
+            return Cause.BROKEN, f"no new step for {self.terms.stall_seconds:.0f} s"
+        return None
+
+    def _ended_by_itself(self, exit_code: int | None) -> tuple[Cause, str]:
+        if exit_code == EXIT_FINISHED:
+            return Cause.FINISHED, "training is complete"
+        if exit_code == EXIT_STOPPED and self._stopping is not None:
+            return self._stopping, self._stop_detail
+        if exit_code == EXIT_BUG:
+            return Cause.BUG, self._newest_failure()
+        if self._stopping is not None:
+            return self._stopping, self._stop_detail
+        return Cause.BROKEN, f"the node's command ended with exit code {exit_code}"
+
+    def _newest_failure(self) -> str:
+        keys = self.store.list("failures/")
+        if not keys:
+            return "training failed twice at one step, without a record of why"
+        failure = json.loads(self.store.read(keys[-1]))
+        return f"training failed twice at step {failure.get('step')}: {failure.get('message')}"
+
+    def _count_nodes(self, state: LeaseState, account: LeaseAccount) -> LeaseAccount:
+        """Release what a lost node had set aside, and plan to rent it again."""
+        alive = set(state.alive_ranks)
+        lost = sorted(self._seen - alive)
+        self._seen = alive
+        overdue = account.num_nodes > len(alive) and self.clock.real_seconds() > self._awaited_until
+        if not lost and overdue:
+            lost = sorted(set(range(self.lease.num_nodes)) - alive)  # paid for, and never seen alive
+        if not lost:
+            return account
+        account = self.ledger.resize(self.lease.lease_id, num_nodes=max(1, len(alive)), at_ms=self.clock.now_ms())
+        self.runs.count(self.run_id, preemptions=len(lost))
+        names = ", ".join(str(rank) for rank in lost)
+        self.tell("lost", f"node {names} of {self.lease.lease_id} is gone, {len(alive)} left", ranks=lost)
+        now = self.clock.real_seconds()
+        self._lost_at, self._lost_epoch = now, self._trainer_epoch
+        self._grow_at, self._grow_tries = now + self.terms.grow_delay_seconds, 0
+        return account
+
+    def _take_up(self) -> None:
+        """Begin where the run stands: its newest step, and a stop that an earlier supervisor has asked for."""
+        progress = self._progress()
+        if progress is not None:
+            self.step, self._trainer_epoch = progress.get("step"), int(progress.get("epoch", -1))
+        asked = self._json(f"control/{self.lease.lease_id}.json")
+        if asked is not None and asked.get("command") == "stop":
+            self._stopping, self._stop_detail = Cause(asked["reason"]), "asked before this supervisor took over"
+            self._stop_asked_at = self.clock.real_seconds()
+
+    def _progress(self) -> dict[str, Any] | None:
+        return self._json("progress/latest.json")
+
+    def _json(self, key: str) -> dict[str, Any] | None:
+        try:
+            content = json.loads(self.store.read(key))
+        except (StoreKeyMissing, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    def _read_progress(self, account: LeaseAccount) -> None:
+        progress = self._progress()
+        if progress is None:
+            return
+        step, epoch = progress.get("step"), int(progress.get("epoch", -1))
+        if (step, epoch) == (self.step, self._trainer_epoch):
+            return
+        now = self.clock.real_seconds()
+        if epoch != self._trainer_epoch and self._lost_at is not None:
+            self.tell("recovered", f"training again at step {step} after {now - self._lost_at:.1f} s", step=step)
+            self._lost_at = None
+        self._trainer_epoch, self.step, self._last_new_step_at = epoch, step, now
+        if not self._running:
+            self._running = True
+            self.on_running()
+        balance = self.ledger.balance()
+        self.tell(
+            "progress",
+            f"step {step}",
+            progress=progress,
+            spent_usd=balance.spent_usd,
+            held_usd=balance.held_usd,
+            cap_usd=balance.cap_usd,
+            num_nodes=account.num_nodes,
+        )
+        percent = int(100 * balance.spent_usd / balance.cap_usd) if balance.cap_usd else 0
+        for threshold in WARN_AT:
+            if percent >= threshold > self._warned:
+                self._warned = threshold
+                self.tell("warning", f"{threshold} % of the cap is spent: ${balance.spent_usd:.2f}")
+
+    # -- stopping --------------------------------------------------------------------------------
+
+    def _ask_to_stop_if_told(self) -> None:
+        if self._stopping is None and (self.switch.level or self.runs.stop_requested(self.run_id)):
+            self._ask(Cause.ASKED, "stopped as asked")
+
+    def _ask(self, cause: Cause, detail: str) -> None:
+        """Ask the training loop for a checkpoint and its end; the lease goes on until it has done so."""
+        self._stopping, self._stop_detail = cause, detail
+        self._stop_asked_at = self.clock.real_seconds()
+        message = {"command": "stop", "number": 1, "reason": cause.value}
+        self.store.write(f"control/{self.lease.lease_id}.json", json.dumps(message).encode())
+        self.tell("warning", f"asking for a checkpoint and a stop: {detail}")
+
+    def _grace_is_over(self) -> bool:
+        waited = self.clock.real_seconds() - self._stop_asked_at
+        return self._stopping is not None and waited > self.terms.stop_grace_seconds
+
+    # -- growing back ----------------------------------------------------------------------------
+
+    def _grow(self, account: LeaseAccount) -> None:
+        """Rent lost nodes again under a reservation of its own, when it is worth it and there is capacity."""
+        now = self.clock.real_seconds()
+        if self._grow_at is None or now < self._grow_at or self._stopping is not None:
+            return
+        wanted = self.lease.num_nodes
+        if len(self._seen) >= wanted:
+            self._grow_at = None
+            return
+        limit = affordable_until_ms(account, self.ledger.balance(), num_nodes=wanted)
+        if limit - self.clock.now_ms() < self.grants.billed_ms(self.terms.smallest_seconds):
+            self._grow_at = None
+            self.tell("warning", f"not growing back to {wanted} nodes: too little money is left")
+            return
+        try:
+            self._rent_missing(account, wanted)
+        except BudgetExceeded:
+            self._grow_at = None
+        except NoCapacity as error:
+            self.ledger.resize(self.lease.lease_id, num_nodes=len(self._seen), at_ms=self.clock.now_ms())
+            self._grow_tries += 1
+            self._grow_at = now + min(60.0, self.terms.grow_delay_seconds * 2**self._grow_tries)
+            if self._grow_tries == 1:
+                self.tell("warning", f"no node to grow back with yet: {error}")
+        except BackendError as error:
+            self._grow_at = now + 60.0  # maybe alive: it stays paid for until the provider lists it or not
+            self.tell("warning", f"growing back: {error}")
+        else:
+            self._grow_at = None
+            self._awaited_until = now + self.terms.boot_allowance_seconds
+            self.tell("grown", f"rented again, {wanted} nodes in {self.lease.lease_id}", num_nodes=wanted)
+
+    def _rent_missing(self, account: LeaseAccount, wanted: int) -> None:
+        """Pay for all nodes up to the new node's own first deadline, then ask for it."""
+        now_ms = self.clock.now_ms()
+        first = self.terms.boot_allowance_seconds + self.lease.first_grant_seconds
+        self.ledger.resize(account.lease.lease_id, num_nodes=wanted, at_ms=now_ms)
+        try:
+            self.ledger.renew(account.lease.lease_id, expires_ms=now_ms + self.grants.billed_ms(first), at_ms=now_ms)
+        except BudgetExceeded:
+            self.ledger.resize(account.lease.lease_id, num_nodes=len(self._seen), at_ms=now_ms)
+            raise
+        self.backend.start(self.lease, self.command)
