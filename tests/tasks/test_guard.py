@@ -1,0 +1,384 @@
+"""The guard with real processes: sleepers as the command, terms of a second or two."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks import guard
+from tasks.guard import KILL, RESTART, TERMINATE, WAIT, Answer, State, decide, decide_fuse, issue, parse_answer
+
+SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+LEASE = "lease-1"
+GRANTS = f"grants/{LEASE}/0.json"
+
+
+def until(fact: Callable[[], Any], seconds: float = 15.0) -> Any:
+    """Wait for a fact, bounded; its value, or a failure that names the source line of the caller."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = fact()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not true within {seconds} s")
+
+
+# -- the decision ----------------------------------------------------------------------------------
+
+
+def asked(*moments: float, deadline: float) -> State:
+    """A guard that sent request 1 at the first moment, 2 at the second, and so on."""
+    state = State(deadline=deadline)
+    for moment in moments:
+        state, _ = issue(state, moment, 1)
+    return state
+
+
+def test_a_grant_counts_from_the_moment_of_its_request() -> None:
+    state, action = decide(asked(100.0, 102.0, deadline=110.0), 109.0, Answer(1, 1, 30.0), term_seconds=1.0)
+    assert (state.deadline, action) == (130.0, WAIT)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(2, 3, 60.0),  # a request that was never sent
+        Answer(2, 1, 60.0),  # older than what was accepted
+        Answer(1, 2, 60.0),  # from a supervisor that was replaced
+    ],
+)
+def test_stale_answers_are_ignored(answer: Answer) -> None:
+    accepted, _ = decide(asked(100.0, 102.0, deadline=110.0), 103.0, Answer(2, 2, 20.0))
+    state, _ = decide(accepted, 104.0, answer)
+    assert state.deadline == 122.0
+
+
+def test_a_new_supervisor_may_answer_an_older_request() -> None:
+    accepted, _ = decide(asked(100.0, 102.0, deadline=110.0), 103.0, Answer(1, 2, 20.0))
+    state, _ = decide(accepted, 104.0, Answer(2, 1, 15.0))
+    assert (state.deadline, state.epoch) == (115.0, 2)
+
+
+def test_a_newer_grant_may_shorten() -> None:
+    accepted, _ = decide(asked(100.0, 102.0, deadline=110.0), 103.0, Answer(1, 1, 60.0))
+    state, action = decide(accepted, 104.0, Answer(1, 2, 1.0))
+    assert (state.deadline, action) == (103.0, KILL)
+
+
+def test_the_command_is_asked_to_end_before_it_is_killed_and_then_no_answer_helps() -> None:
+    state = asked(100.0, deadline=110.0)
+    assert decide(state, 108.9, None, term_seconds=1.0)[1] == WAIT
+    ending, action = decide(state, 109.0, None, term_seconds=1.0)
+    assert action == TERMINATE
+    still, action = decide(ending, 109.5, Answer(1, 1, 600.0), term_seconds=1.0)
+    assert (still.deadline, action) == (110.0, TERMINATE)
+    assert decide(ending, 110.0, Answer(1, 1, 600.0))[1] == KILL
+
+
+def test_an_answer_that_is_read_after_the_deadline_comes_too_late() -> None:
+    assert decide(asked(100.0, deadline=110.0), 110.0, Answer(1, 1, 600.0))[1] == KILL
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.none(),
+            st.builds(Answer, st.integers(0, 3), st.integers(0, 12), st.floats(0, 50)),
+        ),
+        max_size=12,
+    )
+)
+def test_a_node_never_lives_longer_than_the_longest_valid_grant(answers: list[Answer | None]) -> None:
+    state, paid = State(deadline=10.0), 10.0
+    for moment, answer in enumerate(answers):
+        state, number = issue(state, float(moment), 1)
+        assert number == moment + 1
+        if answer is not None and 1 <= answer.number <= number:
+            paid = max(paid, answer.number - 1 + answer.duration_seconds)
+        state, action = decide(state, moment + 0.5, answer)
+        assert state.deadline <= paid
+        assert (action == KILL) == (moment + 0.5 >= state.deadline)
+        if action == KILL:
+            return
+
+
+def test_request_numbers_only_rise() -> None:
+    state, first = issue(State(deadline=1.0), 0.0, 1000)
+    state, second = issue(state, 1.0, 5)
+    assert (first, second) == (1000, 1001)
+    assert issue(State(deadline=1.0, accepted=2000), 0.0, 1)[1] == 2001
+
+
+@pytest.mark.parametrize(
+    ("now", "guard_alive", "action"),
+    [(9.0, True, WAIT), (9.0, False, RESTART), (11.9, True, WAIT), (12.0, True, KILL), (12.0, False, KILL)],
+)
+def test_the_fuse_restarts_a_dead_guard_and_ends_what_a_hung_one_left(
+    now: float, guard_alive: bool, action: str
+) -> None:
+    assert decide_fuse(10.0, now, guard_alive, margin_seconds=2.0) == action
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[1]",
+        b"null",
+        b'{"epoch": 1, "number": 1}',
+        b'{"epoch": 1, "number": 1, "duration_seconds": NaN}',
+        b'{"epoch": 1, "number": 1, "duration_seconds": Infinity}',
+        b'{"epoch": 1, "number": 1, "duration_seconds": -1}',
+        b'{"epoch": 1, "number": 1, "duration_seconds": "9"}',
+        b'{"epoch": 1, "number": true, "duration_seconds": 9}',
+    ],
+)
+def test_what_is_not_a_grant_grants_nothing(data: bytes) -> None:
+    assert parse_answer(data) is None
+
+
+def test_a_grant_is_read() -> None:
+    assert parse_answer(b'{"epoch": 2, "number": 7, "duration_seconds": 9}') == Answer(2, 7, 9.0)
+
+
+def test_the_guard_needs_only_an_old_python_and_its_standard_library() -> None:
+    tree = ast.parse(Path(guard.__file__).read_text(), feature_version=(3, 8))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported <= sys.stdlib_module_names
+
+
+# -- with processes --------------------------------------------------------------------------------
+
+
+class Node:
+    """One guarded node under a folder, and what a test sees of it."""
+
+    def __init__(self, root: Path, command: list[str], *options: str, first_grant: float, mark: str = "") -> None:
+        self.mark = mark or f"test-{os.getpid()}-{root.name}"
+        self.dir, self.store = root / "node", root / "store"
+        self.store.mkdir(exist_ok=True)
+        self.log = (root / "log").open("ab")
+        arguments = ["--store", str(self.store), "--lease", LEASE, "--rank", "0", "--first-grant", str(first_grant)]
+        arguments += ["--period", "0.1", "--mark", self.mark, "--node-dir", str(self.dir), *options, "--", *command]
+        self.started = guard.boottime()
+        self.process = subprocess.Popen([sys.executable, "-I", "-S", guard.__file__, *arguments], stderr=self.log)
+
+    def alive(self) -> set[guard.Identity]:
+        self.process.poll()
+        return guard.family(self.mark)
+
+    def pid_of(self, name: str) -> int:
+        """guard: deadline.json, fuse: fuse.json, command: command.json; waits until that one is alive."""
+
+        def recorded() -> int:
+            self.process.poll()
+            facts = guard.read_json(str(self.dir / f"{name}.json"))
+            return facts["pid"] if facts and guard.alive((facts["pid"], facts["start"])) else 0
+
+        return int(until(recorded))
+
+    def request(self) -> dict[str, Any]:
+        return guard.read_json(str(self.store / f"guard/{LEASE}/0/request.json"))
+
+    def grant(self, seconds: float, *, epoch: int = 1, number: int | None = None) -> int:
+        """Answer the newest request as a supervisor does."""
+        number = until(self.request)["number"] if number is None else number
+        self.store.joinpath(GRANTS).parent.mkdir(parents=True, exist_ok=True)
+        guard.write_json(str(self.store / GRANTS), {"epoch": epoch, "number": number, "duration_seconds": seconds})
+        return number
+
+    def deadline(self) -> float:
+        """Seconds from the start of the node."""
+        return float(guard.read_json(str(self.dir / "deadline.json"))["deadline"]) - self.started
+
+    def events(self) -> list[str]:
+        log = self.store / f"guard/{LEASE}/0/log.jsonl"
+        return [json.loads(line)["event"] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    nodes: list[Node] = []
+
+    def make(command: list[str], *options: str, first_grant: float, mark: str = "") -> Node:
+        nodes.append(Node(tmp_path, command, *options, first_grant=first_grant, mark=mark))
+        return nodes[-1]
+
+    yield make
+    for each in nodes:
+        while guard.kill_family(each.mark):
+            each.process.poll()
+        each.log.close()
+
+
+# Children that a group kill misses: one in a session of its own that ignores SIGTERM, one without environment.
+ESCAPING = textwrap.dedent("""
+    import signal, subprocess, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleep = ["sleep", "600"]
+    subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; sleep 600"], start_new_session=True)
+    subprocess.Popen(sleep, env={}, start_new_session=True)
+    time.sleep(600)
+""")
+
+
+def test_an_unrenewed_node_ends_with_all_its_processes(node: Callable[..., Node]) -> None:
+    foreign = subprocess.Popen(SLEEPER, env={**os.environ, guard.MARK_VARIABLE: "test-another-node"})
+    try:
+        unpaid = node([sys.executable, "-S", "-c", ESCAPING], first_grant=2.5)
+        until(lambda: len(unpaid.alive()) >= 7)  # guard, fuse, shell, python, sh + sleep, sleep
+        until(lambda: not unpaid.alive())
+        assert 2.5 <= guard.boottime() - unpaid.started < 2.5 + 2.0
+        assert unpaid.events()[0] == "armed"
+        assert {"terminate", "deadline", "killed"} <= set(unpaid.events())
+        assert foreign.poll() is None
+    finally:
+        foreign.kill()
+        foreign.wait()
+
+
+def test_grants_keep_a_node_until_the_store_vanishes(node: Callable[..., Node]) -> None:
+    paid = node(SLEEPER, first_grant=2.0)
+    command = paid.pid_of("command")
+    number = paid.grant(4.0)
+    until(lambda: paid.deadline() > 3.0)
+    before = paid.deadline()
+    paid.grant(600.0, epoch=0, number=number)  # a replaced supervisor
+    paid.grant(600.0, number=number + 1000)  # a request that was never sent
+    seen = paid.request()["number"]
+    until(lambda: paid.request()["number"] >= seen + 4)
+    assert paid.deadline() == before
+    lost = paid.store.rename(paid.store.with_name("elsewhere"))
+    until(lambda: not paid.alive())
+    assert before <= guard.boottime() - paid.started < before + 2.0
+    assert guard.start_time(command) is None
+    assert lost.exists() and not paid.store.exists()
+
+
+def test_a_killed_guard_is_restarted_and_the_command_lives_on(node: Callable[..., Node]) -> None:
+    kept = node(SLEEPER, first_grant=30.0)
+    command, first = kept.pid_of("command"), kept.pid_of("deadline")
+    kept.grant(20.0, epoch=3)
+    until(lambda: guard.read_json(str(kept.dir / "deadline.json"))["epoch"] == 3)
+    os.kill(first, signal.SIGKILL)
+    kept.process.wait()
+    assert until(lambda: kept.pid_of("deadline")) != first
+    assert kept.pid_of("command") == command
+    assert kept.deadline() < 30.0  # what was granted, not a new first grant
+    kept.grant(600.0, epoch=2)
+    seen = kept.request()["number"]
+    until(lambda: kept.request()["number"] >= seen + 4)
+    assert kept.deadline() < 30.0  # the replaced supervisor is still refused
+    os.kill(command, signal.SIGKILL)
+    until(lambda: kept.request()["state"] == "exited")
+    assert kept.request()["exit_code"] == 137
+
+
+def test_the_exit_code_is_told_though_the_guard_was_killed(node: Callable[..., Node], tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    wait_then_seven = f"import os, sys, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.02)\nsys.exit(7)"
+    kept = node([sys.executable, "-S", "-c", wait_then_seven], first_grant=30.0)
+    kept.pid_of("command")
+    os.kill(kept.pid_of("deadline"), signal.SIGKILL)
+    kept.process.wait()
+    go.touch()
+    until(lambda: kept.request().get("state") == "exited")
+    assert kept.request()["exit_code"] == 7
+    assert guard.read_json(str(kept.dir / "exit.json")) == {"exit_code": 7}
+    assert guard.alive(guard.recorded(str(kept.dir / "deadline.json")))  # billing goes on, so the guard does too
+
+
+def test_a_killed_fuse_is_restarted(node: Callable[..., Node]) -> None:
+    kept = node(SLEEPER, first_grant=30.0)
+    first = kept.pid_of("fuse")
+    os.kill(first, signal.SIGKILL)
+    until(lambda: kept.pid_of("fuse") != first)
+    until(lambda: "fuse restarted" in kept.events())
+
+
+def test_the_fuse_ends_what_a_stopped_guard_left(node: Callable[..., Node]) -> None:
+    hung = node(SLEEPER, first_grant=2.0)
+    assert hung.pid_of("command") != hung.pid_of("fuse")
+    os.kill(hung.pid_of("deadline"), signal.SIGSTOP)
+    until(lambda: not hung.alive())
+    assert guard.boottime() - hung.started < 2.0 + guard.FUSE_MARGIN_SECONDS + 2.0
+
+
+def test_a_node_of_another_boot_ends_at_once(node: Callable[..., Node], tmp_path: Path) -> None:
+    (tmp_path / "node").mkdir()
+    guard.write_json(str(tmp_path / "node/deadline.json"), {"deadline": guard.boottime() + 600, "boot_id": "before"})
+    rebooted = node(SLEEPER, first_grant=600.0)
+    until(lambda: not rebooted.alive() and rebooted.process.poll() is not None)
+
+
+def test_a_notice_is_written_down_and_its_command_run_once(node: Callable[..., Node], tmp_path: Path) -> None:
+    answers: list[int | None] = [None, None]
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seconds = answers.pop(0) if answers else 25
+            self.send_response(404 if seconds is None else 200)
+            self.end_headers()
+            if seconds is not None:
+                self.wfile.write(json.dumps({"seconds": seconds}).encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/preemption"
+        told = tmp_path / "told"
+        on_notice = f"/bin/sh -c 'echo {{seconds}} >> {told}'"
+        warned = node(SLEEPER, "--metadata", url, "--on-notice", on_notice, first_grant=30.0)
+        until(lambda: told.exists() and told.read_text())
+        os.kill(warned.pid_of("deadline"), signal.SIGKILL)
+        warned.process.wait()
+        number = warned.request()["number"]
+        warned.pid_of("deadline")
+        until(lambda: warned.request()["number"] > number)
+        server.shutdown()
+    notice = guard.read_json(str(warned.dir / "notice.json"))
+    assert notice["seconds"] == 25
+    assert notice["deadline_boottime"] == pytest.approx(warned.started + 25, abs=10)
+    assert told.read_text() == "25\n"
+
+
+def test_a_command_that_cannot_be_run_is_told(node: Callable[..., Node]) -> None:
+    wrong = node(["/no/such/program"], first_grant=30.0)
+    until(lambda: wrong.request().get("exit_code") == 127)
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        guard.parse(
+            ["--store", "s", "--lease", "l", "--rank", "0", "--first-grant", "1", "--mark", "m", "--node-dir", "d"]
+        )
+    assert "a command must follow after --" in capsys.readouterr().err
