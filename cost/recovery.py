@@ -48,6 +48,11 @@ class Candidate:
     num_nodes: int
     needed_usd: Decimal
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What a lack of capacity is remembered by: fewer nodes of the same offer may still be had."""
+        return self.offer.offer_id, self.num_nodes
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:
@@ -57,8 +62,8 @@ class Situation:
     candidates: Sequence[Candidate]
     remaining_usd: Decimal
     now_ms: int
-    blocked_until_ms: Mapping[str, int]
-    """By offer_id."""
+    blocked_until_ms: Mapping[tuple[str, int], int]
+    """By `Candidate.key`."""
     failures_without_progress: int
     waits_in_a_row: int
     detail: str = ""
@@ -119,13 +124,13 @@ def decide(situation: Situation) -> Decision:
         )
     if situation.cause is Cause.TTL:
         return Rollover(affordable[0].offer, affordable[0].num_nodes)
-    free = [one for one in affordable if not is_blocked(one.offer, situation)]
-    chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.offer.offer_id])
+    free = [one for one in affordable if not is_blocked(one, situation)]
+    chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.key])
     return Relaunch(chosen.offer, chosen.num_nodes, delay_seconds(situation, waiting=not free))
 
 
-def is_blocked(offer: Offer, situation: Situation) -> bool:
-    return situation.blocked_until_ms.get(offer.offer_id, 0) > situation.now_ms
+def is_blocked(candidate: Candidate, situation: Situation) -> bool:
+    return situation.blocked_until_ms.get(candidate.key, 0) > situation.now_ms
 
 
 def delay_seconds(situation: Situation, *, waiting: bool) -> float:
@@ -135,4 +140,4 @@ def delay_seconds(situation: Situation, *, waiting: bool) -> float:
         tries = max(tries, situation.waits_in_a_row)
     if tries == 0:
         return 0.0
-    return float(min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (tries - 1)))
+    return min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** min(tries - 1, 30))

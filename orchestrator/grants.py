@@ -84,8 +84,12 @@ class Grants:
         target = min(wanted, limit)
         if due and target > account.expires_ms:
             account = self._ledger.renew(account.lease.lease_id, expires_ms=target, at_ms=now)
-            self._backend.extend(account.lease, self._seconds_left(account))
+            self.extend(account)
         return account, reaches
+
+    def extend(self, account: LeaseAccount) -> None:
+        """Move the provider's own limit to the end of what is paid."""
+        self._backend.extend(account.lease, self._seconds_left(account))
 
     def answer(self, account: LeaseAccount, ranks: Iterable[int]) -> None:
         """Answer each node's newest request with what is left of the paid time."""

@@ -69,7 +69,7 @@ class Supervisor:
     emit: Emit
     switch: StopSwitch
     _grants: Grants = field(init=False)
-    _blocked: dict[str, int] = field(default_factory=dict)
+    _blocked: dict[tuple[str, int], int] = field(default_factory=dict)
     _failures: int = 0
     _waits: int = 0
     _last_step: int = -1
@@ -226,10 +226,11 @@ class Supervisor:
     def _decide(self, cause: Cause, detail: str, account: LeaseAccount | None = None) -> Decision:
         run_id = self.run_record.run_id
         if account is not None:
-            offer_id = account.lease.offer.offer_id
-            if cause in (Cause.PREEMPTED, Cause.NO_CAPACITY):
-                self._blocked[offer_id] = self.clock.now_ms() + BLOCK_MS
+            offer_id, until = account.lease.offer.offer_id, self.clock.now_ms() + BLOCK_MS
+            if cause is Cause.NO_CAPACITY:
+                self._blocked[(offer_id, account.lease.num_nodes)] = until
             if cause is Cause.PREEMPTED:
+                self._blocked |= {(offer_id, count): until for count in range(1, account.lease.num_nodes + 1)}
                 self.runs.count(run_id, preemptions=1)
             if cause in (Cause.BROKEN, Cause.EXPIRED):
                 self._failures += 1

@@ -274,9 +274,11 @@ class Watch:
         now_ms = self.clock.now_ms()
         first = self.terms.boot_allowance_seconds + self.lease.first_grant_seconds
         self.ledger.resize(account.lease.lease_id, num_nodes=wanted, at_ms=now_ms)
+        expires_ms = now_ms + self.grants.billed_ms(first)
         try:
-            self.ledger.renew(account.lease.lease_id, expires_ms=now_ms + self.grants.billed_ms(first), at_ms=now_ms)
+            account = self.ledger.renew(account.lease.lease_id, expires_ms=expires_ms, at_ms=now_ms)
         except BudgetExceeded:
             self.ledger.resize(account.lease.lease_id, num_nodes=len(self._seen), at_ms=now_ms)
             raise
+        self.grants.extend(account)  # the others' limit moves too: their next renewal is due only later now
         self.backend.start(self.lease, self.command)

@@ -1,0 +1,103 @@
+"""What comes after a lease that ended."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+
+from cost.offers import Offer
+from cost.recovery import (
+    MAX_DELAY_SECONDS,
+    MAX_FAILURES_WITHOUT_PROGRESS,
+    Candidate,
+    Cause,
+    Relaunch,
+    Rollover,
+    Situation,
+    Stop,
+    StopReason,
+    decide,
+)
+
+
+def offer(region: str) -> Offer:
+    return Offer(
+        cloud="gcp",
+        region=region,
+        zone=None,
+        instance_type=None,
+        accelerator="L4",
+        gpus_per_node=1,
+        gpu_memory_gib=24.0,
+        spot=True,
+        usd_per_hour=Decimal("0.30"),
+        on_demand_usd_per_hour=None,
+        as_of="",
+        source="test",
+    )
+
+
+NEAR, FAR = offer("us-east5"), offer("eu-north1")
+PREEMPTED = Situation(
+    cause=Cause.PREEMPTED,
+    candidates=[Candidate(NEAR, 2, Decimal("1.00")), Candidate(FAR, 2, Decimal("2.00"))],
+    remaining_usd=Decimal("10.00"),
+    now_ms=1000,
+    blocked_until_ms={},
+    failures_without_progress=0,
+    waits_in_a_row=0,
+)
+
+
+def test_a_preempted_run_moves_to_the_next_cheapest_offer_at_once() -> None:
+    situation = replace(PREEMPTED, blocked_until_ms={(NEAR.offer_id, 2): 2000})
+    assert decide(situation) == Relaunch(FAR, 2, delay_seconds=0.0)
+
+
+def test_an_offer_is_tried_again_when_its_block_is_over() -> None:
+    assert decide(replace(PREEMPTED, blocked_until_ms={(NEAR.offer_id, 2): 1000})) == Relaunch(NEAR, 2, delay_seconds=0.0)
+
+
+def test_with_every_offer_blocked_it_waits_for_the_first_to_be_free() -> None:
+    blocked = {(NEAR.offer_id, 2): 9000, (FAR.offer_id, 2): 5000}
+    decision = decide(replace(PREEMPTED, cause=Cause.NO_CAPACITY, blocked_until_ms=blocked, waits_in_a_row=3))
+    assert decision == Relaunch(FAR, 2, delay_seconds=4.0)
+
+
+def test_waits_grow_but_stay_bounded() -> None:
+    blocked = {(NEAR.offer_id, 2): 9000, (FAR.offer_id, 2): 5000}
+    decision = decide(replace(PREEMPTED, cause=Cause.NO_CAPACITY, blocked_until_ms=blocked, waits_in_a_row=50))
+    assert isinstance(decision, Relaunch) and decision.delay_seconds == MAX_DELAY_SECONDS
+
+
+def test_an_unaffordable_offer_is_passed_over() -> None:
+    assert decide(replace(PREEMPTED, remaining_usd=Decimal("1.50"))) == Relaunch(NEAR, 2, delay_seconds=0.0)
+    stop = decide(replace(PREEMPTED, remaining_usd=Decimal("0.50")))
+    assert stop == Stop(StopReason.BUDGET, "$0.50 is left and the smallest lease sets aside $1.00")
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (Cause.FINISHED, StopReason.FINISHED),
+        (Cause.ASKED, StopReason.ASKED),
+        (Cause.CAP, StopReason.BUDGET),
+        (Cause.BUG, StopReason.BUG),
+    ],
+)
+def test_some_ends_are_final(cause: Cause, reason: StopReason) -> None:
+    decision = decide(replace(PREEMPTED, cause=cause, detail="why"))
+    assert decision == Stop(reason, "why")
+
+
+def test_a_cluster_that_keeps_breaking_is_given_up_but_not_the_first_time() -> None:
+    broken = replace(PREEMPTED, cause=Cause.BROKEN, failures_without_progress=1)
+    assert decide(broken) == Relaunch(NEAR, 2, delay_seconds=1.0)
+    stop = decide(replace(broken, failures_without_progress=MAX_FAILURES_WITHOUT_PROGRESS))
+    assert isinstance(stop, Stop) and stop.reason is StopReason.GAVE_UP
+
+
+def test_a_time_limit_that_ended_is_a_rollover_and_no_preemption() -> None:
+    assert decide(replace(PREEMPTED, cause=Cause.TTL)) == Rollover(NEAR, 2)

@@ -1,0 +1,388 @@
+"""The loop against a fake cloud and a clock that moves only when somebody sleeps."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from cost.database import connect
+from cost.errors import SlmError
+from cost.leases import Lease
+from cost.ledger import EntryKind, Fenced, Ledger
+from cost.offers import Offer
+from cost.recovery import Candidate
+from orchestrator.backends.fake import FakeBackend
+from orchestrator.clock import ManualClock
+from orchestrator.events import Event
+from orchestrator.grants import Terms
+from orchestrator.runs import Run, Runs, RunState
+from orchestrator.supervise import Supervisor, worst_price
+from orchestrator.watch import StopSwitch
+from trainer.store import DirectoryStore
+
+SCALE = 60.0
+"""One real second is one billed minute."""
+PRICE = Decimal("0.60")
+"""Dollars per node-hour: one cent per node and real second."""
+
+
+def an_offer(region: str) -> Offer:
+    return Offer(
+        cloud="gcp",
+        region=region,
+        zone=None,
+        instance_type=None,
+        accelerator="L4",
+        gpus_per_node=1,
+        gpu_memory_gib=24.0,
+        spot=True,
+        usd_per_hour=PRICE,
+        on_demand_usd_per_hour=Decimal("1.20"),
+        as_of="",
+        source="test",
+    )
+
+
+class AgendaClock(ManualClock):
+    """Sleeping runs what was put on the agenda for that time."""
+
+    def __init__(self) -> None:
+        super().__init__(scale=SCALE)
+        self.agenda: list[tuple[float, Callable[[], None]]] = []
+
+    def after(self, seconds: float, act: Callable[[], None]) -> None:
+        self.agenda.append((self.real_seconds() + seconds, act))
+
+    def sleep(self, seconds: float) -> None:
+        until = self.real_seconds() + seconds
+        while due := sorted((one for one in self.agenda if one[0] <= until), key=lambda one: one[0]):
+            self.agenda.remove(due[0])
+            super().sleep(max(0.0, due[0][0] - self.real_seconds()))
+            due[0][1]()
+        super().sleep(max(0.0, until - self.real_seconds()))
+
+
+@dataclass
+class World:
+    """A run, its books, its cloud, and a trainer that takes `step_seconds` a step with two nodes."""
+
+    path: Path
+    cap: Decimal = Decimal("100")
+    num_steps: int = 60
+    clock: AgendaClock = field(default_factory=AgendaClock)
+    events: list[Event] = field(default_factory=list)
+    step: int = 0
+    epoch: int = 0
+    switch: StopSwitch = field(default_factory=StopSwitch)
+    bug_at: int | None = None
+    breaks_at_start: bool = False
+    deaf: bool = False
+
+    def __post_init__(self) -> None:
+        self.db: sqlite3.Connection = connect(self.path / "slm.db")
+        self.runs = Runs(self.db)
+        self.store = DirectoryStore(self.path / "store")
+        self.backend = FakeBackend(self.clock, on_start=self.trainer_starts)
+        self.run: Run = self.runs.create(
+            recipe_name="tiny", recipe_digest="d", recipe_json="{}", options={}, cap_usd=self.cap
+        )
+
+    def supervisor(self, offers: int = 2, nodes: int = 2) -> Supervisor:
+        run = self.runs.take_over(self.run.run_id)
+        self.ledger = Ledger(self.db, run.run_id, epoch=run.epoch)
+        candidates = [Candidate(an_offer(f"zone-{i}"), nodes, Decimal("0.50")) for i in range(offers)]
+        return Supervisor(
+            run_record=run,
+            runs=self.runs,
+            ledger=self.ledger,
+            backend=self.backend,
+            store=self.store,
+            clock=self.clock,
+            terms=Terms(),
+            candidates=lambda _: candidates,
+            command=["train"],
+            owner="abc123",
+            write_spec=lambda lease: self.store.write("spec.json", lease.lease_id.encode()),
+            emit=self.events.append,
+            switch=self.switch,
+        )
+
+    def trainer_starts(self, backend: FakeBackend, lease: Lease) -> None:
+        if self.store_has(f"control/{lease.lease_id}.json"):
+            return
+        self.epoch += 1
+        if self.breaks_at_start:
+            self.clock.after(3.0, lambda: backend.end_command(lease.lease_id, 30))
+        else:
+            self.clock.after(15.0, lambda: self.train(lease, self.epoch))
+
+    def train(self, lease: Lease, epoch: int) -> None:
+        """One step, then the next in a second, as long as the head lives and nobody started anew."""
+        ranks = {one.rank for one in self.backend.list_alive() if one.lease_id == lease.lease_id}
+        if epoch != self.epoch or 0 not in ranks:
+            return
+        if self.store_has(f"control/{lease.lease_id}.json") and not self.deaf:
+            self.backend.end_command(lease.lease_id, 10)
+            return
+        if self.step == self.bug_at:
+            record = {"step": self.step, "message": "ValueError: shapes"}
+            self.store.write("failures/0001.json", json.dumps(record).encode())
+            self.backend.end_command(lease.lease_id, 20)
+            return
+        self.step += 1
+        progress = {"step": self.step, "epoch": epoch, "tokens": self.step * 100}
+        self.store.write("progress/latest.json", json.dumps(progress).encode())
+        request = {"number": self.step, "boottime": 0.0, "state": "running", "exit_code": None}
+        for rank in ranks:
+            self.store.write(f"guard/{lease.lease_id}/{rank}/request.json", json.dumps(request).encode())
+        if self.step >= self.num_steps:
+            self.backend.end_command(lease.lease_id, 0)
+        else:
+            self.clock.after(1.0, lambda: self.train(lease, epoch))
+
+    def store_has(self, key: str) -> bool:
+        return key in self.store.list("control/")
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+    def told(self, kind: str) -> list[str]:
+        return [event.message for event in self.events if event.kind == kind]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def check_books(world: World) -> None:
+    """The ledger is never under the cloud's own bill, never over the cap, and nothing lives."""
+    balance = world.ledger.balance()
+    assert world.backend.true_bill_usd() <= balance.spent_usd <= world.cap
+    assert balance.held_usd == 0
+    assert world.backend.list_alive() == []
+
+
+def test_a_calm_run_finishes_and_pays_for_what_it_used(world: World) -> None:
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    check_books(world)
+    # 15 s to start and 60 steps of 1 s on two nodes at a cent per node-second, and a turn of the loop or two.
+    assert Decimal("1.48") <= world.ledger.balance().spent_usd <= Decimal("1.56")
+    assert world.runs.get(world.run.run_id).state is RunState.SUCCEEDED
+
+
+def test_the_reservation_is_in_the_books_before_the_rent(world: World) -> None:
+    held_at_start: list[Decimal] = []
+    world.backend.on_start = lambda backend, lease: (
+        held_at_start.append(world.ledger.balance().held_usd),
+        world.trainer_starts(backend, lease),
+    )[0]
+    world.supervisor().run()
+    # 10 s to boot, 37 s first grant and 5 s to kill, two nodes, one cent each per second.
+    assert held_at_start == [Decimal("1.04")]
+
+
+def test_grants_answer_each_request_and_end_before_what_is_paid(world: World) -> None:
+    supervisor = world.supervisor()
+    seen: list[tuple[int, float, float]] = []
+
+    def look() -> None:
+        for account in world.ledger.open_accounts():
+            key = f"grants/{account.lease.lease_id}/0.json"
+            if key in world.store.list("grants/"):
+                grant = json.loads(world.store.read(key))
+                paid = (account.expires_ms - world.clock.now_ms()) / 1000 / SCALE
+                seen.append((grant["number"], grant["duration_seconds"], paid))
+                assert grant["epoch"] == world.ledger.epoch
+        world.clock.after(5.0, look)
+
+    world.clock.after(20.0, look)
+    world.clock.after(110.0, lambda: None)  # the agenda may outlive the run
+    supervisor.run()
+    assert len({number for number, _, _ in seen}) >= 8
+    assert all(0 < duration <= paid + 5.0 for _, duration, paid in seen)
+
+
+def test_a_preempted_lease_is_settled_and_the_next_offer_is_rented(world: World) -> None:
+    world.clock.after(30.0, lambda: world.backend.take(world.backend.starts[0].lease_id))
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert [lease.offer.region for lease in world.backend.starts] == ["zone-0", "zone-1"]
+    assert world.runs.get(world.run.run_id).preemptions == 1
+    check_books(world)
+
+
+def test_losing_the_head_ends_the_whole_lease(world: World) -> None:
+    world.clock.after(30.0, lambda: world.backend.take(world.backend.starts[0].lease_id, 0))
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert len({lease.lease_id for lease in world.backend.starts}) == 2
+    check_books(world)
+
+
+def test_losing_another_node_keeps_the_lease_and_rents_that_node_again(world: World) -> None:
+    world.clock.after(30.0, lambda: world.backend.take(world.backend.starts[0].lease_id, 1))
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert len({lease.lease_id for lease in world.backend.starts}) == 1 and len(world.backend.starts) == 2
+    assert "lost" in world.kinds() and "grown" in world.kinds()
+    check_books(world)
+
+
+def test_without_capacity_to_grow_it_goes_on_smaller_and_owes_nothing_for_the_try(world: World) -> None:
+    def take() -> None:
+        world.backend.take(world.backend.starts[0].lease_id, 1)
+        world.backend.capacity = 1
+
+    world.clock.after(30.0, take)
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert any("no node to grow back" in message for message in world.told("warning"))
+    check_books(world)
+
+
+def test_no_capacity_anywhere_waits_at_no_cost(world: World) -> None:
+    world.backend.capacity = 0
+    world.clock.after(40.0, lambda: setattr(world.backend, "capacity", 10))
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    spent = [entry.spent_micro_usd for entry in world.ledger.entries() if entry.kind is EntryKind.ACCRUE]
+    assert sum(spent) < 1_600_000
+    assert any("at $0" in message for message in world.told("relaunch"))
+    check_books(world)
+
+
+def test_at_the_cap_it_asks_for_a_checkpoint_and_stops_under_it(tmp_path: Path) -> None:
+    world = World(tmp_path, cap=Decimal("1.30"), num_steps=10_000)
+    assert world.supervisor().run() is RunState.OUT_OF_BUDGET
+    check_books(world)
+    assert world.ledger.balance().spent_usd > Decimal("0.80")
+    assert any("drain line" in message for message in world.told("warning"))
+
+
+def test_a_trainer_that_does_not_hear_the_drain_is_ended_within_the_cap(tmp_path: Path) -> None:
+    world = World(tmp_path, cap=Decimal("1.30"), num_steps=10_000, deaf=True)
+    assert world.supervisor().run() is RunState.OUT_OF_BUDGET
+    check_books(world)
+
+
+def test_a_higher_cap_lets_it_go_on(tmp_path: Path) -> None:
+    world = World(tmp_path, cap=Decimal("1.30"))
+    world.supervisor().run()
+    reached = world.step
+    world.cap = Decimal("50")
+    supervisor = world.supervisor()
+    world.ledger.set_cap(world.cap)
+    assert supervisor.run() is RunState.SUCCEEDED
+    assert 0 < reached < world.step == world.num_steps
+    check_books(world)
+
+
+def test_a_bug_stops_the_run_and_says_what_it_was(tmp_path: Path) -> None:
+    world = World(tmp_path, bug_at=7)
+    assert world.supervisor().run() is RunState.FAILED
+    assert "step 7: ValueError: shapes" in world.runs.get(world.run.run_id).reason
+    assert len(world.backend.starts) == 1
+    check_books(world)
+
+
+def test_a_cluster_that_breaks_again_and_again_is_given_up(tmp_path: Path) -> None:
+    world = World(tmp_path, breaks_at_start=True)
+    assert world.supervisor().run() is RunState.FAILED
+    assert "breakdowns in a row" in world.runs.get(world.run.run_id).reason
+    assert world.runs.get(world.run.run_id).failures == 6
+    check_books(world)
+
+
+def test_a_stop_checkpoints_and_ends(world: World) -> None:
+    world.clock.after(30.0, lambda: world.runs.request_stop(world.run.run_id))
+    assert world.supervisor().run() is RunState.STOPPED
+    check_books(world)
+
+
+def test_ctrl_c_twice_ends_at_once(world: World) -> None:
+    world.deaf = True
+    world.clock.after(30.0, world.switch.press)
+    world.clock.after(31.0, world.switch.press)
+    assert world.supervisor().run() is RunState.STOPPED
+    assert world.clock.real_seconds() < 40
+    check_books(world)
+
+
+class Killed(BaseException):
+    """The supervisor's process ends here."""
+
+
+@pytest.mark.parametrize("moment", [0.5, 8.0, 16.0, 33.0, 60.0])
+def test_a_killed_supervisor_is_replaced_and_adopts_the_lease(world: World, moment: float) -> None:
+    def kill() -> None:
+        raise Killed
+
+    world.clock.after(moment, kill)
+    with pytest.raises(Killed):
+        world.supervisor().run()
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert len({lease.lease_id for lease in world.backend.starts}) == 1
+    check_books(world)
+
+
+def test_a_supervisor_that_comes_back_late_finds_nothing_alive_and_starts_again(world: World) -> None:
+    def kill() -> None:
+        raise Killed
+
+    world.clock.after(30.0, kill)
+    with pytest.raises(Killed):
+        world.supervisor().run()
+    world.clock.sleep(3600)  # the provider's own limit ended the nodes long ago
+    assert world.backend.list_alive() == []
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert len(world.backend.starts) == 2
+    check_books(world)
+
+
+def test_the_old_supervisor_is_powerless_after_a_take_over(world: World) -> None:
+    old = world.supervisor()
+    world.clock.after(30.0, lambda: world.runs.take_over(world.run.run_id))
+    with pytest.raises((Fenced, SlmError), match="taken over"):
+        old.run()
+    world.supervisor().run()
+    check_books(world)
+
+
+def test_a_create_without_a_reply_is_ended_and_charged(world: World) -> None:
+    world.backend.fail_next = 1
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert len(world.backend.starts) == 2
+    check_books(world)
+
+
+def test_a_provider_that_does_not_answer_for_a_while_is_waited_for(world: World) -> None:
+    world.clock.after(30.0, lambda: setattr(world.backend, "fail_next", 5))
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert any("cannot see" in message for message in world.told("warning"))
+    check_books(world)
+
+
+def test_an_instance_that_the_books_do_not_know_is_ended(world: World) -> None:
+    supervisor = world.supervisor()
+    stray = Lease("slm-abc123-other-1", "other", 1, an_offer("zone-9"), 1, PRICE, 600.0, 5.0, 1)
+    world.backend.on_start = None
+    world.backend.start(stray, ["x"])
+    world.backend.on_start = world.trainer_starts
+    supervisor.run()
+    assert any("slm-abc123-other-1" in message for message in world.told("warning"))
+    assert world.backend.list_alive() == []
+
+
+def test_the_worst_price_is_on_demand_unless_the_price_is_fixed(world: World) -> None:
+    offer = an_offer("zone-0")
+    assert worst_price(offer, world.backend) == PRICE
+    world.backend.price_is_fixed = False
+    assert worst_price(offer, world.backend) == Decimal("1.20")
+
+
+def test_an_offer_whose_price_nothing_bounds_is_not_rented(world: World) -> None:
+    world.backend.price_is_fixed = False
+    with pytest.raises(SlmError, match="nothing bounds the future price"):
+        worst_price(replace(an_offer("zone-0"), on_demand_usd_per_hour=None), world.backend)
