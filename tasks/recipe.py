@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cost.errors import UserError
 from cost.workload import Workload
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 
@@ -378,13 +379,29 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise document.explain(error, Recipe) from None
 
 
+def recipe_from_json(path: Path) -> Recipe:
+    """Read a recipe from the JSON that another process wrote.
+
+    Raises:
+        UserError: It cannot be read, or is no recipe of this version.
+    """
+    try:
+        return Recipe.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole text"
+        raise UserError(f"{path} is no recipe that this version can use ({where}: {first['msg']}).") from None
+
+
 def fingerprint(recipe: Recipe) -> str:
     """Names the prepared data: equal for recipes, and states of the corpus, that give equal shards."""
     from tasks.corpus import corpus_identity
 
     part = {
         "format": 1,
-        "data": recipe.data.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json", exclude={"corpus"}),
         "vocab_size": recipe.model.vocab_size,
         "corpus": corpus_identity(recipe.data),
     }
