@@ -1,7 +1,7 @@
 """What a person asks for, as functions: launch, resume, stop, prepare.
 
-The command line parses and renders; the loop is in `supervise`, looking is in `report`. Everything that a second run of the same command needs
-to repair a broken one stands in the books or in the run store.
+The command line parses and renders; the loop is in `supervise`, looking is in `report`. Everything that a second run of
+the same command needs to repair a broken one stands in the books or in the run store.
 """
 
 from __future__ import annotations
