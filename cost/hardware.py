@@ -125,7 +125,7 @@ def accelerator(name: str) -> Accelerator:
     return accelerators()[name]
 
 
-def local_cpu(num_cores: int, memory_gib: float = 4.0) -> Accelerator:
+def local_cpu(num_cores: float, memory_gib: float = 4.0) -> Accelerator:
     """This machine's processor as a device, for the embedded local cloud and for utilization on a laptop."""
     return Accelerator(
         name=LOCAL_CPU,

@@ -1,0 +1,124 @@
+"""The fastest layout that fits, for one model on one kind of cluster.
+
+On one cluster a faster layout is always a cheaper one, so the planner prices only this one per number of nodes.
+Invariant: a layout is never returned whose predicted peak memory is above what the device has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost import memory, throughput
+from cost.hardware import Accelerator
+from cost.layout import Layout, Sharding
+from cost.memory import MemoryEstimate
+from cost.throughput import Calibration, ThroughputEstimate
+from cost.workload import Workload
+
+SHARDINGS: tuple[Sharding, ...] = ("replicated", "zero2", "zero3")
+"""What the trainer runs on more than one device: DDP, and FSDP with and without sharded weights."""
+
+WITHOUT_CUDA = frozenset({"MI300X"})
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A number of equal nodes. The accelerator has the memory that the offer reports."""
+
+    accelerator: Accelerator
+    gpus_per_node: int
+    num_nodes: int
+    network_bytes_per_second: float
+
+    @property
+    def world_size(self) -> int:
+        """Devices over all nodes."""
+        return self.num_nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A layout with what it needs and how fast it is. `useful_share` is below 1 where the last pass is not full."""
+
+    layout: Layout
+    memory: MemoryEstimate
+    throughput: ThroughputEstimate
+    useful_share: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all devices, counting only tokens of the global batch."""
+        return self.throughput.tokens_per_second * self.useful_share
+
+
+@dataclass(frozen=True, slots=True)
+class NoLayout:
+    """Why nothing runs on this cluster."""
+
+    reason: str
+
+
+def fastest_layout(work: Workload, cluster: Cluster, calibration: Calibration) -> Placement | NoLayout:
+    """Search sharding, activation checkpointing and micro-batch; precision is the workload's."""
+    device = cluster.accelerator
+    if device.name in WITHOUT_CUDA:
+        return NoLayout(f"{device.name} needs a ROCm build of torch; slm installs the CUDA one")
+    if device.peak_flops(work.precision) is None:
+        return NoLayout(f"{device.name} has no {work.precision} units")
+    if cluster.world_size > work.global_batch_size:
+        return NoLayout(f"{cluster.world_size} devices, but only {work.global_batch_size} sequences per step")
+    best: Placement | None = None
+    smallest: float | None = None
+    for sharding in SHARDINGS if cluster.world_size > 1 else SHARDINGS[:1]:
+        for recompute in (False, True):
+            one = _layout(work, cluster, sharding, recompute, 1)
+            widest = memory.largest_micro_batch(
+                work, device, one, at_most=max(1, work.global_batch_size // cluster.world_size)
+            )
+            if widest == 0:
+                needed = memory.peak(work, device, one).total_gib
+                smallest = needed if smallest is None else min(smallest, needed)
+                continue
+            micro = 1 << (widest.bit_length() - 1)
+            found = _place(work, cluster, _layout(work, cluster, sharding, recompute, micro), calibration)
+            if best is None or found.tokens_per_second > best.tokens_per_second:
+                best = found
+    if best is None:
+        return NoLayout(
+            f"needs {smallest:.1f} GiB per device at least; of {device.memory_gib:.0f} on {device.name}, "
+            f"{memory.SURE_SHARE * device.memory_gib:.1f} can be counted on"
+        )
+    return best
+
+
+def _layout(work: Workload, cluster: Cluster, sharding: Sharding, recompute: bool, micro: int) -> Layout:
+    return Layout(
+        num_nodes=cluster.num_nodes,
+        gpus_per_node=cluster.gpus_per_node,
+        sharding=sharding,
+        micro_batch_size=micro,
+        grad_accumulation=-(-work.global_batch_size // (cluster.world_size * micro)),
+        activation_checkpointing=recompute,
+        precision=work.precision,
+    )
+
+
+def _place(work: Workload, cluster: Cluster, layout: Layout, calibration: Calibration) -> Placement:
+    return Placement(
+        layout=layout,
+        memory=memory.peak(work, cluster.accelerator, layout),
+        throughput=throughput.estimate(
+            work,
+            cluster.accelerator,
+            layout,
+            calibration,
+            node_network_bytes_per_second=cluster.network_bytes_per_second,
+        ),
+        useful_share=work.global_batch_size / layout.global_batch_size,
+    )
+
+
+def emulated_layout(work: Workload, cluster: Cluster, micro_batch_size: int, calibration: Calibration) -> Placement:
+    """One worker per node on this machine's processor, at the recipe's own micro-batch."""
+    micro = max(1, min(micro_batch_size, work.global_batch_size // cluster.world_size))
+    return _place(work, cluster, _layout(work, cluster, "replicated", False, micro), calibration)

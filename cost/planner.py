@@ -1,0 +1,386 @@
+"""Which offer, how many nodes and which layout: every offer priced, ranked, or rejected with the reason.
+
+Pure: offers, hazards, law and calibration come in as arguments, nothing is read from a clock or a network.
+Invariants: no offer is dropped without a reason; a cheaper price never ranks worse; more budget never buys less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Literal, get_args
+
+from cost.bill import Bill, Line, Rhythm, make_bill, rhythm
+from cost.clouds import cloud_terms
+from cost.errors import UserError
+from cost.hardware import accelerator, canonical_name, local_cpu
+from cost.layout import Layout
+from cost.layouts import Cluster, NoLayout, Placement, emulated_layout, fastest_layout
+from cost.memory import MemoryEstimate
+from cost.offers import Offer
+from cost.preemption import SECONDS_PER_HOUR, Hazards
+from cost.quality import CHINCHILLA, LossLaw, Prediction
+from cost.throughput import Calibration, ThroughputEstimate, default_calibration
+from cost.workload import Workload
+
+Objective = Literal["usd_per_param", "loss", "dollars", "hours"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+EMULATED_STARTUP_SECONDS = 15.0
+"""Real seconds from start to the first step of a raylet and its worker; assumed until a run has measured it."""
+EMULATED_RECOVERY_SECONDS = 20.0
+"""Real seconds from a lost node to the next new step."""
+EMULATED_STALL_SECONDS = 0.05
+EMULATED_SHORTEST_INTERVAL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Emulation:
+    """The local backend: every offer runs on this machine's processor, billed `time_scale` times as fast."""
+
+    num_cores: float
+    time_scale: float = 1.0
+    micro_batch_size: int = 1
+    tokens_per_second: float | None = None
+    """What a run on this machine was measured at, in real time; replaces the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One offer with its best number of nodes and layout. Hours are billed hours."""
+
+    offer: Offer
+    layout: Layout
+    tokens_per_second: float
+    """Over all devices, in real time."""
+    tokens_per_second_interval: tuple[float, float]
+    mfu: float
+    throughput: ThroughputEstimate
+    memory: MemoryEstimate
+    bill: Bill
+    num_tokens: int
+    """What the run would train on under the budget: the workload's tokens, or fewer where it buys only fewer."""
+    predicted: Prediction
+    usd_per_param: Decimal
+    usd_per_active_param: Decimal
+    within_budget: bool
+    within_deadline: bool
+    checkpoint_interval_seconds: float
+    """In real time, for the trainer."""
+
+    @property
+    def total_usd(self) -> Decimal:
+        """Expected dollars of the whole run: the exact sum of `lines`."""
+        return self.bill.total_usd
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The bill."""
+        return self.bill.lines
+
+    @property
+    def train_hours(self) -> float:
+        """Billed hours that train new steps."""
+        return self.bill.train_hours
+
+    @property
+    def hours(self) -> float:
+        """Billed hours from request to end, start-up and recoveries included."""
+        return self.bill.billed_hours
+
+    @property
+    def usd_per_hour(self) -> Decimal:
+        """Of the whole cluster."""
+        return self.bill.usd_per_hour
+
+    @property
+    def worst_case_usd(self) -> Decimal:
+        """At the highest price and with unluckily many preemptions; the cap stops the run before its own limit."""
+        return self.bill.worst_case_usd
+
+    @property
+    def expected_preemptions(self) -> float:
+        """Over the whole run."""
+        return self.bill.expected_preemptions
+
+    @property
+    def peak_memory_gib(self) -> float:
+        """Predicted, of one device."""
+        return self.memory.total_gib
+
+    @property
+    def num_nodes(self) -> int:
+        """Of the layout."""
+        return self.layout.num_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An offer that was not ranked."""
+
+    offer: Offer
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every offer, either ranked best first or rejected. `best` is None where nothing can run the workload."""
+
+    workload: Workload
+    objective: Objective
+    budget_usd: Decimal
+    deadline_hours: float | None
+    law: LossLaw
+    emulation: Emulation | None
+    ranked: tuple[Estimate, ...]
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def best(self) -> Estimate | None:
+        """The first of the ranking."""
+        return self.ranked[0] if self.ranked else None
+
+    @property
+    def affordable(self) -> bool:
+        """Whether the best plan pays for the whole run in time."""
+        return self.best is not None and self.best.within_budget and self.best.within_deadline
+
+
+@dataclass(frozen=True)
+class Market:
+    """What the planner believes about the world besides prices."""
+
+    hazards: Hazards = field(default_factory=Hazards)
+    law: LossLaw = CHINCHILLA
+    unique_tokens: int | None = None
+    """Tokens that the data set has; a run over more repeats them."""
+    calibration: Calibration = field(default_factory=default_calibration)
+
+
+def make_plan(
+    workload: Workload,
+    offers: Sequence[Offer],
+    *,
+    budget_usd: Decimal,
+    objective: Objective = "usd_per_param",
+    min_nodes: int = 1,
+    max_nodes: int = 1,
+    clouds: Collection[str] | None = None,
+    gpus: Collection[str] | None = None,
+    spot: bool | None = None,
+    deadline_hours: float | None = None,
+    emulation: Emulation | None = None,
+    market: Market | None = None,
+) -> Plan:
+    """Price every offer with its best number of nodes and layout, and rank them.
+
+    Estimates within budget and deadline come first; among the others those that buy most. `spot` None means both.
+    """
+    if objective not in OBJECTIVES:
+        raise UserError(f"no objective '{objective}'; choose one of {', '.join(OBJECTIVES)}.")
+    if not 1 <= min_nodes <= max_nodes:
+        raise UserError(f"nodes from {min_nodes} to {max_nodes} is no range; ask for at least 1 and min <= max.")
+    wanted_gpus = None if gpus is None else frozenset(_gpu_name(name) for name in gpus)
+    wanted_clouds = None if clouds is None else frozenset(name.lower() for name in clouds)
+    task = _Task(
+        workload,
+        budget_usd,
+        objective,
+        _node_counts(min_nodes, max_nodes),
+        deadline_hours,
+        emulation,
+        market or Market(),
+    )
+    ranked: list[Estimate] = []
+    rejected: list[Rejected] = []
+    for offer in offers:
+        reason = _filtered(offer, wanted_clouds, wanted_gpus, spot)
+        found = reason if reason is not None else task.estimate(offer)
+        if isinstance(found, str):
+            rejected.append(Rejected(offer, found))
+        else:
+            ranked.append(found)
+    ranked.sort(key=task.rank)
+    return Plan(
+        workload=workload,
+        objective=objective,
+        budget_usd=budget_usd,
+        deadline_hours=deadline_hours,
+        law=task.market.law,
+        emulation=emulation,
+        ranked=tuple(ranked),
+        rejected=tuple(rejected),
+    )
+
+
+def _gpu_name(name: str) -> str:
+    found = canonical_name(name)
+    if found is None:
+        raise UserError(f"no accelerator '{name}' in the hardware table; `slm gpus` lists them.")
+    return found
+
+
+def _node_counts(min_nodes: int, max_nodes: int) -> tuple[int, ...]:
+    """Powers of two in the range, and its ends."""
+    powers = [2**k for k in range(max_nodes.bit_length()) if min_nodes <= 2**k <= max_nodes]
+    return tuple(sorted({min_nodes, max_nodes, *powers}))
+
+
+def _filtered(
+    offer: Offer, clouds: Collection[str] | None, gpus: Collection[str] | None, spot: bool | None
+) -> str | None:
+    if clouds is not None and offer.cloud not in clouds:
+        return f"cloud {offer.cloud} was not asked for"
+    if gpus is not None and offer.accelerator not in gpus:
+        return f"{offer.accelerator} was not asked for"
+    if spot is not None and offer.spot != spot:
+        return "spot was not asked for" if offer.spot else "on-demand was not asked for"
+    return None
+
+
+class _Task:
+    """One request: what all offers share, and layouts and rhythms that many offers share."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        budget_usd: Decimal,
+        objective: Objective,
+        node_counts: tuple[int, ...],
+        deadline_hours: float | None,
+        emulation: Emulation | None,
+        market: Market,
+    ) -> None:
+        self.workload = workload
+        self.budget_usd = budget_usd
+        self.node_counts = node_counts
+        self.deadline_hours = deadline_hours
+        self.emulation = emulation
+        self.market = market
+        self.rank = _ranking(objective)
+        self._placements: dict[tuple[object, ...], Placement | NoLayout] = {}
+        self._predictions: dict[int, Prediction] = {}
+
+    def estimate(self, offer: Offer) -> Estimate | str:
+        """The best number of nodes for one offer, or why there is none."""
+        best: Estimate | None = None
+        reason = "no number of nodes was asked for"
+        for num_nodes in self.node_counts:
+            placed = self._placed(offer, num_nodes)
+            found = placed.reason if isinstance(placed, NoLayout) else self._priced(offer, num_nodes, placed)
+            if isinstance(found, str):
+                reason = found
+            elif best is None or self.rank(found) < self.rank(best):
+                best = found
+        return best if best is not None else reason
+
+    def _placed(self, offer: Offer, num_nodes: int) -> Placement | NoLayout:
+        network = cloud_terms(offer.cloud).network_bytes_per_second if num_nodes > 1 else 0.0
+        key: tuple[object, ...] = (num_nodes,)
+        if self.emulation is None:
+            key = (offer.accelerator, offer.gpus_per_node, offer.gpu_memory_gib, num_nodes, network)
+        if key not in self._placements:
+            self._placements[key] = self._place(offer, num_nodes, network)
+        return self._placements[key]
+
+    def _place(self, offer: Offer, num_nodes: int, network: float) -> Placement | NoLayout:
+        calibration = self.market.calibration
+        if self.emulation is not None:
+            device = local_cpu(self.emulation.num_cores / num_nodes)
+            cluster = Cluster(device, 1, num_nodes, device.pcie_bytes_per_second)
+            return emulated_layout(self.workload, cluster, self.emulation.micro_batch_size, calibration)
+        device = replace(accelerator(offer.accelerator), memory_gib=offer.gpu_memory_gib)
+        cluster = Cluster(device, offer.gpus_per_node, num_nodes, network)
+        return fastest_layout(self.workload, cluster, calibration)
+
+    def _pace(self, offer: Offer, layout: Layout) -> Rhythm:
+        if self.emulation is None:
+            cloud = cloud_terms(offer.cloud)
+            num_params = self.workload.num_params
+            return rhythm(num_params, cloud, num_nodes=layout.num_nodes, world_size=layout.world_size)
+        scale = self.emulation.time_scale
+        return Rhythm(
+            startup_seconds=EMULATED_STARTUP_SECONDS * scale,
+            recovery_seconds=EMULATED_RECOVERY_SECONDS * scale,
+            stall_seconds=EMULATED_STALL_SECONDS * scale,
+            shortest_interval_seconds=EMULATED_SHORTEST_INTERVAL_SECONDS * scale,
+            saved_at_notice=0.0,
+        )
+
+    def _priced(self, offer: Offer, num_nodes: int, placed: Placement) -> Estimate | str:
+        scale = 1.0 if self.emulation is None else self.emulation.time_scale
+        measured = None if self.emulation is None else self.emulation.tokens_per_second
+        speed = placed.tokens_per_second if measured is None else measured
+        work = self.workload
+        bill = make_bill(
+            offer,
+            cloud_terms(offer.cloud),
+            self.market.hazards.of(offer),
+            self._pace(offer, placed.layout),
+            num_nodes=num_nodes,
+            num_params=work.num_params,
+            train_hours=work.num_tokens / speed / SECONDS_PER_HOUR * scale,
+        )
+        if bill is None:
+            return "preempted faster than it recovers"
+        total = bill.total_usd
+        tokens = self._tokens_bought(bill, total)
+        low, high = placed.throughput.interval
+        ratio = speed / placed.throughput.tokens_per_second
+        return Estimate(
+            offer=offer,
+            layout=placed.layout,
+            tokens_per_second=speed,
+            tokens_per_second_interval=(low * ratio, high * ratio) if measured is None else (speed, speed),
+            mfu=placed.throughput.mfu * ratio,
+            throughput=placed.throughput,
+            memory=placed.memory,
+            bill=bill,
+            num_tokens=tokens,
+            predicted=self._predicted(tokens),
+            usd_per_param=total / work.num_params,
+            usd_per_active_param=total / work.active_params,
+            within_budget=total <= self.budget_usd,
+            within_deadline=self.deadline_hours is None or bill.billed_hours <= self.deadline_hours,
+            checkpoint_interval_seconds=bill.waste.interval_seconds / scale,
+        )
+
+    def _tokens_bought(self, bill: Bill, total: Decimal) -> int:
+        """Tokens that budget and deadline pay for; what does not grow with training is paid first."""
+        work = self.workload
+        once = {"start-up", "minimum billing", "final download"}
+        fixed = float(sum((line.usd for line in bill.lines if line.name in once), Decimal(0)))
+        share = 1.0
+        if total > self.budget_usd:
+            share = (float(self.budget_usd) - fixed) / max(float(total) - fixed, 1e-9)
+        if self.deadline_hours is not None and bill.billed_hours > self.deadline_hours:
+            running = bill.train_hours * (1 + bill.waste.total)
+            share = min(share, (self.deadline_hours - (bill.billed_hours - running)) / running)
+        return work.num_tokens if share >= 1 else math.floor(work.num_tokens * max(0.0, share))
+
+    def _predicted(self, num_tokens: int) -> Prediction:
+        if num_tokens not in self._predictions:
+            params = self.workload.active_matrix_params
+            self._predictions[num_tokens] = self.market.law.predict(
+                params, max(1, num_tokens), self.market.unique_tokens
+            )
+        return self._predictions[num_tokens]
+
+
+def _ranking(objective: Objective) -> Callable[[Estimate], tuple[object, ...]]:
+    """Smaller is better. Plans that cannot be finished come last, those that buy most tokens first among them."""
+    by_objective: dict[Objective, Callable[[Estimate], tuple[object, ...]]] = {
+        "usd_per_param": lambda one: (one.usd_per_param, one.hours),
+        "dollars": lambda one: (one.total_usd, one.hours),
+        "hours": lambda one: (one.hours, one.total_usd),
+        "loss": lambda one: (one.predicted.nats_per_token, one.total_usd),
+    }
+    key = by_objective[objective]
+
+    def rank(one: Estimate) -> tuple[object, ...]:
+        finished = one.within_budget and one.within_deadline
+        return (not finished, 0 if finished else -one.num_tokens, *key(one), one.offer.offer_id)
+
+    return rank
