@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_HOME ?= $(CURDIR)/.demo
+LOCAL := env -u AWS_PROFILE -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY -u GOOGLE_APPLICATION_CREDENTIALS
 
-.PHONY: demo test lint prove bench gpu clean setup lock
+.PHONY: setup lint test demo e2e prove bench gpu lock clean
 
 setup: $(STAMP)
 
@@ -24,6 +26,37 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+# The demo's runs live in a home of their own and see no cloud credentials: nothing can be rented by accident.
+demo: $(STAMP)
+	$(LOCAL) SLM_HOME="$(DEMO_HOME)" $(BIN)/slm plan demo --backend local
+	$(LOCAL) SLM_HOME="$(DEMO_HOME)" $(BIN)/slm launch demo --backend local --yes
+
+# End-to-end proofs as `.ci/run` runs them; `make prove` is the full size.
+e2e: $(STAMP)
+	$(BIN)/python bench/prove_demo.py
+	$(BIN)/python bench/prove_budget.py --steps 150
+	$(BIN)/python bench/prove_kills.py --kills 2
+	$(BIN)/python bench/prove_mutations.py --sample 2
+
+prove: $(STAMP)
+	$(BIN)/python bench/prove_demo.py
+	$(BIN)/python bench/prove_budget.py
+	$(BIN)/python bench/prove_kills.py --kills 20
+	$(BIN)/python bench/prove_mutations.py
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+# What `make` installs, remade from the ranges in pyproject.toml with SkyPilot's own pins kept.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade pip
+	build/lock/bin/python -m pip install --quiet torch==2.13.0
+	build/lock/bin/python -m pip install --quiet -e '.[train,dev]' 'click<8.2' 'protobuf<7'
+	(sed -n '/^#/p' constraints.txt; build/lock/bin/python -m pip freeze --exclude-editable --exclude pip \
+	  --exclude setuptools --exclude wheel | sed 's/+cpu//') > build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 clean:
 	rm -rf $(VENV) .demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
