@@ -1,0 +1,75 @@
+"""What commands act with: `orchestrator.launch`, unless `cli.main` was given something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from decimal import Decimal
+    from pathlib import Path
+
+    from cost.offers import Offer
+    from orchestrator.events import Emit
+    from orchestrator.report import RunStatus, RunSummary
+    from orchestrator.settings import Home
+    from orchestrator.watch import StopSwitch
+    from tasks.recipe import Recipe
+
+
+class Actions(Protocol):
+    """Everything that rents, ends or writes. Looking is `orchestrator.report`, which needs no twin."""
+
+    def launch(
+        self,
+        recipe: Recipe,
+        offers: Sequence[Offer],
+        *,
+        home: Home,
+        budget_usd: Decimal | None,
+        on_event: Emit,
+        switch: StopSwitch | None = None,
+        checkpoint_interval_seconds: float | None = None,
+    ) -> RunSummary: ...
+
+    def resume(
+        self,
+        run_id: str | None,
+        *,
+        home: Home,
+        budget_usd: Decimal | None,
+        on_event: Emit,
+        switch: StopSwitch | None = None,
+    ) -> RunSummary: ...
+
+    def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus: ...
+
+    def prepare(self, recipe: Recipe, *, home: Home, on_event: Emit) -> Path: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """One call of `cli.main`."""
+
+    arguments: tuple[str, ...]
+    actions: Actions | None = None
+
+
+def invocation_of(context: typer.Context) -> Invocation:
+    """What `cli.main` was called with."""
+    given = context.obj
+    assert isinstance(given, Invocation)
+    return given
+
+
+def actions_of(context: typer.Context) -> Actions:
+    """What `cli.main` was given to act with, or the real thing."""
+    given = invocation_of(context).actions
+    if given is not None:
+        return given
+    from orchestrator import launch
+
+    return launch

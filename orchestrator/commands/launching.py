@@ -1,0 +1,200 @@
+"""launch and resume: everything that leads to spending, so both show what it can cost, and launch asks first."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cost.errors import UserError
+from orchestrator.commands import options
+from orchestrator.commands.actions import actions_of, invocation_of
+from orchestrator.commands.planning import recipe_with
+from orchestrator.settings import home_from
+
+if TYPE_CHECKING:
+    from orchestrator.events import Emit
+    from orchestrator.report import RunSummary
+    from orchestrator.watch import StopSwitch
+    from tasks.recipe import Recipe
+
+FAILED_EXIT_CODE = 1
+
+
+def launch(
+    context: typer.Context,
+    recipe: options.RecipeArgument,
+    backend: options.BackendOption = None,
+    budget: options.BudgetOption = None,
+    nodes: options.NodesOption = None,
+    spot: options.SpotOption = None,
+    clouds: options.CloudsOption = None,
+    gpus: options.GpusOption = None,
+    market: options.MarketOption = None,
+    time_scale: options.TimeScaleOption = None,
+    sets: options.SetOption = None,
+    yes: options.YesOption = False,
+    detach: options.DetachOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Plan, ask, rent, train and recover, within a cap.
+
+    After a crash the same command repairs the run and goes on with it. Ctrl-C asks the run for a checkpoint and a
+    stop; a second Ctrl-C ends its nodes at once. Exit code 1 means that the run failed.
+
+    \b
+    Examples:
+      slm launch demo --yes
+      slm launch demo --budget 30 --market hazard:0.5 --nodes 2
+      slm launch my.yaml --budget 100 --set model.num_layers=12 --detach
+    """
+    from orchestrator import background, planning, render, render_plan
+
+    chosen = recipe_with(recipe, options.overrides(sets, backend=backend, market=market, time_scale=time_scale), nodes)
+    refuse_unasked_spending(chosen, budget, yes=yes)
+    prices = planning.current_prices()
+    plan = planning.make_plan_for(
+        chosen,
+        prices,
+        budget_usd=budget or chosen.budget_usd,
+        spot=spot,
+        clouds=options.names_in(clouds),
+        gpus=options.names_in(gpus),
+        nodes=nodes,
+    )
+    best = planning.winner(plan)
+    console = render.console_on(sys.stderr if as_json else sys.stdout)
+    render_plan.short(plan, prices, console, today=datetime.now(UTC).date())
+    is_child = background.is_child()
+    ask(f"Launch {chosen.name} with a cap of {plan.budget_usd} dollars?", yes=yes or is_child)
+    if detach and not is_child:
+        in_background(context, as_json=as_json)
+        return
+    actions = actions_of(context)
+    watched(
+        lambda emit, switch: actions.launch(
+            chosen,
+            planning.offers_in_order(plan),
+            home=home_from(os.environ).create(),
+            budget_usd=budget,
+            on_event=emit,
+            switch=switch,
+            checkpoint_interval_seconds=finite(best.checkpoint_interval_seconds),
+        ),
+        chosen.name,
+        as_json=as_json,
+    )
+
+
+def resume(
+    context: typer.Context,
+    run: options.RunArgument = None,
+    budget: Annotated[
+        Decimal | None,
+        typer.Option("--budget", parser=options.parse_usd, metavar="USD", help="A new cap for the whole run."),
+    ] = None,
+    detach: options.DetachOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Go on with a run that stopped or reached its cap.
+
+    Also with one that failed, or whose supervisor is gone. The budget is a cap on all that the run has cost and will
+    cost, not an addition.
+
+    \b
+    Examples:
+      slm resume
+      slm resume demo-1 --budget 150
+    """
+    from orchestrator import background
+
+    if detach and not background.is_child():
+        in_background(context, as_json=as_json)
+        return
+    actions = actions_of(context)
+    watched(
+        lambda emit, switch: actions.resume(
+            run, home=home_from(os.environ).create(), budget_usd=budget, on_event=emit, switch=switch
+        ),
+        run or "",
+        as_json=as_json,
+    )
+
+
+def refuse_unasked_spending(recipe: Recipe, budget: Decimal | None, *, yes: bool) -> None:
+    """Real money needs a backend that was named, and without a question a budget that was.
+
+    Raises:
+        UserError: One of them is missing.
+    """
+    if recipe.backend is None:
+        raise UserError(
+            f"recipe {recipe.name} says no backend, so nothing is rented; --backend local trains on this machine, "
+            "--backend sky rents from clouds."
+        )
+    if recipe.backend != "local" and yes and budget is None:
+        raise UserError(
+            f"--yes on the paid backend {recipe.backend} needs an explicit --budget; for example: --budget "
+            f"{recipe.budget_usd}"
+        )
+
+
+def ask(question: str, *, yes: bool) -> None:
+    """Go on only if a person says so.
+
+    Raises:
+        UserError: Nobody is there to answer.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(
+            "nobody can answer here, since the input is no terminal; add --yes to go on without a question."
+        )
+    if not typer.confirm(question, err=True):
+        typer.echo("Nothing was rented.", err=True)
+        raise typer.Exit(FAILED_EXIT_CODE)
+
+
+def watched(supervise: Callable[[Emit, StopSwitch], RunSummary], name: str, *, as_json: bool) -> None:
+    """Supervise in the foreground and show it; ends with the summary."""
+    from orchestrator import live, render
+    from orchestrator.watch import StopSwitch
+
+    switch = StopSwitch()
+    console = render.console_on(sys.stderr if as_json else sys.stdout)
+    with live.watcher(console, name, switch) as watcher:
+        summary = supervise(watcher, switch)
+    if as_json:
+        render.as_json(render.summary_facts(summary))
+    else:
+        render.summary(summary, console)
+    if summary.status.state == "FAILED":
+        raise typer.Exit(FAILED_EXIT_CODE)
+
+
+def in_background(context: typer.Context, *, as_json: bool) -> None:
+    """Do what this command line says in a session of its own, and say how to follow it."""
+    from orchestrator import background, render
+
+    started = background.start(invocation_of(context).arguments, home_from(os.environ).create())
+    if as_json:
+        render.as_json(started)
+        return
+    console = render.console_on(sys.stdout)
+    render.say(
+        console,
+        f"{started.run_id} is supervised in the background by process {started.pid}; its log: {started.log}",
+        "",
+        f"Next: slm status {started.run_id}",
+    )
+
+
+def finite(seconds: float) -> float | None:
+    """None for an interval that never ends: a market without losses needs no checkpoint but the last."""
+    return seconds if seconds < float("inf") else None

@@ -1,0 +1,118 @@
+"""Options that several commands share, and how their text becomes a value."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SMALLEST_USD = Decimal("0.000001")
+"""The books count in millionths of a dollar."""
+
+
+class BackendName(StrEnum):
+    """Where nodes come from: a spot market on this machine, or any cloud that SkyPilot serves."""
+
+    LOCAL = "local"
+    SKY = "sky"
+
+
+def parse_usd(text: str) -> Decimal:
+    """100, 100.50 or $100 as an amount above zero, in whole millionths."""
+    try:
+        amount = Decimal(text.strip().removeprefix("$").replace(",", ""))
+    except InvalidOperation:
+        raise typer.BadParameter(f"{text!r} is not an amount of dollars such as 100 or 12.50.") from None
+    if not amount.is_finite() or amount < SMALLEST_USD:
+        raise typer.BadParameter(f"{text} should be more than 0 dollars.")
+    return amount.quantize(SMALLEST_USD) if amount != amount.to_integral_value() else Decimal(int(amount))
+
+
+def parse_positive(text: str) -> float:
+    """A number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise typer.BadParameter(f"{text!r} should be a number above 0.")
+    return number
+
+
+def names_in(texts: Sequence[str] | None) -> tuple[str, ...] | None:
+    """`--gpus A,B --gpus C` as three names; None where the option was not given."""
+    if not texts:
+        return None
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
+def overrides(
+    sets: Sequence[str] | None,
+    *,
+    backend: BackendName | None = None,
+    market: str | None = None,
+    time_scale: float | None = None,
+) -> list[str]:
+    """Options that stand for a recipe's field, as `--set` would say them; `--set` itself has the last word."""
+    named: dict[str, object] = {
+        "backend": backend and backend.value,
+        "local.market": market and json.dumps(absolute_trace(market)),
+        "local.time_scale": time_scale,
+    }
+    return [f"{key}={value}" for key, value in named.items() if value is not None] + list(sets or ())
+
+
+def absolute_trace(market: str) -> str:
+    """`trace:FILE` with its whole path where there is such a file, so that a resume elsewhere finds it too."""
+    kind, _, name = market.partition(":")
+    path = Path(name).expanduser()
+    return f"trace:{path.absolute()}" if kind == "trace" and path.is_file() else market
+
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of its YAML file.")]
+RunArgument = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="May be left out when there is only one.", show_default=False)
+]
+BudgetOption = Annotated[
+    Decimal | None,
+    typer.Option(
+        "--budget", parser=parse_usd, metavar="USD", help="Most that the run may cost. [default: the recipe's]"
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; may be repeated."),
+]
+SpotOption = Annotated[bool | None, typer.Option("--spot/--on-demand", help="Only spot, or only on-demand offers.")]
+CloudsOption = Annotated[
+    list[str] | None, typer.Option("--clouds", metavar="NAMES", help="Only these clouds, such as aws,gcp.")
+]
+GpusOption = Annotated[
+    list[str] | None, typer.Option("--gpus", metavar="NAMES", help="Only these GPUs, such as H100-SXM,A100.")
+]
+NodesOption = Annotated[
+    int | None, typer.Option("--nodes", min=1, metavar="N", help="Nodes to rent. [default: the recipe's]")
+]
+BackendOption = Annotated[
+    BackendName | None, typer.Option("--backend", help="Where nodes come from. [default: the recipe's]")
+]
+MarketOption = Annotated[
+    str | None,
+    typer.Option("--market", metavar="KIND", help="The local spot market: calm, hazard:PER_HOUR or trace:FILE."),
+]
+TimeScaleOption = Annotated[
+    float | None,
+    typer.Option("--time-scale", parser=parse_positive, metavar="X", help="Billed seconds per real second (local)."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
+YesOption = Annotated[
+    bool, typer.Option("--yes", "-y", help="Do not ask; on a paid backend --budget must be given too.")
+]
+DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Supervise in the background and return.")]
