@@ -222,7 +222,8 @@ def _problems(error: ValidationError, known: dict[Key, Any], written: Collection
         elif item["type"] in _UNKNOWN:
             yield key, f" = {_shown(item['input'])}: no such key; {_nearest_key(key, known)}"
         elif item["type"] == "missing":
-            yield key, ": is missing"
+            listed = len(key) < len(item["loc"])
+            yield key, f" = {_shown(item['input'])}: has too few values" if listed else ": is missing"
         else:
             message = str(inner) if inner is not None else _lowered(str(item["msg"]).removeprefix("Input "))
             hint = _nearest_value(item["input"], known.get(key))

@@ -1,0 +1,63 @@
+"""A spec goes to the node and comes back the same, or is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tasks.recipe import load_recipe
+from tasks.spec import RunSpec, SpecError
+
+
+def make_spec(**changes: Any) -> RunSpec:
+    fields: dict[str, Any] = {
+        "run_id": "demo-1",
+        "lease_id": "lease-1",
+        "attempt": 1,
+        "recipe": load_recipe("demo", ["checkpoint.interval_seconds=null"]),
+        "store_uri": "file:///tmp/store",
+        "data_dir": "/tmp/data",
+        "num_nodes": 2,
+        "min_workers": 1,
+        "max_workers": 2,
+        "checkpoint_interval_seconds": 12.5,
+    }
+    return RunSpec(**{**fields, **changes})
+
+
+def test_a_spec_survives_its_file(tmp_path: Path) -> None:
+    spec = make_spec()
+    spec.dump(tmp_path / "spec.json")
+    assert RunSpec.load(tmp_path / "spec.json") == spec
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.json"]
+
+
+def test_the_planned_checkpoint_interval_reaches_the_trainer() -> None:
+    assert make_spec().train_config().checkpoint_interval_seconds == 12.5
+
+
+def test_more_workers_than_places_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"max_workers=5 <= num_nodes=2 x workers_per_node=2"):
+        make_spec(max_workers=5, workers_per_node=2)
+
+
+def test_a_damaged_spec_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    path.write_bytes(make_spec().to_bytes()[:100])
+    with pytest.raises(SpecError, match=r"spec.json is no spec that this version can run \(the whole text: "):
+        RunSpec.load(path)
+
+
+def test_a_spec_of_another_version_is_refused() -> None:
+    content = json.loads(make_spec().to_bytes()) | {"colour": "red"}
+    with pytest.raises(SpecError, match=r"\(colour: Extra inputs are not permitted\); start the run again"):
+        RunSpec.from_bytes(json.dumps(content).encode())
+
+
+def test_a_missing_spec_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"cannot read the spec .*: No such file or directory; is the run store there"):
+        RunSpec.load(tmp_path / "spec.json")
