@@ -1,0 +1,330 @@
+"""The training loop: from tokens to a checkpoint, through any number of interruptions.
+
+Invariants: step, learning rate, global batch and token count are the same at every world size; the weights after n
+steps are bitwise the same however often the run was resumed, at the same world size on the same machine; every rank
+leaves a step with the same decision, since all of them come from one small all-reduce.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from cost.errors import SlmError, UserError
+from trainer.chain import require_newest
+from trainer.checkpoint import Checkpoints, Identity
+from trainer.config import TrainConfig
+from trainer.data import Batch, Loader, TokenShards
+from trainer.metrics import Progress as Progress
+from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
+from trainer.model import IGNORED, build_model, weights_sha256
+from trainer.optim import Updates, scale_and_clip
+from trainer.schedule import learning_rate_factor
+from trainer.store import Store
+
+log = logging.getLogger(__name__)
+
+PHASES = ("data", "model", "load", "first_step")
+"""What `train` calls `phase` with, in this order."""
+RESULT_KEY = "result.json"
+HELDOUT_SEED = 0
+"""The held-out windows are the same in all runs on the same data, so that their losses can be compared."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a worker wants of the loop. One worker is enough: requests are joined over all of them."""
+
+    checkpoint: bool = False
+    stop: bool = False
+    reason: str = ""
+
+
+class Signals(Protocol):
+    def poll(self, step: int) -> Signal:
+        """Called on every rank in every step, with the number of steps already done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    outcome: Literal["finished", "stopped"]
+    step: int
+    heldout_loss: float | None
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """The newest step's numbers; one row of the metrics."""
+
+    loss: float | None = None
+    gradient_norm: float | None = None
+    learning_rate: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+
+
+def fabric_precision(config: TrainConfig) -> Literal["bf16-mixed", "32-true"]:
+    """The precision to build Fabric with: weights and optimizer state are fp32 in both."""
+    return "bf16-mixed" if config.precision == "bf16" else "32-true"
+
+
+def train(
+    config: TrainConfig,
+    *,
+    fabric: Any,
+    data_dir: Path,
+    store: Store,
+    lease_id: str,
+    signals: Signals,
+    phase: Callable[[str], None],
+    stop_after: int | None = None,
+) -> Result:
+    """Train until done or told to stop; goes on from the newest whole checkpoint by itself.
+
+    Call it on every rank of a launched `fabric`. `stop_after` ends at that step as a stop signal would.
+    Raises SlmError when the loss is not finite, StoreError when the store or a disk fails.
+    """
+    return _Run(config, fabric, data_dir, store, lease_id, signals, phase).until(
+        config.num_steps if stop_after is None else min(stop_after, config.num_steps)
+    )
+
+
+class _Run:
+    """One group of workers' share of a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        fabric: Any,
+        data_dir: Path,
+        store: Store,
+        lease_id: str,
+        signals: Signals,
+        phase: Callable[[str], None],
+    ) -> None:
+        self.config, self.fabric, self.store, self.signals, self.phase = config, fabric, store, signals, phase
+        self.rank, self.world_size = fabric.global_rank, fabric.world_size
+        self.started_at = self.saved_at = time.monotonic()
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        torch.manual_seed(config.seed + self.rank)
+
+        shards = TokenShards(data_dir, "train", config.model.sequence_length)
+        heldout = TokenShards(data_dir, "heldout", config.model.sequence_length)
+        self.index = shards.index
+        _check_vocabulary(config.model.vocab_size, self.index.vocab_size)
+        self.loader = Loader(shards, config.global_batch_size, config.seed)
+        self.heldout = Loader(heldout, min(config.eval_sequences, sum(heldout.num_windows)), HELDOUT_SEED)
+        phase("data")
+
+        self.weights = build_model(config.model, config.seed)
+        self.model = fabric.setup_module(torch.compile(self.weights) if config.compile else self.weights)
+        self.updates = Updates(self.weights, config.optimizer)
+        phase("model")
+
+        self.identity = Identity(config, self.index.tokenizer_sha256, self.index.fingerprint)
+        self.checkpoints = Checkpoints(store, rank=self.rank, world_size=self.world_size, keep_last=config.keep_last)
+        self.at = self.checkpoints.begin(self._tensors(), self.identity, lease_id)
+        phase("load")
+
+        self.reporter = Reporter(store, epoch=self.checkpoints.epoch, writes=self.rank == 0)
+        self.rate = Rate()
+        self.newest = StepFacts()
+        self.flops_per_token = flops_per_token(config.model)
+        self.peak_flops = peak_flops(fabric.device, config)
+
+    def until(self, last_step: int) -> Result:
+        """Steps, evaluations and checkpoints, up to `last_step` or a stop."""
+        at, config = self.at, self.config
+        if at.first_heldout_loss is None:
+            at.heldout_loss = at.first_heldout_loss = self._evaluate()
+        self.reporter.progress(self._progress())
+        self.saved_at = time.monotonic()
+        first, stop = True, at.step >= last_step
+        while not stop:
+            signal = self._step()
+            if first:
+                self.phase("first_step")
+                first = False
+            stop = signal.stop or at.step >= last_step
+            evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
+            if evaluated:
+                at.heldout_loss = self._evaluate()
+            self._report(evaluated)
+            if stop or signal.checkpoint or _divides(config.checkpoint_every_steps, at.step):
+                self._save()
+        return self._finish()
+
+    def _step(self) -> Signal:
+        """One optimizer step; returns what the workers together want next."""
+        began_at = time.monotonic()
+        config, step = self.config, self.at.step
+        batch = self.loader.batch(step, self.rank, self.world_size)
+        data_wait_seconds = time.monotonic() - began_at
+
+        loss_sum, num_targets, signal = self._agree(self._backward(batch), _num_targets(batch))
+        loss = loss_sum / num_targets
+        # Gradients are of sums, averaged over ranks: so scaled, they are those of the mean over all targets.
+        norm = scale_and_clip(
+            self.updates.parameters.values(), self.world_size / num_targets, config.optimizer.clip_norm
+        )
+        factor = learning_rate_factor(step, config.num_steps, config.optimizer)
+        if not math.isfinite(loss + norm):
+            raise SlmError(self._diverged(loss, norm, factor))
+        self.updates.step(factor)
+        self.updates.zero_grad()
+
+        self.at.step += 1
+        self.at.tokens += num_targets
+        seconds = time.monotonic() - began_at
+        self.rate.add(num_targets, seconds)
+        rate = factor * config.optimizer.learning_rate
+        self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds)
+        return signal
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of this rank's share, reduced over ranks with the last; returns its summed loss."""
+        loss_sum = torch.zeros((), device=self.fabric.device)
+        pieces = list(self._micro_batches(batch, self.config.global_batch_size))
+        for number, piece in enumerate(pieces, start=1):
+            with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
+                loss = self.model(*piece)
+                self.fabric.backward(loss)
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[Batch]:
+        """As many pieces on every rank, so that all join every collective; masked where a share has run out."""
+        size = self.config.micro_batch_size
+        largest_share = -(-global_batch_size // self.world_size)
+        for begin in range(0, largest_share, size):
+            piece = Batch(*(rows[begin : begin + size] for rows in batch))
+            if len(piece.tokens) == 0:
+                piece = masked_batch(self.config.model.sequence_length)
+            yield Batch(*(rows.to(self.fabric.device, non_blocking=True) for rows in piece))
+
+    def _agree(self, loss_sum: Tensor, num_targets: int) -> tuple[float, int, Signal]:
+        """The one small all-reduce of a step: loss, count, and what any worker wants."""
+        mine = self.signals.poll(self.at.step)
+        due = self.rank == 0 and time.monotonic() - self.saved_at >= self.config.checkpoint_interval_seconds
+        wishes = [num_targets, mine.checkpoint or due, mine.stop]
+        total, count, checkpoint, stop = self._sum(loss_sum, *wishes)
+        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason)
+
+    def _evaluate(self) -> float:
+        """Mean held-out loss in nats per token, over all ranks."""
+        batch = self.heldout.batch(0, self.rank, self.world_size)
+        loss_sum = torch.zeros((), device=self.fabric.device)
+        with torch.no_grad():
+            for piece in self._micro_batches(batch, self.heldout.global_batch_size):
+                loss_sum += self.model(*piece)
+        total, count = self._sum(loss_sum, _num_targets(batch))
+        return total / count
+
+    def _sum(self, tensor: Tensor, *numbers: float) -> list[float]:
+        """The sum over ranks of each."""
+        rest = torch.tensor(numbers, dtype=torch.float64, device=tensor.device)
+        both = torch.cat((tensor.double().view(1), rest))
+        sums: list[float] = self.fabric.all_reduce(both, reduce_op="sum").tolist()
+        return sums
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps but counters and random state: the very tensors that training uses."""
+        tensors = {f"model/{name}": value.detach() for name, value in self.weights.named_parameters()}
+        return tensors | {f"optimizer/{name}": value for name, value in self.updates.state().items()}
+
+    def _save(self) -> None:
+        self.reporter.flush()
+        self.checkpoints.save(self._tensors(), self.identity, self.at)
+        self.saved_at = time.monotonic()
+        self.reporter.progress(self._progress())
+
+    def _finish(self) -> Result:
+        digest = weights_sha256(self.weights)
+        finished = self.at.step == self.config.num_steps
+        result = Result("finished" if finished else "stopped", self.at.step, self.at.heldout_loss, digest)
+        if finished and self.rank == 0:
+            require_newest(self.store, self.checkpoints.epoch)
+            facts = {
+                **dataclasses.asdict(result),
+                "tokens": self.at.tokens,
+                "first_heldout_loss": self.at.first_heldout_loss,
+                "unigram_entropy": self.index.heldout_unigram_entropy,
+            }
+            self.store.write(RESULT_KEY, json.dumps(facts).encode())
+        self.reporter.flush()
+        self.reporter.progress(self._progress())
+        return result
+
+    def _report(self, evaluated: bool) -> None:
+        row = {"step": self.at.step, **dataclasses.asdict(self.newest)}
+        if evaluated:
+            row["heldout_loss"] = self.at.heldout_loss
+        self.reporter.step(row, self._progress())
+
+    def _progress(self) -> Progress:
+        rate = self.rate.tokens_per_second()
+        per_device = None if rate is None else rate / self.world_size
+        peak = self.peak_flops
+        mfu = None if per_device is None or peak is None else per_device * self.flops_per_token / peak
+        return Progress(
+            step=self.at.step,
+            num_steps=self.config.num_steps,
+            tokens=self.at.tokens,
+            loss=self.newest.loss,
+            heldout_loss=self.at.heldout_loss,
+            learning_rate=self.newest.learning_rate,
+            tokens_per_second=rate,
+            tokens_per_second_per_device=per_device,
+            mfu=mfu,
+            world_size=self.world_size,
+            epoch=self.checkpoints.epoch,
+            checkpoint_step=None if self.checkpoints.newest is None else self.checkpoints.newest.step,
+            checkpoint_stall_seconds=self.checkpoints.last_stall_seconds,
+            data_wait_seconds=self.newest.data_wait_seconds,
+            elapsed_seconds=time.monotonic() - self.started_at,
+        )
+
+    def _diverged(self, loss: float, norm: float, factor: float) -> str:
+        newest = self.checkpoints.newest
+        before = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is at {newest}"
+        return (
+            f"the loss is {loss} and the gradient norm {norm} at step {self.at.step + 1}, learning rate "
+            f"{factor * self.config.optimizer.learning_rate:.3g}; {before}. Start a new run with a smaller "
+            "optimizer.learning_rate and optimizer.muon_learning_rate, or with more optimizer.warmup_steps."
+        )
+
+
+def masked_batch(sequence_length: int) -> Batch:
+    """One sequence that counts for nothing: its loss and its gradients are zero."""
+    tokens_BT = torch.zeros((1, sequence_length), dtype=torch.int64)
+    return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED))
+
+
+def _num_targets(batch: Batch) -> int:
+    return int((batch.targets != IGNORED).sum())
+
+
+def _divides(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _check_vocabulary(of_model: int, of_data: int) -> None:
+    if of_model < of_data:
+        raise UserError(
+            f"the data has a vocabulary of {of_data} tokens, the model one of {of_model}; set model.vocab_size "
+            f"to {of_data}, or prepare the data again."
+        )
