@@ -18,7 +18,9 @@ from cost.errors import UserError
 from cost.hardware import accelerators, canonical_name
 from cost.offers import Offer, load_reference_offers
 from cost.planner import Emulation, Estimate, Market, Plan, make_plan
-from cost.preemption import Hazards
+from cost.preemption import SECONDS_PER_HOUR, Hazards
+from orchestrator.figures import plural
+from orchestrator.market import schedule
 from tasks.recipe import Recipe
 
 REFERENCE_TABLE = "reference table"
@@ -73,23 +75,45 @@ def make_plan_for(
     """Rank the offers for a recipe; what is None here is as the recipe says.
 
     Raises:
-        UserError: A cloud or a GPU that no offer has.
+        UserError: A cloud or a GPU that no offer has, or a market that cannot be played.
     """
     emulation = emulation_of(recipe)
     # The local cloud starts with all nodes that the recipe wants; elsewhere fewer may be the better buy.
     fewest = recipe.nodes.max if emulation is not None else recipe.nodes.min
-    return make_plan(
-        recipe.workload(),
-        prices.offers,
-        budget_usd=budget_usd,
-        min_nodes=nodes or fewest,
-        max_nodes=nodes or recipe.nodes.max,
-        clouds=known_clouds(recipe.offers.clouds if clouds is None else clouds, prices.offers),
-        gpus=known_gpus(recipe.offers.gpus if gpus is None else gpus),
-        spot=recipe.offers.spot if spot is None else spot,
-        emulation=emulation,
-        market=Market(hazards=hazards_of(recipe)),
-    )
+
+    def planned(hazards: Hazards) -> Plan:
+        return make_plan(
+            recipe.workload(),
+            prices.offers,
+            budget_usd=budget_usd,
+            min_nodes=nodes or fewest,
+            max_nodes=nodes or recipe.nodes.max,
+            clouds=known_clouds(recipe.offers.clouds if clouds is None else clouds, prices.offers),
+            gpus=known_gpus(recipe.offers.gpus if gpus is None else gpus),
+            spot=recipe.offers.spot if spot is None else spot,
+            emulation=emulation,
+            market=Market(hazards=hazards),
+        )
+
+    if emulation is None:
+        return planned(Hazards())
+    played = schedule.load(recipe.local.market, seed=recipe.local.seed, time_scale=recipe.local.time_scale)
+    if isinstance(played, schedule.Hazard):
+        return planned(Hazards(fixed_per_node_hour=played.per_hour))
+    if isinstance(played, schedule.Script):
+        undisturbed = planned(Hazards(fixed_per_node_hour=0.0))
+        return planned(Hazards(fixed_per_node_hour=scripted_rate(played, undisturbed, recipe.local.time_scale)))
+    return planned(Hazards())
+
+
+def scripted_rate(script: schedule.Script, undisturbed: Plan, time_scale: float) -> float:
+    """Losses per node and billed hour that a written trace brings while the best plan would run."""
+    best = undisturbed.best
+    if best is None:
+        return 0.0
+    real_seconds = best.hours * SECONDS_PER_HOUR / time_scale
+    losses = [one for one in script.events if one.action != "capacity" and one.at_seconds < real_seconds]
+    return len(losses) / (best.num_nodes * best.hours)
 
 
 def emulation_of(recipe: Recipe) -> Emulation | None:
@@ -111,14 +135,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def hazards_of(recipe: Recipe) -> Hazards:
-    """The rate of a played market where it has one, else what is known of the real ones."""
-    kind, _, rate = recipe.local.market.partition(":")
-    if recipe.backend != "local" or kind == "trace":
-        return Hazards()
-    return Hazards(fixed_per_node_hour=float(rate) if kind == "hazard" else 0.0)
 
 
 def known_clouds(names: Collection[str] | None, offers: Sequence[Offer]) -> tuple[str, ...] | None:
@@ -173,10 +189,11 @@ def winner(plan: Plan) -> Estimate:
     """
     if plan.best is not None:
         return plan.best
-    reasons = "; ".join(f"{reason} ({number} offers)" for reason, number in rejections(plan)[:SHOWN_REASONS])
+    reasons = "; ".join(f"{reason} ({plural(number, 'offer')})" for reason, number in rejections(plan)[:SHOWN_REASONS])
+    offers = plural(len(plan.rejected), "offer")
     raise UserError(
-        f"none of {len(plan.rejected)} offers can run this recipe: {reasons}. Make the model or the micro-batch "
-        "smaller, or allow more clouds, GPUs or nodes."
+        f"none of {offers} can run this recipe: {reasons}. Make the model or the micro-batch smaller, or allow more "
+        "clouds, GPUs or nodes."
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,20 +59,18 @@ def overrides(
     market: str | None = None,
     time_scale: float | None = None,
 ) -> list[str]:
-    """Options that stand for a recipe's field, as `--set` would say them; `--set` itself has the last word."""
+    """Options that stand for a recipe's field, as `--set` would say them; `--set` itself has the last word.
+
+    A market's trace file gets its whole path, so that a resume from another folder finds it too.
+    """
+    from orchestrator.market import schedule
+
     named: dict[str, object] = {
         "backend": backend and backend.value,
-        "local.market": market and json.dumps(absolute_trace(market)),
+        "local.market": market and json.dumps(schedule.resolve(market)),
         "local.time_scale": time_scale,
     }
     return [f"{key}={value}" for key, value in named.items() if value is not None] + list(sets or ())
-
-
-def absolute_trace(market: str) -> str:
-    """`trace:FILE` with its whole path where there is such a file, so that a resume elsewhere finds it too."""
-    kind, _, name = market.partition(":")
-    path = Path(name).expanduser()
-    return f"trace:{path.absolute()}" if kind == "trace" and path.is_file() else market
 
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of its YAML file.")]
