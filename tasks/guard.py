@@ -279,7 +279,7 @@ class DirectoryStore:
     """The run store as a folder. A root that vanished is an error and is never made anew."""
 
     def __init__(self, root: str) -> None:
-        self.root = root[len("file://") :] if root.startswith("file://") else root
+        self.root = root
 
     def read(self, key: str) -> Optional[bytes]:
         try:
@@ -473,16 +473,19 @@ class Guard:
             self.contact_now.clear()
 
     def _exchange(self) -> None:
-        exit_code = self.exit_code
+        """Send a numbered request and read the newest answer."""
+        key, exit_code, at_least = f"guard/{self.place}/request.json", self.exit_code, 1
+        if not self.state.issued:
+            # A node that had this rank before may have left answers: begin above the numbers that it used.
+            last = read_json(os.path.join(self.store.root, key)).get("number", 0)
+            at_least = max(int(time.time() * 1000), last + 1)
         with self.lock:
             now = boottime()
-            # Milliseconds since 1970 as first number: above those of a node that had this rank before.
-            at_least = 1 if self.state.issued else int(time.time() * 1000)
             self.state, number = issue(self.state, now, at_least)
             deadline = self.state.deadline
         condition = "running" if exit_code is None else "exited"
         request = {"number": number, "boottime": now, "state": condition, "exit_code": exit_code}
-        self.store.write(f"guard/{self.place}/request.json", {**request, "grant_deadline": deadline})
+        self.store.write(key, {**request, "grant_deadline": deadline})
         data = self.store.read(f"grants/{self.place}.json")
         answer = parse_answer(data) if data is not None else None
         with self.lock:
