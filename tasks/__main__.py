@@ -1,0 +1,37 @@
+"""`python -m tasks NAME ...`: everything that runs on a node, and the data preparation on the laptop.
+
+Each task is a module with `main(argv) -> exit code`, imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cost.errors import SlmError
+
+TASKS = {
+    "prepare": ("tasks.prepare", "main"),
+    "node": ("tasks.cluster", "main"),
+    "drain": ("tasks.cluster", "drain_main"),
+    "pretrain": ("tasks.pretrain", "main"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one task; a fact that a person can act on is one line on standard error, not a traceback."""
+    if not argv or argv[0] not in TASKS:
+        asked = f"no task is called {argv[0]!r}" if argv else "which task?"
+        sys.stderr.write(f"{asked}; one of: {', '.join(TASKS)}.\n")
+        return 2
+    module, function = TASKS[argv[0]]
+    try:
+        return int(getattr(importlib.import_module(module), function)(argv[1:]))
+    except SlmError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
