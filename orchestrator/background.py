@@ -37,7 +37,11 @@ def is_child() -> bool:
 
 
 def start(
-    arguments: Sequence[str], home: Home, *, program: Sequence[str] = (sys.executable, "-m", "orchestrator.cli")
+    arguments: Sequence[str],
+    home: Home,
+    *,
+    program: Sequence[str] = PROGRAM,
+    start_seconds: float = START_SECONDS,
 ) -> Started:
     """Run `slm` with these arguments in the background, and return when it holds its run's lock.
 
@@ -56,7 +60,7 @@ def start(
             env={**os.environ, CHILD_VARIABLE: "1"},
             start_new_session=True,
         )
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + start_seconds
     while True:
         run_id = supervised_by(child.pid, home)
         code = child.poll()
@@ -72,7 +76,7 @@ def start(
         if time.monotonic() > deadline:
             child.kill()
             child.wait()
-            raise SlmError(f"the supervisor in the background did not start within {START_SECONDS:.0f} s; see {log}")
+            raise SlmError(f"the supervisor in the background did not start within {start_seconds:.0f} s; see {log}")
         time.sleep(POLL_SECONDS)
 
 

@@ -39,10 +39,10 @@ def console_on(stream: TextIO) -> Console:
     return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=False)
 
 
-def as_json(facts: Any, stream: TextIO = sys.stdout) -> None:
-    """One JSON document; dataclasses become objects, money a number of dollars, times ISO 8601."""
+def as_json(facts: Any, stream: TextIO | None = None) -> None:
+    """One JSON document on the output; dataclasses become objects, money a number of dollars, times ISO 8601."""
     document = {"version": SCHEMA_VERSION, **plain(facts)} if _is_object(facts) else plain(facts)
-    stream.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    (stream or sys.stdout).write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(facts: Any) -> Any:

@@ -108,8 +108,9 @@ def prepare(
     folder = actions_of(context).prepare(chosen, home=home_from(os.environ).create(), on_event=lines)
     if as_json:
         render.as_json({"recipe": chosen.name, "data_dir": folder})
-    else:
-        render.say(render.console_on(sys.stdout), f"Data of {chosen.name}: {folder}", "", f"Next: slm launch {recipe}")
+        return
+    following = launch_like(invocation_of(context).arguments)
+    render.say(render.console_on(sys.stdout), f"Data of {chosen.name}: {folder}", "", f"Next: {following}")
 
 
 def recipe_with(recipe: str, overrides: Sequence[str], nodes: int | None) -> Recipe:
@@ -124,7 +125,7 @@ def recipe_with(recipe: str, overrides: Sequence[str], nodes: int | None) -> Rec
 
 
 def launch_like(arguments: Sequence[str]) -> str:
-    """The `slm launch` that rents what this `slm plan` was asked about."""
+    """The `slm launch` that rents what this `slm plan` or `slm prepare` was asked about."""
     kept: list[str] = []
     left = iter(arguments[1:])
     for argument in left:

@@ -1,0 +1,289 @@
+"""launch, resume, stop, prepare: what is shown and asked before anything acts, and what is told after."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cost.offers import Offer
+from orchestrator import cli
+from orchestrator.commands.launching import finite
+from orchestrator.events import Emit, Event
+from orchestrator.report import RunStatus, RunSummary
+from orchestrator.runs import RunState
+from orchestrator.settings import Home
+from orchestrator.watch import StopSwitch
+from tasks.recipe import Recipe
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+FINISHED = RunStatus(
+    run_id="demo-1",
+    recipe_name="demo",
+    state=RunState.SUCCEEDED,
+    reason="",
+    step=400,
+    num_steps=400,
+    tokens=1_638_400,
+    loss=4.2,
+    heldout_loss=4.21,
+    tokens_per_second=20_000.0,
+    spent_usd=Decimal(3),
+    held_usd=Decimal(0),
+    cap_usd=Decimal(100),
+    preemptions=2,
+    failures=0,
+    num_nodes=0,
+    eta_seconds=None,
+    offer=None,
+    checkpoint_step=400,
+    updated_at=NOW,
+    supervisor_alive=False,
+)
+
+
+@dataclass
+class FakeActions:
+    """Acts at once: tells one loss of a node, and ends with `status`."""
+
+    status: RunStatus = FINISHED
+    called: dict[str, Any] = field(default_factory=dict)
+
+    def launch(
+        self,
+        recipe: Recipe,
+        offers: Sequence[Offer],
+        *,
+        home: Home,
+        budget_usd: Decimal | None,
+        on_event: Emit,
+        switch: StopSwitch | None = None,
+        checkpoint_interval_seconds: float | None = None,
+    ) -> RunSummary:
+        self.called = {
+            "action": "launch",
+            "recipe": recipe,
+            "offers": offers,
+            "budget_usd": budget_usd,
+            "switch": switch,
+            "interval": checkpoint_interval_seconds,
+        }
+        return self._supervised(home, on_event)
+
+    def resume(
+        self,
+        run_id: str | None,
+        *,
+        home: Home,
+        budget_usd: Decimal | None,
+        on_event: Emit,
+        switch: StopSwitch | None = None,
+    ) -> RunSummary:
+        self.called = {"action": "resume", "run_id": run_id, "budget_usd": budget_usd, "switch": switch}
+        return self._supervised(home, on_event)
+
+    def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:
+        self.called = {"action": "stop", "run_id": run_id}
+        return self._supervised(home, on_event).status
+
+    def prepare(self, recipe: Recipe, *, home: Home, on_event: Emit) -> Path:
+        on_event(Event("prepare", "preparing data", NOW))
+        self.called = {"action": "prepare", "recipe": recipe}
+        return home.data_root / "abc"
+
+    def _supervised(self, home: Home, on_event: Emit) -> RunSummary:
+        assert home.root.is_dir()
+        on_event(Event("lost", "node 1 is gone", NOW, {"ranks": [1]}))
+        result = {"first_heldout_loss": 6.95, "heldout_loss": 4.21, "unigram_entropy": 5.15}
+        return RunSummary(self.status, result, wall_seconds=200.0, billed_seconds=48_000.0, events=())
+
+
+class Terminal(io.StringIO):
+    """An input at which a person sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("SLM_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    return Home(tmp_path / "home")
+
+
+def slm(*arguments: str, actions: FakeActions | None = None) -> int:
+    """The exit code of one command."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments, actions=actions or FakeActions())
+    return end.value.code if isinstance(end.value.code, int) else 0
+
+
+# ---------------------------------------------------------------- launch
+
+
+def test_launch_shows_the_plan_and_the_worst_case_then_runs_and_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    assert slm("launch", "demo", "--market", "calm", "--yes", actions=actions) == 0
+    out = capsys.readouterr().out
+    parts = ["Cheapest: 2 x ", "expected bill $", "Worst case: $", "node 1 is gone", "finished in 3 min 20 s", "Next: "]
+    assert sorted(parts, key=out.index) == parts
+    assert actions.called["recipe"].name == "demo"
+    assert actions.called["budget_usd"] is None
+    assert isinstance(actions.called["switch"], StopSwitch)
+
+
+def test_launch_rents_in_the_order_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    slm("launch", "demo", "--market", "calm", "--yes", "--spot", "--clouds", "gcp,aws", actions=actions)
+    assert {offer.cloud for offer in actions.called["offers"]} == {"gcp", "aws"}
+    assert all(offer.spot for offer in actions.called["offers"])
+    capsys.readouterr()
+    slm("plan", "demo", "--market", "calm", "--spot", "--clouds", "gcp,aws", "--json")
+    planned = json.loads(capsys.readouterr().out)["best"]["offer_id"]
+    assert actions.called["offers"][0].offer_id == planned
+
+
+def test_options_of_launch_are_fields_of_the_recipe() -> None:
+    actions = FakeActions()
+    options = ["--market", "hazard:0.5", "--time-scale", "30", "--nodes", "3", "--set", "seed=7", "--budget", "12.5"]
+    slm("launch", "demo", "--yes", *options, actions=actions)
+    recipe = actions.called["recipe"]
+    assert (recipe.local.market, recipe.local.time_scale, recipe.seed) == ("hazard:0.5", 30.0, 7)
+    assert (recipe.nodes.min, recipe.nodes.max) == (1, 3)
+    assert actions.called["budget_usd"] == Decimal("12.5")
+
+
+def test_fewer_nodes_than_the_recipes_fewest_are_possible() -> None:
+    actions = FakeActions()
+    arguments = ["--market", "calm", "--set", "nodes.min=2", "--nodes", "1", "--yes"]
+    slm("launch", "demo", *arguments, actions=actions)
+    assert (actions.called["recipe"].nodes.min, actions.called["recipe"].nodes.max) == (1, 1)
+
+
+def test_a_trace_file_is_passed_on_with_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("- {at_seconds: 10, action: kill, rank: 1}\n")
+    monkeypatch.chdir(tmp_path)
+    actions = FakeActions()
+    slm("launch", "demo", "--market", "trace:mine.yaml", "--yes", actions=actions)
+    assert actions.called["recipe"].local.market == f"trace:{tmp_path / 'mine.yaml'}"
+
+
+def test_launch_asks_and_a_no_rents_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Home
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
+    actions = FakeActions()
+    assert slm("launch", "demo", "--market", "calm", actions=actions) == 1
+    shown = capsys.readouterr()
+    assert "Launch demo with a cap of 100 dollars? [y/N]" in shown.err
+    assert "Nothing was rented." in shown.err
+    assert actions.called == {}
+    assert not home.root.exists()
+
+
+def test_a_yes_at_the_terminal_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    actions = FakeActions()
+    assert slm("launch", "demo", "--market", "calm", actions=actions) == 0
+    assert actions.called["action"] == "launch"
+
+
+def test_without_a_terminal_a_question_is_a_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    actions = FakeActions()
+    assert slm("launch", "demo", "--market", "calm", actions=actions) == 2
+    assert "nobody can answer here, since the input is no terminal; add --yes" in capsys.readouterr().err
+    assert actions.called == {}
+
+
+def test_yes_accepts_a_budget_that_pays_for_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    assert slm("launch", "demo", "--market", "calm", "--budget", "0.10", "--yes", actions=actions) == 0
+    assert "Warning: $0.100 pays for about " in capsys.readouterr().out
+    assert actions.called["budget_usd"] == Decimal("0.10")
+
+
+def test_yes_on_a_paid_backend_needs_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    assert slm("launch", "demo", "--backend", "sky", "--yes", actions=actions) == 2
+    assert "--yes on the paid backend sky needs an explicit --budget; for example: --budget" in capsys.readouterr().err
+    assert actions.called == {}
+    assert slm("launch", "demo", "--backend", "sky", "--yes", "--budget", "5", actions=actions) == 0
+
+
+def test_a_recipe_without_a_backend_rents_nothing_by_accident(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    assert slm("launch", "gpt2-124m", "--yes", "--budget", "5", actions=actions) == 2
+    assert "recipe gpt2-124m says no backend, so nothing is rented; --backend local" in capsys.readouterr().err
+    assert actions.called == {}
+
+
+def test_a_failed_run_ends_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = FakeActions(replace(FINISHED, state=RunState.FAILED, reason="training failed twice at step 3: boom"))
+    assert slm("launch", "demo", "--market", "calm", "--yes", actions=failed) == 1
+    assert "demo-1 failed: training failed twice at step 3: boom" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", [RunState.STOPPED, RunState.OUT_OF_BUDGET])
+def test_a_run_that_stopped_as_it_was_told_is_no_failure(state: RunState) -> None:
+    assert slm("resume", actions=FakeActions(replace(FINISHED, state=state))) == 0
+
+
+def test_with_json_the_output_is_the_summary_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    slm("launch", "demo", "--market", "calm", "--yes", "--json")
+    shown = capsys.readouterr()
+    facts = json.loads(shown.out)
+    assert facts["run"]["run_id"] == "demo-1"
+    assert facts["result"]["heldout_loss"] == 4.21
+    assert "node 1 is gone" in shown.err
+
+
+def test_a_market_without_losses_needs_no_checkpoint_interval() -> None:
+    actions = FakeActions()
+    slm("launch", "demo", "--market", "calm", "--spot", "--yes", actions=actions)
+    assert finite(float("inf")) is None
+    assert finite(15.0) == 15.0
+    assert actions.called["interval"] is None or actions.called["interval"] > 0
+
+
+# ---------------------------------------------------------------- resume, stop, prepare
+
+
+def test_resume_goes_on_with_a_new_cap(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    assert slm("resume", "demo-1", "--budget", "150", actions=actions) == 0
+    assert (actions.called["run_id"], actions.called["budget_usd"]) == ("demo-1", Decimal(150))
+    assert "6.950 -> 4.210" in capsys.readouterr().out
+
+
+def test_stop_tells_what_happens_and_ends_with_the_state(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions(replace(FINISHED, state=RunState.STOPPED))
+    assert slm("stop", actions=actions) == 0
+    shown = capsys.readouterr()
+    assert "node 1 is gone" in shown.err
+    assert shown.out.startswith("demo-1 is stopped: ")
+    assert shown.out.splitlines()[-1] == "Next: slm resume demo-1"
+    slm("stop", "demo-1", "--json", actions=actions)
+    assert json.loads(capsys.readouterr().out)["runs"][0]["state"] == "STOPPED"
+
+
+def test_prepare_says_where_the_data_lies(capsys: pytest.CaptureFixture[str], home: Home) -> None:
+    actions = FakeActions()
+    assert slm("prepare", "demo", "--set", "data.max_bytes=1000000", actions=actions) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0].startswith("Data of demo: ")
+    assert shown.out.splitlines()[-1] == "Next: slm launch demo --set data.max_bytes=1000000"
+    assert actions.called["recipe"].data.max_bytes == 1_000_000
+    slm("prepare", "demo", "--json")
+    assert json.loads(capsys.readouterr().out)["data_dir"] == str(home.data_root / "abc")

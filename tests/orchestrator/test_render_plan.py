@@ -1,0 +1,180 @@
+"""What `slm plan` and `slm launch` say about a plan."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cost.offers import Offer
+from cost.planner import Plan
+from orchestrator import planning, render, render_plan
+from orchestrator.planning import Prices
+from tasks.recipe import load_recipe
+
+TODAY = date(2026, 11, 23)
+SPOT = Offer(
+    cloud="aws",
+    region="us-east-2",
+    zone="us-east-2b",
+    instance_type="p5.48xlarge",
+    accelerator="H100-SXM",
+    gpus_per_node=8,
+    gpu_memory_gib=80.0,
+    spot=True,
+    usd_per_hour=Decimal(8),
+    on_demand_usd_per_hour=Decimal(32),
+    as_of="2026-11-13",
+    source="test",
+)
+ON_DEMAND = replace(SPOT, spot=False, usd_per_hour=Decimal(32))
+UNDATED = replace(SPOT, cloud="vast", region="any", zone=None, as_of="undated", usd_per_hour=Decimal(4))
+PRICES = Prices((SPOT, ON_DEMAND), "test table", num_skipped=3)
+
+
+def plan_of(*overrides: str, prices: Prices = PRICES, budget: int = 100, **asked: Any) -> Plan:
+    recipe = load_recipe("gpt2-124m", overrides)
+    return planning.make_plan_for(recipe, prices, budget_usd=Decimal(budget), **asked)
+
+
+def full(plan: Plan, prices: Prices = PRICES, *, width: int = 100, top: int = 10) -> list[str]:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, highlight=False)
+    render_plan.full(plan, prices, console, top=top, today=TODAY, next_command="slm launch x")
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+def short(plan: Plan, prices: Prices = PRICES) -> str:
+    stream = io.StringIO()
+    render_plan.short(plan, prices, Console(file=stream, width=1000, highlight=False), today=TODAY)
+    return stream.getvalue()
+
+
+def test_the_first_line_answers_and_names_the_age_of_the_price() -> None:
+    plan = plan_of()
+    best = planning.winner(plan)
+    first = full(plan, width=200)[0]
+    cost = f"${best.total_usd:.2f}, {float(best.usd_per_param):.2e} $/param"
+    assert first == f"Cheapest: 1 x 8xH100-SXM spot at aws us-east-2b: {cost} (prices: test table, 10 days old)"
+
+
+def test_an_undated_price_is_said_to_be_undated_and_no_region_is_named_any() -> None:
+    prices = Prices((UNDATED,), "test table")
+    first = full(plan_of(prices=prices), prices, width=200)[0]
+    assert "spot at vast: $" in first
+    assert first.endswith("(prices: test table, undated)")
+
+
+def test_the_table_shows_what_was_promised_in_aligned_columns() -> None:
+    plan = plan_of()
+    lines = full(plan)
+    head = lines[2 if lines[1] == "" else 3]
+    assert " ".join(head.split()) == (
+        "cloud region nodes x GPUs kind $/h tokens/s hours total $ $/param loss (nats) preempt."
+    )
+    rows = lines[lines.index(head) + 1 :][:2]
+    assert [row.split()[5] for row in rows] == ["spot", "on-demand"]
+    for column in ("total $", "$/param"):
+        ends = head.index(column) + len(column)
+        assert all(row[ends - 1].isdigit() and row[ends : ends + 1] in ("", " ") for row in rows)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_nothing_is_wider_than_the_console(width: int) -> None:
+    assert max(len(line) for line in full(plan_of(), width=width)) <= width
+
+
+def test_a_narrow_console_keeps_the_columns_that_decide() -> None:
+    text = "\n".join(full(plan_of(), width=80))
+    assert "preempt." not in text
+    assert "$/param" in text
+    assert "total $" in text
+
+
+def test_top_limits_the_rows() -> None:
+    assert sum(line.startswith("aws ") for line in full(plan_of(), top=1)) == 1
+    assert sum(line.startswith("aws ") for line in full(plan_of(), top=9)) == 2
+
+
+def test_the_bill_is_the_sum_of_its_lines() -> None:
+    best = planning.winner(plan_of())
+    text = render_plan.bill(best)
+    parts = [Decimal(word.strip("$,")) for word in text.partition(": ")[2].split() if word.startswith("$")]
+    assert text.startswith(f"expected bill ${best.total_usd:.2f}: compute $")
+    assert float(sum(parts)) == pytest.approx(float(best.total_usd), rel=0.01)
+
+
+def test_the_winner_is_set_beside_the_others() -> None:
+    found = render_plan.reasons(plan_of())
+    assert any(line.startswith("spot costs 25 % of the same node on demand; ") for line in found)
+    assert any(line.startswith("next offer: 1 x 8xH100-SXM on-demand at aws us-east-2b, $") for line in found)
+
+
+def test_the_worst_case_is_told_with_what_stops_it() -> None:
+    enough = plan_of(budget=1000)
+    assert render_plan.worst_case(enough, planning.winner(enough)).endswith("under the cap of $1,000.00.")
+    small = plan_of(budget=2)
+    assert "but the cap of $2.00 stops the run before" in render_plan.worst_case(small, planning.winner(small))
+
+
+def test_a_budget_that_is_too_small_for_the_run_is_warned_of_before_the_question() -> None:
+    assert "Warning" not in short(plan_of())
+    small = plan_of(budget=2)
+    best = planning.winner(small)
+    share = 100 * best.num_tokens / small.workload.num_tokens
+    assert f"Warning: $2.00 pays for about {share:.0f} % of the run, which is expected to cost" in short(small)
+    assert any("!" in line for line in full(small))
+    assert any("! costs more than the budget of $2.00" in line for line in full(small))
+
+
+def test_what_this_machine_plays_is_said() -> None:
+    real = plan_of()
+    assert render_plan.as_played(real, planning.winner(real)) is None
+    played = plan_of("backend=local", "local.time_scale=60")
+    best = planning.winner(played)
+    assert "60 billed seconds in each real one" in (render_plan.as_played(played, best) or "")
+    assert "this machine plays the cloud" in short(played)
+
+
+def test_rejected_offers_are_counted_with_their_reasons() -> None:
+    notes = render_plan.footnotes(plan_of(spot=True), PRICES, 10)
+    assert "rejected 1 of 2 offers: not asked for (1)" in notes
+    assert "test table: 2 offers with prices from 2026-11-13 to 2026-11-13; 3 rows were no offers" in notes
+
+
+def test_many_reasons_are_cut_short() -> None:
+    cards = ("V100", "T4", "P100", "M60", "K80")
+    many = Prices(tuple(replace(SPOT, zone=str(n), accelerator="V100") for n, _ in enumerate(cards)), "test table")
+    plan = plan_of(prices=Prices((SPOT, *many.offers), "test table"))
+    reasons = tuple(replace(one, reason=f"reason {n}") for n, one in enumerate(plan.rejected))
+    note = render_plan.footnotes(replace(plan, rejected=reasons), PRICES, 10)
+    assert any(line.endswith("reason 3 (1); 1 other reasons") for line in note)
+
+
+def test_a_loss_out_of_the_laws_reach_is_not_shown() -> None:
+    tiny = plan_of("training.tokens_per_param=0.01")
+    assert not render_plan.is_law_in_range(tiny, planning.winner(tiny))
+    assert any("no loss is predicted" in line for line in full(tiny))
+    facts = render.plain(render_plan.estimate_facts(tiny, planning.winner(tiny)))
+    assert facts["predicted_loss_nats"] is None
+    usual = plan_of()
+    assert render_plan.estimate_facts(usual, planning.winner(usual))["predicted_loss_nats"] > 2
+
+
+def test_facts_are_the_numbers_of_the_table() -> None:
+    plan = plan_of(budget=50)
+    recipe = load_recipe("gpt2-124m")
+    facts = render.plain(render_plan.facts(plan, PRICES, recipe, top=1, next_command="slm launch x"))
+    assert facts["recipe"] == "gpt2-124m"
+    assert facts["budget_usd"] == 50
+    assert len(facts["ranked"]) == 1
+    assert facts["num_ranked"] == 2
+    assert facts["ranked"][0] == facts["best"]
+    assert facts["best"]["total_usd"] == pytest.approx(sum(line["usd"] for line in facts["best"]["lines"]))
+    assert facts["prices"]["newest"] == "2026-11-13"
+    assert facts["next"] == "slm launch x"
