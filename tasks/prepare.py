@@ -112,7 +112,7 @@ def _make(recipe: Recipe, folder: Path, progress: Report, num_workers: int | Non
     building = folder.with_name(f".{folder.name}-{mark}")
     building.mkdir()
     try:
-        _build(recipe, building, folder.name, progress, num_workers)
+        _build(recipe, building, progress, num_workers)
         if folder.exists():
             folder.replace(folder.with_name(f".{folder.name}-{mark}-damaged"))
         building.replace(folder)
@@ -126,7 +126,7 @@ def _remove_hidden(folder: Path, pattern: str) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _build(recipe: Recipe, folder: Path, name: str, progress: Report, num_workers: int | None) -> None:
+def _build(recipe: Recipe, folder: Path, progress: Report, num_workers: int | None) -> None:
     data = recipe.data
     corpus = open_corpus(data)
     limits = byte_limits(data, corpus)
@@ -153,12 +153,13 @@ def _build(recipe: Recipe, folder: Path, name: str, progress: Report, num_worker
                     next_report = read_bytes + REPORT_BYTES
                     progress(Progress("encode", f"encoding {source}", read_bytes, total_bytes, num_tokens))
     _check_splits(data, writers)
-    write_index(folder, _index(data, name, tokenizer.end_of_text, content, writers))
+    write_index(folder, _index(data, tokenizer.end_of_text, content, writers))
 
 
 def _index(
-    data: Data, name: str, end_of_text: int, tokenizer: bytes, writers: dict[tuple[str, str], SplitWriter]
+    data: Data, end_of_text: int, tokenizer: bytes, writers: dict[tuple[str, str], SplitWriter]
 ) -> dict[str, Any]:
+    """Its `fingerprint` is of the content, which a resumed run compares; the folder's name is of the request."""
     sources = list(dict.fromkeys(source for _, source in writers))
     raw = data.weights or {source: writers["train", source].num_tokens for source in sources}
     weights = {source: raw[source] / sum(raw[one] for one in sources) for source in sources}
@@ -167,12 +168,11 @@ def _index(
     }
     heldout = [writers["heldout", source] for source in sources]
     mix = [weights[source] for source in sources]
-    digests = [shard["sha256"] for split in SPLITS for one in splits[split]["sources"] for shard in one["shards"]]
     tokenizer_sha256 = hashlib.sha256(tokenizer).hexdigest()
+    whole = json.dumps([tokenizer_sha256, splits], sort_keys=True)
     return {
         "version": INDEX_VERSION,
-        "fingerprint": name,
-        "content_sha256": hashlib.sha256("".join([tokenizer_sha256, *digests]).encode()).hexdigest(),
+        "fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:32],
         "vocab_size": len(heldout[0].counts),
         "end_of_text": end_of_text,
         "tokenizer": TOKENIZER_NAME,
