@@ -82,7 +82,9 @@ class Bill:
     billed_hours: float
     """All billed hours of the cluster, from the first start-up on."""
     waste: Waste
+    pace: Rhythm
     losses_per_hour: float
+    """Of the whole cluster, while it is up."""
     expected_preemptions: float
     usd_per_hour: Decimal
     worst_usd_per_hour: Decimal
@@ -168,6 +170,7 @@ def make_bill(
         train_hours=train_hours,
         billed_hours=billed_hours,
         waste=waste,
+        pace=pace,
         losses_per_hour=losses_per_hour,
         expected_preemptions=expected_preemptions,
         usd_per_hour=usd_per_hour,

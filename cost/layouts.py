@@ -12,12 +12,15 @@ from cost import memory, throughput
 from cost.hardware import Accelerator
 from cost.layout import Layout, Sharding
 from cost.memory import MemoryEstimate
+from cost.software import our_trainer
 from cost.throughput import Calibration, ThroughputEstimate
 from cost.workload import Workload
 
 SHARDINGS: tuple[Sharding, ...] = ("replicated", "zero2", "zero3")
 """What the trainer runs on more than one device: DDP, and FSDP with and without sharded weights."""
 
+ENOUGH_TOKENS_PER_PASS = 16_384
+"""With so many tokens per pass, a wider pass gains less than recomputing the forward pass costs (a third)."""
 WITHOUT_CUDA = frozenset({"MI300X"})
 
 
@@ -67,22 +70,24 @@ def fastest_layout(work: Workload, cluster: Cluster, calibration: Calibration) -
         return NoLayout(f"{device.name} has no {work.precision} units")
     if cluster.world_size > work.global_batch_size:
         return NoLayout(f"{cluster.world_size} devices, but only {work.global_batch_size} sequences per step")
+    program = our_trainer()
+    most = max(1, work.global_batch_size // cluster.world_size)
     best: Placement | None = None
     smallest: float | None = None
     for sharding in SHARDINGS if cluster.world_size > 1 else SHARDINGS[:1]:
         for recompute in (False, True):
             one = _layout(work, cluster, sharding, recompute, 1)
-            widest = memory.largest_micro_batch(
-                work, device, one, at_most=max(1, work.global_batch_size // cluster.world_size)
-            )
+            widest = memory.largest_micro_batch(work, device, one, software=program, at_most=most)
             if widest == 0:
-                needed = memory.peak(work, device, one).total_gib
+                needed = memory.peak(work, device, one, software=program).total_gib
                 smallest = needed if smallest is None else min(smallest, needed)
                 continue
             micro = 1 << (widest.bit_length() - 1)
             found = _place(work, cluster, _layout(work, cluster, sharding, recompute, micro), calibration)
             if best is None or found.tokens_per_second > best.tokens_per_second:
                 best = found
+            if widest == most or micro * work.sequence_length >= ENOUGH_TOKENS_PER_PASS:
+                break
     if best is None:
         return NoLayout(
             f"needs {smallest:.1f} GiB per device at least; of {device.memory_gib:.0f} on {device.name}, "

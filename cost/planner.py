@@ -21,7 +21,7 @@ from cost.layouts import Cluster, NoLayout, Placement, emulated_layout, fastest_
 from cost.memory import MemoryEstimate
 from cost.offers import Offer
 from cost.preemption import SECONDS_PER_HOUR, Hazards
-from cost.quality import CHINCHILLA, LossLaw, Prediction
+from cost.quality import CHINCHILLA, LossLaw, Prediction, predict
 from cost.throughput import Calibration, ThroughputEstimate, default_calibration
 from cost.workload import Workload
 
@@ -173,10 +173,12 @@ def make_plan(
     deadline_hours: float | None = None,
     emulation: Emulation | None = None,
     market: Market | None = None,
+    speed: float = 1.0,
 ) -> Plan:
     """Price every offer with its best number of nodes and layout, and rank them.
 
     Estimates within budget and deadline come first; among the others those that buy most. `spot` None means both.
+    `speed` multiplies every predicted tokens per second, for what the throughput model does not know.
     """
     if objective not in OBJECTIVES:
         raise UserError(f"no objective '{objective}'; choose one of {', '.join(OBJECTIVES)}.")
@@ -192,6 +194,7 @@ def make_plan(
         deadline_hours,
         emulation,
         market or Market(),
+        speed,
     )
     ranked: list[Estimate] = []
     rejected: list[Rejected] = []
@@ -228,6 +231,11 @@ def _node_counts(min_nodes: int, max_nodes: int) -> tuple[int, ...]:
     return tuple(sorted({min_nodes, max_nodes, *powers}))
 
 
+def _whole_gib(memory_gib: float) -> float:
+    """Rounded down, so that cards which differ by what their driver keeps share one search; a small one stays exact."""
+    return float(math.floor(memory_gib)) if memory_gib >= 1 else memory_gib
+
+
 def _filtered(
     offer: Offer, clouds: Collection[str] | None, gpus: Collection[str] | None, spot: bool | None
 ) -> str | None:
@@ -252,6 +260,7 @@ class _Task:
         deadline_hours: float | None,
         emulation: Emulation | None,
         market: Market,
+        speed: float,
     ) -> None:
         self.workload = workload
         self.budget_usd = budget_usd
@@ -259,6 +268,7 @@ class _Task:
         self.deadline_hours = deadline_hours
         self.emulation = emulation
         self.market = market
+        self.speed = speed
         self.rank = _ranking(objective)
         self._placements: dict[tuple[object, ...], Placement | NoLayout] = {}
         self._predictions: dict[int, Prediction] = {}
@@ -279,19 +289,20 @@ class _Task:
     def _placed(self, offer: Offer, num_nodes: int) -> Placement | NoLayout:
         network = cloud_terms(offer.cloud).network_bytes_per_second if num_nodes > 1 else 0.0
         key: tuple[object, ...] = (num_nodes,)
+        memory_gib = _whole_gib(offer.gpu_memory_gib)
         if self.emulation is None:
-            key = (offer.accelerator, offer.gpus_per_node, offer.gpu_memory_gib, num_nodes, network)
+            key = (offer.accelerator, offer.gpus_per_node, memory_gib, num_nodes, network)
         if key not in self._placements:
-            self._placements[key] = self._place(offer, num_nodes, network)
+            self._placements[key] = self._place(offer, memory_gib, num_nodes, network)
         return self._placements[key]
 
-    def _place(self, offer: Offer, num_nodes: int, network: float) -> Placement | NoLayout:
+    def _place(self, offer: Offer, memory_gib: float, num_nodes: int, network: float) -> Placement | NoLayout:
         calibration = self.market.calibration
         if self.emulation is not None:
             device = local_cpu(self.emulation.num_cores / num_nodes)
             cluster = Cluster(device, 1, num_nodes, device.pcie_bytes_per_second)
             return emulated_layout(self.workload, cluster, self.emulation.micro_batch_size, calibration)
-        device = replace(accelerator(offer.accelerator), memory_gib=offer.gpu_memory_gib)
+        device = replace(accelerator(offer.accelerator), memory_gib=memory_gib)
         cluster = Cluster(device, offer.gpus_per_node, num_nodes, network)
         return fastest_layout(self.workload, cluster, calibration)
 
@@ -312,7 +323,7 @@ class _Task:
     def _priced(self, offer: Offer, num_nodes: int, placed: Placement) -> Estimate | str:
         scale = 1.0 if self.emulation is None else self.emulation.time_scale
         measured = None if self.emulation is None else self.emulation.tokens_per_second
-        speed = placed.tokens_per_second if measured is None else measured
+        speed = placed.tokens_per_second * self.speed if measured is None else measured
         work = self.workload
         bill = make_bill(
             offer,
@@ -362,10 +373,8 @@ class _Task:
 
     def _predicted(self, num_tokens: int) -> Prediction:
         if num_tokens not in self._predictions:
-            params = self.workload.active_matrix_params
-            self._predictions[num_tokens] = self.market.law.predict(
-                params, max(1, num_tokens), self.market.unique_tokens
-            )
+            work = self.workload.with_tokens(max(1, num_tokens))
+            self._predictions[num_tokens] = predict(work, self.market.law, self.market.unique_tokens)
         return self._predictions[num_tokens]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
-from cost.workload import FLOPS_PER_MATRIX_WEIGHT
+from cost.workload import FLOPS_PER_MATRIX_WEIGHT, Workload
 
 EPOCHS_HALF_LIFE = 15.39
 """R*: how many repetitions it takes until a repeated token is worth 1/e of a new one.
@@ -265,3 +265,25 @@ def law_for(corpus: str | None, preset: str = "adamw") -> LossLaw:
     efficiency = known[f"fineweb/{preset}"].data_efficiency if f"fineweb/{preset}" in known else 1.0
     base = known.get(f"{corpus}/adamw", CHINCHILLA)
     return replace(base, name=f"{base.name}+{preset}", data_efficiency=efficiency)
+
+
+def predict(work: Workload, law: LossLaw, unique_tokens: float | None = None) -> Prediction:
+    """The law at the effective size: for a mixture the geometric mean of its total and active matrix weights.
+
+    That mean is a rule of thumb, not a measurement, so the interval of a mixture reaches from what a dense model of all
+    its weights would get to what one of its active weights would.
+    """
+    total, active = float(work.matrix_params), float(work.active_matrix_params)
+    middle = law.predict(math.sqrt(total * active), work.num_tokens, unique_tokens)
+    if work.num_experts == 1:
+        return middle
+    low = law.predict(total, work.num_tokens, unique_tokens)
+    high = law.predict(active, work.num_tokens, unique_tokens)
+    return replace(
+        middle,
+        low_nats=low.low_nats,
+        high_nats=high.high_nats,
+        low_bits_per_byte=low.low_bits_per_byte,
+        high_bits_per_byte=high.high_bits_per_byte,
+        source=f"{middle.source}; a mixture counts as the geometric mean of total and active weights (assumed)",
+    )

@@ -1,0 +1,140 @@
+"""How long a full plan takes over thousands of offers, how much memory, and how it grows.
+
+    python bench/plan_speed.py [--offers 2500] [--max-nodes 4] [--repeat 5] [--json]
+
+Offers are the reference table with its prices moved by up to 20 % and its regions renamed, until there are enough: as
+many accelerators and node sizes as the table has. A second process measures the whole of `python -c` with imports,
+warm (bytecode and files cached). Where SkyPilot is installed, its optimizer is timed on the catalogs it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from decimal import Decimal
+
+from cost.frontier import shape_of
+from cost.offers import Offer, load_reference_offers
+from cost.planner import make_plan
+
+SIZES = (0.25, 0.5, 1.0, 2.0)
+"""Shares of the asked number of offers, to see how the time grows."""
+NUM_PARAMS = 1.1e9
+BUDGET_USD = Decimal(100)
+MAC_UNIT = 2**20
+LINUX_UNIT = 2**10
+
+
+def many_offers(count: int, seed: int = 0) -> list[Offer]:
+    """The reference offers again and again under other regions and prices."""
+    rng = random.Random(seed)
+    table = load_reference_offers().offers
+    offers: list[Offer] = []
+    while len(offers) < count:
+        original = table[len(offers) % len(table)]
+        factor = Decimal(str(round(rng.uniform(0.8, 1.2), 4)))
+        offers.append(
+            dataclasses.replace(
+                original,
+                region=f"{original.region}-{len(offers) // len(table)}",
+                usd_per_hour=original.usd_per_hour * factor,
+                on_demand_usd_per_hour=None
+                if original.on_demand_usd_per_hour is None
+                else original.on_demand_usd_per_hour * factor,
+            )
+        )
+    return offers
+
+
+def seconds_to_plan(offers: Sequence[Offer], max_nodes: int, repeat: int) -> float:
+    """Median over repetitions, of which the first, cold one does not count."""
+    work = shape_of(NUM_PARAMS)
+    timings = []
+    for _ in range(repeat + 1):
+        begin = time.perf_counter()
+        plan = make_plan(work, offers, budget_usd=BUDGET_USD, max_nodes=max_nodes)
+        timings.append(time.perf_counter() - begin)
+        assert len(plan.ranked) + len(plan.rejected) == len(offers)
+    return statistics.median(timings[1:])
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MAC_UNIT if sys.platform == "darwin" else LINUX_UNIT)
+
+
+def child(offers: int, max_nodes: int) -> dict[str, float]:
+    """A fresh process that imports, loads, plans once and ends: wall seconds and peak memory."""
+    command = [sys.executable, __file__, "--child", "--offers", str(offers), "--max-nodes", str(max_nodes)]
+    subprocess.run(command, check=True, capture_output=True)
+    begin = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {"wall_seconds": time.perf_counter() - begin, "peak_mib": float(done.stdout)}
+
+
+def sky_seconds(repeat: int) -> float | None:
+    """SkyPilot's optimizer on one request, catalogs loaded; None where it is not installed."""
+    try:
+        import sky
+    except ImportError:
+        return None
+    timings = []
+    for _ in range(repeat + 1):
+        with sky.Dag() as dag:
+            sky.Task(run="true").set_resources(sky.Resources(accelerators="H100:8", use_spot=True))
+        begin = time.perf_counter()
+        try:
+            sky.Optimizer.optimize(dag, quiet=True)
+        except Exception as error:  # it wants credentials for at least one cloud
+            print(f"SkyPilot's optimizer did not run: {error}", file=sys.stderr)
+            return None
+        timings.append(time.perf_counter() - begin)
+    return statistics.median(timings[1:])
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--offers", type=int, default=2500)
+    parser.add_argument("--max-nodes", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        make_plan(shape_of(NUM_PARAMS), many_offers(options.offers), budget_usd=BUDGET_USD, max_nodes=options.max_nodes)
+        print(peak_mib())
+        return 0
+    counts = [max(1, round(options.offers * share)) for share in SIZES]
+    by_count = {count: seconds_to_plan(many_offers(count), options.max_nodes, options.repeat) for count in counts}
+    process = child(options.offers, options.max_nodes)
+    document = {
+        "offers": options.offers,
+        "max_nodes": options.max_nodes,
+        "plan_seconds": by_count[options.offers],
+        "process_wall_seconds": process["wall_seconds"],
+        "process_peak_mib": process["peak_mib"],
+        "seconds_by_offers": {str(count): seconds for count, seconds in by_count.items()},
+        "sky_optimizer_seconds": sky_seconds(options.repeat),
+    }
+    if options.json:
+        print(json.dumps(document, indent=2))
+        return 0
+    print(f"plan over {options.offers} offers, up to {options.max_nodes} nodes: {by_count[options.offers]:.3f} s")
+    print(f"whole process: {process['wall_seconds']:.3f} s, {process['peak_mib']:.0f} MiB at most")
+    for count, seconds in by_count.items():
+        print(f"{count:>8} offers {seconds:>8.3f} s {seconds / count * 1e6:>8.0f} us each")
+    sky = document["sky_optimizer_seconds"]
+    print("SkyPilot's optimizer: " + ("not installed here" if sky is None else f"{sky:.3f} s for one request"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
