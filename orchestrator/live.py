@@ -165,11 +165,12 @@ class PlainLines:
         self._pending: Event | None = None
 
     def __call__(self, event: Event) -> None:
-        self.view.take(event)
         if event.kind != "progress":
             self._flush()
+            self.view.take(event)
             self._print(event, event.message)
             return
+        self.view.take(event)
         first = self._shown_at is None
         if first or (event.at - (self._shown_at or event.at)).total_seconds() >= PLAIN_PROGRESS_SECONDS:
             self._show_progress(event)

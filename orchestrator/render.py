@@ -146,7 +146,7 @@ def _status(run: RunStatus, console: Console) -> None:
         ("recipe", run.recipe_name),
         ("step", f"{_number(run.step)} of {_number(run.num_steps)}, {count(run.tokens)} tokens"),
         ("loss (nats)", f"{nats(run.loss)}, held-out {nats(run.heldout_loss)}"),
-        ("speed", f"{count(run.tokens_per_second)} tokens/s on {plural(run.num_nodes, 'node')}"),
+        ("speed", f"{count(run.tokens_per_second)} tokens/s {_on(run)}"),
         ("offer", str(run.offer or "-")),
         ("spent", f"{dollars(run.spent_usd)} of {dollars(run.cap_usd)}, {dollars(run.held_usd)} set aside"),
         ("lost", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}"),
@@ -182,6 +182,10 @@ def _status_table(runs: Sequence[RunStatus], console: Console) -> None:
     say(console, shown, "", f"Next: slm status {runs[-1].run_id}")
 
 
+def _on(run: RunStatus) -> str:
+    return f"on {plural(run.num_nodes, 'node')}" if run.num_nodes else "when it last trained"
+
+
 def _where(run: RunStatus) -> str:
     share = f" ({100 * run.step / run.num_steps:.0f} %)" if run.step is not None and run.num_steps else ""
     step = f"step {_number(run.step)} of {_number(run.num_steps)}{share}"
@@ -209,7 +213,7 @@ def summary(ended: RunSummary, console: Console) -> None:
     share = 100 * float(run.spent_usd / run.cap_usd) if run.cap_usd else 0.0
     facts.add_row("spent", f"{dollars(run.spent_usd)} of the {dollars(run.cap_usd)} cap ({share:.0f} %)")
     facts.add_row("lost and recovered", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}")
-    facts.add_row("billed", f"{duration(ended.billed_seconds)} of nodes, in {duration(ended.wall_seconds)} here")
+    facts.add_row("billed", f"{duration(ended.billed_seconds)} of node time, in {duration(ended.wall_seconds)} here")
     say(console, facts, "", f"Next: {next_command(run)}")
 
 
@@ -247,7 +251,9 @@ def ledger(view: LedgerView, console: Console) -> None:
     left = f"{dollars(balance.held_usd)} set aside, {dollars(balance.free_usd)} free"
     say(console, f"{view.run_id} has spent {dollars(balance.spent_usd)} of {dollars(balance.cap_usd)}; {left}.", "")
     figures = ("#", "spent $", "set aside $")
-    shown = table("#", "billed time (UTC)", "lease", "entry", *figures[1:], "note", right=figures, fold=("note",))
+    shown = table(
+        "#", "billed time (UTC)", "lease", "entry", *figures[1:], "note", right=figures, fold=("note",), gap=1
+    )
     for entry in view.entries:
         shown.add_row(
             str(entry.seq),

@@ -88,8 +88,9 @@ def test_a_pipe_gets_progress_now_and_then_and_the_last() -> None:
 
 
 def test_held_back_progress_comes_before_the_next_event() -> None:
-    shown = lines_of(progress(1), progress(2, after_seconds=1), event("lost", "gone", after_seconds=2))
+    shown = lines_of(progress(1), progress(2, after_seconds=1), event("lost", "gone", after_seconds=2, ranks=[1]))
     assert [line.split()[0] for line in shown] == ["progress", "progress", "lost"]
+    assert "0 preemptions" in shown[1]
 
 
 def test_a_screen_shows_figures_below_the_events() -> None:

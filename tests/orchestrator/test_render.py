@@ -91,6 +91,11 @@ def test_a_run_before_its_first_step_has_no_figures() -> None:
     assert text.startswith("demo-1 is running: step - of 400, $12.30 of $100.00 spent.")
 
 
+def test_a_run_without_nodes_is_not_said_to_train_on_none() -> None:
+    text = shown(render.statuses, [replace(RUNNING, state=RunState.STOPPED, num_nodes=0)])
+    assert "20.5K tokens/s when it last trained" in text
+
+
 def test_several_runs_are_a_table() -> None:
     done = replace(RUNNING, run_id="demo-2", state=RunState.SUCCEEDED, spent_usd=Decimal("30.005"))
     lines = shown(render.statuses, [RUNNING, done]).splitlines()
@@ -136,7 +141,7 @@ def test_a_finished_run_says_what_it_learnt_and_cost() -> None:
     assert "6.950 -> 4.210, fell by 2.740" in text
     assert "5.150; the model ends 0.940 below it" in text
     assert "$12.30 of the $100.00 cap (12 %)" in text
-    assert "13 h 20 min of nodes, in 3 min 20 s here" in text
+    assert "13 h 20 min of node time, in 3 min 20 s here" in text
 
 
 def test_a_model_above_the_unigram_entropy_is_not_said_to_be_below() -> None:
