@@ -38,6 +38,8 @@ class Terms:
     grow_delay_seconds: float = 4.0
     """First wait before a lost node is rented again; doubles with every refusal."""
     poll_seconds: float = 1.0
+    accrue_seconds: float = 5.0
+    """How often elapsed time becomes an entry of the books; what is not yet accrued stays set aside at p-hat."""
     renew_below: float = 0.7
     """Renew when less than this share of a term is left."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cost.errors import BudgetExceeded
-from cost.leases import Lease
+from cost.leases import Lease, micro_usd
 from cost.ledger import LeaseAccount, Ledger
 from cost.recovery import Cause
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
@@ -86,7 +86,7 @@ class Watch:
         except BackendError as error:
             return self._unseen(error)
         self._unseen_since = None
-        account = self.ledger.accrue(self.lease.lease_id, at_ms=self.clock.now_ms(), usd_per_hour=state.usd_per_hour)
+        account = self._accrue(state)
         self._read_progress(account)
         ended = self._ended(state, account)
         if ended is not None:
@@ -101,6 +101,15 @@ class Watch:
         self.grants.answer(account, state.alive_ranks)
         self._grow(account)
         return None
+
+    def _accrue(self, state: LeaseState) -> LeaseAccount:
+        """Charge elapsed time now and then; at once when the price has changed."""
+        account = self.ledger.account(self.lease.lease_id)
+        now_ms = self.clock.now_ms()
+        dearer = state.usd_per_hour is not None and micro_usd(state.usd_per_hour) != account.price_micro_usd
+        if not dearer and now_ms - account.accrued_until_ms < self.grants.billed_ms(self.terms.accrue_seconds):
+            return account
+        return self.ledger.accrue(self.lease.lease_id, at_ms=now_ms, usd_per_hour=state.usd_per_hour)
 
     # -- seeing ----------------------------------------------------------------------------------
 
