@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,9 +58,11 @@ WARM_SECONDS = 30.0
 """How long a node waits for its fork server before it does without."""
 HEAD_GONE_SECONDS = 5.0
 TICK_SECONDS = 0.2
+LOG_TAIL_CHARACTERS = 4000
 FAMILY_SECONDS = 1.0
-TERM_SECONDS = 2.0
-"""How long processes have between SIGTERM and SIGKILL."""
+TERM_SECONDS = 0.5
+"""How long processes have between SIGTERM and SIGKILL: nothing here needs an orderly end."""
+KILL_SECONDS = 5.0
 
 # Measured on 2 cores by bench/recovery_local.py; docs/architecture.md has the table.
 RAY_SETTINGS: Mapping[str, str] = {
@@ -258,6 +261,7 @@ class NodeProcesses:
             "node_id": self.ray_node.node_id,
             "gcs_ip": self.env.head_ip,
             "gcs_port": self.env.head_port,
+            "temp_dir": str(self.temp_dir),
         }
         if self.env.is_head:
             self._put(KV_LEASE, self.env.lease_id)
@@ -278,7 +282,7 @@ class NodeProcesses:
 
     def _run_driver(self) -> int:
         """Run the driver until it, or Ray under it, ends."""
-        driver = Driver(self.forks)
+        driver = Driver(self.forks, self.env.node_dir / "driver.log")
         driver.start()
         while (code := driver.poll()) is None:
             gone = self._dead_ray_process()
@@ -286,9 +290,11 @@ class NodeProcesses:
                 self.say(f"Ray's {gone} died; the cluster is over.")
                 return EXIT_BROKEN
             self._tick()
-        known = (EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG, EXIT_BROKEN)
         self.say(f"the driver ended with exit code {code}")
-        return code if code in known else EXIT_BROKEN
+        if code in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG, EXIT_BROKEN):
+            return code
+        self.say(driver.last_lines())
+        return EXIT_BROKEN
 
     def _stay(self) -> int:
         """Be there until the head is gone, or until this node has been drained."""
@@ -347,25 +353,29 @@ class NodeProcesses:
 
 
 class Driver:
-    """`python -m tasks pretrain`, forked where there is a fork server."""
+    """`python -m tasks pretrain`, forked where there is a fork server. What Ray prints in it goes to a file."""
 
     ARGV = ("-m", "tasks", "pretrain")
 
-    def __init__(self, forks: forkserver.ForkServer) -> None:
+    def __init__(self, forks: forkserver.ForkServer, log_path: Path) -> None:
         self._forks = forks
+        self._log_path = log_path
         self._report: socket.socket | None = None
-        self._process: Any = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         environ = {**os.environ, "SLM_NODE_PID": str(os.getpid())}
-        if self._forks.wait_ready(WARM_SECONDS):
-            with contextlib.suppress(OSError):
-                _, self._report = forkserver.run_forked(self._forks.socket_path, list(self.ARGV), environ)
-                self._report.setblocking(False)
-                return
-        import subprocess
-
-        self._process = subprocess.Popen([sys.executable, *self.ARGV], env=environ, stdin=subprocess.DEVNULL)
+        with self._log_path.open("ab") as log:
+            if self._forks.wait_ready(WARM_SECONDS):
+                with contextlib.suppress(OSError):
+                    path = self._forks.socket_path
+                    self._report = forkserver.run_forked(path, list(self.ARGV), environ, log.fileno())
+                    self._report.setblocking(False)
+                    return
+            command = [sys.executable, *self.ARGV]
+            self._process = subprocess.Popen(
+                command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def poll(self) -> int | None:
         """Its exit code once it has ended."""
@@ -378,6 +388,10 @@ class Driver:
         except OSError:
             return EXIT_BROKEN
         return int(json.loads(line)["exit_code"]) if line else EXIT_BROKEN
+
+    def last_lines(self) -> str:
+        """The end of what it printed."""
+        return self._log_path.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
 
 
 class Family:
@@ -408,7 +422,7 @@ class Family:
 
         until = time.monotonic() + TERM_SECONDS
         signalled: set[int] = set()
-        while time.monotonic() < until + 3 * TERM_SECONDS:
+        while time.monotonic() < until + KILL_SECONDS:
             self._look()
             reap_children()
             alive = [process for process in self._known.values() if _is_alive(process)]

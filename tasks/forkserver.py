@@ -28,7 +28,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SOCKET_VARIABLE = "SLM_FORK_SOCKET"
-PRELOAD = ("torch", "lightning.fabric", "pandas", "pyarrow.fs", "pydantic", "numpy", "tasks.spec", "trainer.loop")
+PRELOAD = (
+    *("torch", "lightning.fabric", "numpy", "pandas", "pyarrow.fs", "pydantic", "tasks.spec", "trainer.loop"),
+    *("requests", "google.protobuf.json_format", "jsonschema", "filelock", "psutil", "tqdm"),  # what ray imports
+)
 """What training worker, controller and driver need; a module that cannot be imported is left to who needs it."""
 STREAMS = (0, 1, 2)
 MAX_REQUEST_BYTES = 4 * 2**20
@@ -66,14 +69,18 @@ class ForkServer:
         return self.process is not None and self.process.poll() is None
 
 
-def run_forked(socket_path: Path, argv: list[str], environ: dict[str, str]) -> tuple[int, socket.socket]:
-    """Run `python argv...` in a fork: its pid, and a socket that yields its exit status when it has ended.
+def run_forked(socket_path: Path, argv: list[str], environ: dict[str, str], output: int) -> socket.socket:
+    """Run `python argv...` in a fork that writes to the file descriptor `output`.
+
+    Returns a socket that yields {"exit_code": N} when it has ended.
 
     Raises:
         OSError: The server is not there.
     """
-    connection = _ask(str(socket_path), {"argv": argv, "env": environ, "cwd": str(Path.cwd()), "report": True})
-    return int(json.loads(_receive_line(connection))["pid"]), connection
+    request = {"argv": argv, "env": environ, "cwd": str(Path.cwd()), "report": True}
+    connection = _ask(str(socket_path), request, (0, output, output))
+    _receive_line(connection)
+    return connection
 
 
 # -- the launcher
@@ -113,14 +120,14 @@ def _fork_request(arguments: list[str]) -> dict[str, Any] | None:
     return {"argv": argv, "env": {**os.environ, **changes}, "cwd": str(Path.cwd()), "report": False}
 
 
-def _ask(path: str, request: dict[str, Any]) -> socket.socket:
-    """Send a request with our standard streams; the answer's first line is {"pid": N}."""
+def _ask(path: str, request: dict[str, Any], streams: tuple[int, ...] = STREAMS) -> socket.socket:
+    """Send a request with the standard streams to use; the answer's first line is {"pid": N}."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(CONNECT_SECONDS)
     connection.connect(path)
     body = json.dumps(request).encode()
-    streams = array.array("i", STREAMS)
-    connection.sendmsg([len(body).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))
+    connection.sendmsg([len(body).to_bytes(4, "big")], [rights])
     connection.sendall(body)
     return connection
 
