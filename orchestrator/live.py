@@ -105,6 +105,7 @@ FIGURES = frozenset(
         "held_usd",
         "cap_usd",
         "num_nodes",
+        "preemptions",
     }
 )
 

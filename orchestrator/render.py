@@ -87,6 +87,17 @@ def say(console: Console, *parts: RenderableType) -> None:
         console.print(part, markup=False)
 
 
+def tell(console: Console, line: str) -> None:
+    """A line to copy from, a command or a path: never broken, however narrow the terminal."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def following(console: Console, command: str) -> None:
+    """The end of every output: what a person most likely wants to do next."""
+    console.print()
+    tell(console, f"Next: {command}")
+
+
 def bullets(console: Console, lines: Sequence[str]) -> None:
     """A list whose long lines go on under their own beginning."""
     from rich.table import Table
@@ -103,7 +114,8 @@ def bullets(console: Console, lines: Sequence[str]) -> None:
 def statuses(runs: Sequence[RunStatus], console: Console) -> None:
     """One run in full, several as a table."""
     if not runs:
-        say(console, "No run yet.", "", "Next: slm launch demo")
+        say(console, "No run yet.")
+        following(console, "slm launch demo")
     elif len(runs) == 1:
         _status(runs[0], console)
     else:
@@ -155,10 +167,10 @@ def _status(run: RunStatus, console: Console) -> None:
     ]
     for name, value in rows:
         facts.add_row(name, value)
-    say(console, facts, "")
+    say(console, facts)
     if not run.supervisor_alive and not is_final(run):
-        say(console, "Nobody supervises this run: its nodes end by themselves when their grants expire.")
-    say(console, f"Next: {next_command(run)}")
+        say(console, "", "Nobody supervises this run: its nodes end by themselves when their grants expire.")
+    following(console, next_command(run))
 
 
 def _status_table(runs: Sequence[RunStatus], console: Console) -> None:
@@ -179,7 +191,8 @@ def _status_table(runs: Sequence[RunStatus], console: Console) -> None:
             str(run.preemptions),
             "-" if is_final(run) else duration(run.eta_seconds),
         )
-    say(console, shown, "", f"Next: slm status {runs[-1].run_id}")
+    say(console, shown)
+    following(console, f"slm status {runs[-1].run_id}")
 
 
 def _on(run: RunStatus) -> str:
@@ -214,7 +227,8 @@ def summary(ended: RunSummary, console: Console) -> None:
     facts.add_row("spent", f"{dollars(run.spent_usd)} of the {dollars(run.cap_usd)} cap ({share:.0f} %)")
     facts.add_row("lost and recovered", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}")
     facts.add_row("billed", f"{duration(ended.billed_seconds)} of node time, in {duration(ended.wall_seconds)} here")
-    say(console, facts, "", f"Next: {next_command(run)}")
+    say(console, facts)
+    following(console, next_command(run))
 
 
 def summary_facts(ended: RunSummary) -> dict[str, Any]:
@@ -266,7 +280,8 @@ def ledger(view: LedgerView, console: Console) -> None:
         )
     spent, held = f"{balance.spent_usd:.6f}", f"{balance.held_usd:.6f}"
     shown.add_row("", "", "", "balance", spent, held, f"{balance.free_usd:.6f} free", style="bold")
-    say(console, shown, "", f"Next: slm status {view.run_id}")
+    say(console, shown)
+    following(console, f"slm status {view.run_id}")
 
 
 def ledger_facts(view: LedgerView) -> dict[str, Any]:
@@ -327,7 +342,8 @@ def recipes(lines: Sequence[RecipeSummary], console: Console) -> None:
     shown = table("recipe", "params", "tokens", "description", right=("params", "tokens"), fold=("description",))
     for line in lines:
         shown.add_row(line.name, count(line.num_params), count(line.num_tokens), line.description)
-    say(console, shown, "", f"Next: slm plan {lines[0].name}" if lines else "Next: slm plan PATH")
+    say(console, shown)
+    following(console, f"slm plan {lines[0].name if lines else 'PATH'}")
 
 
 def _is_object(facts: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.figures import count, dollars, duration, plural, usd_per_param
 from orchestrator.planning import Prices, day_of, rejections, winner
-from orchestrator.render import WIDTH_WITHOUT_TERMINAL, bullets, say, table
+from orchestrator.render import WIDTH_WITHOUT_TERMINAL, bullets, following, say, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,8 @@ def full(plan: Plan, prices: Prices, console: Console, *, top: int, today: date,
     say(console, answer(best, prices, today), "")
     say(console, offers_table(plan, top, console.width), "")
     bullets(console, [*reasons(plan), *footnotes(plan, prices, top)])
-    say(console, "", worst_case(plan, best), "", f"Next: {next_command}")
+    say(console, "", worst_case(plan, best))
+    following(console, next_command)
 
 
 def short(plan: Plan, prices: Prices, console: Console, *, today: date) -> None:

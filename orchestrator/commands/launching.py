@@ -187,12 +187,9 @@ def in_background(context: typer.Context, *, as_json: bool) -> None:
         render.as_json(started)
         return
     console = render.console_on(sys.stdout)
-    render.say(
-        console,
-        f"{started.run_id} is supervised in the background by process {started.pid}; its log: {started.log}",
-        "",
-        f"Next: slm status {started.run_id}",
-    )
+    render.tell(console, f"{started.run_id} is supervised in the background by process {started.pid}.")
+    render.tell(console, f"Log: {started.log}")
+    render.following(console, f"slm status {started.run_id}")
 
 
 def finite(seconds: float) -> float | None:

@@ -109,8 +109,9 @@ def prepare(
     if as_json:
         render.as_json({"recipe": chosen.name, "data_dir": folder})
         return
-    following = launch_like(invocation_of(context).arguments)
-    render.say(render.console_on(sys.stdout), f"Data of {chosen.name}: {folder}", "", f"Next: {following}")
+    console = render.console_on(sys.stdout)
+    render.tell(console, f"Data of {chosen.name}: {folder}")
+    render.following(console, launch_like(invocation_of(context).arguments))
 
 
 def recipe_with(recipe: str, overrides: Sequence[str], nodes: int | None) -> Recipe:

@@ -65,6 +65,8 @@ def test_lost_nodes_and_lost_leases_are_preemptions() -> None:
     view.take(event("settled", cause="preempted"))
     view.take(event("settled", cause="asked"))
     assert view.preemptions == 3
+    view.take(event("progress", preemptions=5))
+    assert view.preemptions == 5
 
 
 def test_the_run_is_named_once_it_is_known() -> None:
