@@ -26,7 +26,21 @@ from cost.preemption import (
 HOURS_PER_MONTH = 730.0
 BYTES_PER_GB = 1e9
 MICRO = 1_000_000
-ZERO = Decimal(0)
+LINES = (
+    "compute",
+    "start-up",
+    "checkpoints",
+    "preemptions",
+    "minimum billing",
+    "disks",
+    "run store",
+    "egress",
+    "final download",
+)
+NODE_HOURS = frozenset({"compute", "start-up", "checkpoints", "preemptions", "minimum billing"})
+"""Lines that are hours of the cluster at its price."""
+PAID_ONCE = frozenset({"start-up", "minimum billing", "final download"})
+"""Lines that do not grow with the number of tokens."""
 
 CHECKPOINT_BYTES_PER_PARAM = 12.0
 """fp32 weights and two fp32 moments of AdamW; Muon keeps one moment less."""
@@ -76,11 +90,14 @@ class Rhythm:
 class Bill:
     """Expected dollars of one run."""
 
-    lines: tuple[Line, ...]
+    micro_usd: tuple[int, ...]
+    """Of each line, in the order of `LINES`; each rounded up."""
     train_hours: float
     """Billed hours that train new steps."""
     billed_hours: float
     """All billed hours of the cluster, from the first start-up on."""
+    worst_hours: float
+    """Billed hours with unluckily many preemptions."""
     waste: Waste
     pace: Rhythm
     losses_per_hour: float
@@ -88,12 +105,32 @@ class Bill:
     expected_preemptions: float
     usd_per_hour: Decimal
     worst_usd_per_hour: Decimal
-    worst_case_usd: Decimal
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The bill, line by line."""
+        return tuple(Line(name, Decimal(micro) / MICRO) for name, micro in zip(LINES, self.micro_usd, strict=True))
+
+    @property
+    def total_micro_usd(self) -> int:
+        """The sum of the lines."""
+        return sum(self.micro_usd)
 
     @property
     def total_usd(self) -> Decimal:
         """The sum of the lines."""
-        return sum((line.usd for line in self.lines), ZERO)
+        return Decimal(self.total_micro_usd) / MICRO
+
+    @property
+    def once_micro_usd(self) -> int:
+        """What does not grow with training."""
+        return sum(micro for name, micro in zip(LINES, self.micro_usd, strict=True) if name in PAID_ONCE)
+
+    @property
+    def worst_case_usd(self) -> Decimal:
+        """At the highest price, with unluckily many preemptions, and everything that is not node-hours."""
+        rest = sum(micro for name, micro in zip(LINES, self.micro_usd, strict=True) if name not in NODE_HOURS)
+        return Decimal(_micro(self.worst_hours * float(self.worst_usd_per_hour)) + rest) / MICRO
 
 
 def rhythm(num_params: int, cloud: Cloud, *, num_nodes: int, world_size: int) -> Rhythm:
@@ -149,56 +186,40 @@ def make_bill(
     usd_per_hour = offer.usd_per_hour * num_nodes
     hourly = float(usd_per_hour)
     expected_preemptions = waste.losses * train_hours
-    saves = train_hours * SECONDS_PER_HOUR / interval
     preempted_hours = train_hours * (waste.lost_work + waste.recoveries)
-    rest = _other_lines(cloud, num_nodes=num_nodes, num_params=num_params, billed_hours=billed_hours, saves=saves)
     short_hours = max(0.0, cloud.minimum_billed_seconds / SECONDS_PER_HOUR - billed_hours)
-    lines = (
-        _line("compute", train_hours * hourly),
-        _line("start-up", startup_hours * hourly),
-        _line("checkpoints", train_hours * waste.checkpoints * hourly),
-        _line("preemptions", preempted_hours * hourly),
-        _line("minimum billing", short_hours * hourly),
-        *rest,
+    months = billed_hours / HOURS_PER_MONTH
+    saved_gb = checkpoint_bytes(num_params) / BYTES_PER_GB
+    saves = train_hours * SECONDS_PER_HOUR / interval
+    sent_gb = 0.0 if cloud.name in CLOUDS_WITH_A_STORE_INSIDE else saves * saved_gb
+    egress = float(cloud.egress_usd_per_gb)
+    dollars = (
+        train_hours * hourly,
+        startup_hours * hourly,
+        train_hours * waste.checkpoints * hourly,
+        preempted_hours * hourly,
+        short_hours * hourly,
+        num_nodes * DISK_GB_PER_NODE * months * float(cloud.disk_usd_per_gb_month),
+        KEPT_CHECKPOINTS * saved_gb * months * float(cloud.storage_usd_per_gb_month),
+        sent_gb * egress,
+        num_params * EXPORT_BYTES_PER_PARAM / BYTES_PER_GB * egress,
     )
     unlucky_losses = UNLUCKY_DEVIATIONS * math.sqrt(expected_preemptions)
     unlucky_hours = unlucky_losses * preempted_hours / expected_preemptions if expected_preemptions else 0.0
-    worst_hourly = worst_usd_per_hour(offer) * num_nodes
-    worst_hours = billed_hours + short_hours + unlucky_hours
     return Bill(
-        lines=lines,
+        micro_usd=tuple(map(_micro, dollars)),
         train_hours=train_hours,
         billed_hours=billed_hours,
+        worst_hours=billed_hours + short_hours + unlucky_hours,
         waste=waste,
         pace=pace,
         losses_per_hour=losses_per_hour,
         expected_preemptions=expected_preemptions,
         usd_per_hour=usd_per_hour,
-        worst_usd_per_hour=worst_hourly,
-        worst_case_usd=_usd(worst_hours * float(worst_hourly)) + sum((line.usd for line in rest), ZERO),
+        worst_usd_per_hour=worst_usd_per_hour(offer) * num_nodes,
     )
 
 
-def _other_lines(
-    cloud: Cloud, *, num_nodes: int, num_params: int, billed_hours: float, saves: float
-) -> tuple[Line, ...]:
-    months = billed_hours / HOURS_PER_MONTH
-    checkpoint_gb = checkpoint_bytes(num_params) / BYTES_PER_GB
-    export_gb = num_params * EXPORT_BYTES_PER_PARAM / BYTES_PER_GB
-    sent_gb = 0.0 if cloud.name in CLOUDS_WITH_A_STORE_INSIDE else saves * checkpoint_gb
-    egress = float(cloud.egress_usd_per_gb)
-    return (
-        _line("disks", num_nodes * DISK_GB_PER_NODE * months * float(cloud.disk_usd_per_gb_month)),
-        _line("run store", KEPT_CHECKPOINTS * checkpoint_gb * months * float(cloud.storage_usd_per_gb_month)),
-        _line("egress", sent_gb * egress),
-        _line("final download", export_gb * egress),
-    )
-
-
-def _usd(dollars: float) -> Decimal:
-    """Rounded up to a micro-dollar; a hair below a whole one is that one (binary fractions)."""
-    return Decimal(math.ceil(dollars * MICRO - 1e-6)) / MICRO
-
-
-def _line(name: str, dollars: float) -> Line:
-    return Line(name, _usd(dollars))
+def _micro(dollars: float) -> int:
+    """Micro-dollars, rounded up; a hair above a whole one is that one (binary fractions)."""
+    return math.ceil(dollars * MICRO - 1e-6)

@@ -7,26 +7,23 @@ Invariants: no offer is dropped without a reason; a cheaper price never ranks wo
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from decimal import Decimal
-from typing import Literal, get_args
 
-from cost.bill import Bill, Line, Rhythm, make_bill, rhythm
-from cost.clouds import cloud_terms
+from cost.bill import MICRO, Bill, Rhythm, make_bill, rhythm
+from cost.clouds import Cloud, cloud_terms
 from cost.errors import UserError
 from cost.hardware import accelerator, canonical_name, local_cpu
 from cost.layout import Layout
 from cost.layouts import Cluster, NoLayout, Placement, emulated_layout, fastest_layout
-from cost.memory import MemoryEstimate
 from cost.offers import Offer
-from cost.preemption import SECONDS_PER_HOUR, Hazards
-from cost.quality import CHINCHILLA, LossLaw, Prediction, predict
-from cost.throughput import Calibration, ThroughputEstimate, default_calibration
+from cost.plan import OBJECTIVES, Emulation, Estimate, Market, Objective, Plan, Rejected
+from cost.preemption import SECONDS_PER_HOUR
 from cost.workload import Workload
 
-Objective = Literal["usd_per_param", "loss", "dollars", "hours"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+__all__ = ["OBJECTIVES", "Emulation", "Estimate", "Market", "Objective", "Plan", "Rejected", "make_plan"]
 
 EMULATED_STARTUP_SECONDS = 15.0
 """Real seconds from start to the first step of a raylet and its worker; assumed until a run has measured it."""
@@ -34,129 +31,6 @@ EMULATED_RECOVERY_SECONDS = 20.0
 """Real seconds from a lost node to the next new step."""
 EMULATED_STALL_SECONDS = 0.05
 EMULATED_SHORTEST_INTERVAL_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Emulation:
-    """The local backend: every offer runs on this machine's processor, billed `time_scale` times as fast."""
-
-    num_cores: float
-    time_scale: float = 1.0
-    micro_batch_size: int = 1
-    tokens_per_second: float | None = None
-    """What a run on this machine was measured at, in real time; replaces the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """One offer with its best number of nodes and layout. Hours are billed hours."""
-
-    offer: Offer
-    layout: Layout
-    tokens_per_second: float
-    """Over all devices, in real time."""
-    tokens_per_second_interval: tuple[float, float]
-    mfu: float
-    throughput: ThroughputEstimate
-    memory: MemoryEstimate
-    bill: Bill
-    num_tokens: int
-    """What the run would train on under the budget: the workload's tokens, or fewer where it buys only fewer."""
-    predicted: Prediction
-    usd_per_param: Decimal
-    usd_per_active_param: Decimal
-    within_budget: bool
-    within_deadline: bool
-    checkpoint_interval_seconds: float
-    """In real time, for the trainer."""
-
-    @property
-    def total_usd(self) -> Decimal:
-        """Expected dollars of the whole run: the exact sum of `lines`."""
-        return self.bill.total_usd
-
-    @property
-    def lines(self) -> tuple[Line, ...]:
-        """The bill."""
-        return self.bill.lines
-
-    @property
-    def train_hours(self) -> float:
-        """Billed hours that train new steps."""
-        return self.bill.train_hours
-
-    @property
-    def hours(self) -> float:
-        """Billed hours from request to end, start-up and recoveries included."""
-        return self.bill.billed_hours
-
-    @property
-    def usd_per_hour(self) -> Decimal:
-        """Of the whole cluster."""
-        return self.bill.usd_per_hour
-
-    @property
-    def worst_case_usd(self) -> Decimal:
-        """At the highest price and with unluckily many preemptions; the cap stops the run before its own limit."""
-        return self.bill.worst_case_usd
-
-    @property
-    def expected_preemptions(self) -> float:
-        """Over the whole run."""
-        return self.bill.expected_preemptions
-
-    @property
-    def peak_memory_gib(self) -> float:
-        """Predicted, of one device."""
-        return self.memory.total_gib
-
-    @property
-    def num_nodes(self) -> int:
-        """Of the layout."""
-        return self.layout.num_nodes
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """An offer that was not ranked."""
-
-    offer: Offer
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Every offer, either ranked best first or rejected. `best` is None where nothing can run the workload."""
-
-    workload: Workload
-    objective: Objective
-    budget_usd: Decimal
-    deadline_hours: float | None
-    law: LossLaw
-    emulation: Emulation | None
-    ranked: tuple[Estimate, ...]
-    rejected: tuple[Rejected, ...]
-
-    @property
-    def best(self) -> Estimate | None:
-        """The first of the ranking."""
-        return self.ranked[0] if self.ranked else None
-
-    @property
-    def affordable(self) -> bool:
-        """Whether the best plan pays for the whole run in time."""
-        return self.best is not None and self.best.within_budget and self.best.within_deadline
-
-
-@dataclass(frozen=True)
-class Market:
-    """What the planner believes about the world besides prices."""
-
-    hazards: Hazards = field(default_factory=Hazards)
-    law: LossLaw = CHINCHILLA
-    unique_tokens: int | None = None
-    """Tokens that the data set has; a run over more repeats them."""
-    calibration: Calibration = field(default_factory=default_calibration)
 
 
 def make_plan(
@@ -263,7 +137,7 @@ class _Task:
         speed: float,
     ) -> None:
         self.workload = workload
-        self.budget_usd = budget_usd
+        self.budget_micro_usd = int(budget_usd * MICRO)
         self.node_counts = node_counts
         self.deadline_hours = deadline_hours
         self.emulation = emulation
@@ -271,7 +145,7 @@ class _Task:
         self.speed = speed
         self.rank = _ranking(objective)
         self._placements: dict[tuple[object, ...], Placement | NoLayout] = {}
-        self._predictions: dict[int, Prediction] = {}
+        self._paces: dict[tuple[str, int, int], Rhythm] = {}
 
     def estimate(self, offer: Offer) -> Estimate | str:
         """The best number of nodes for one offer, or why there is none."""
@@ -307,8 +181,13 @@ class _Task:
         return fastest_layout(self.workload, cluster, calibration)
 
     def _pace(self, offer: Offer, layout: Layout) -> Rhythm:
+        key = (offer.cloud, layout.num_nodes, layout.world_size)
+        if key not in self._paces:
+            self._paces[key] = self._new_pace(cloud_terms(offer.cloud), layout)
+        return self._paces[key]
+
+    def _new_pace(self, cloud: Cloud, layout: Layout) -> Rhythm:
         if self.emulation is None:
-            cloud = cloud_terms(offer.cloud)
             num_params = self.workload.num_params
             return rhythm(num_params, cloud, num_nodes=layout.num_nodes, world_size=layout.world_size)
         scale = self.emulation.time_scale
@@ -336,55 +215,46 @@ class _Task:
         )
         if bill is None:
             return "preempted faster than it recovers"
-        total = bill.total_usd
-        tokens = self._tokens_bought(bill, total)
         low, high = placed.throughput.interval
         ratio = speed / placed.throughput.tokens_per_second
         return Estimate(
             offer=offer,
-            layout=placed.layout,
+            workload=work,
+            placement=placed,
+            bill=bill,
             tokens_per_second=speed,
             tokens_per_second_interval=(low * ratio, high * ratio) if measured is None else (speed, speed),
             mfu=placed.throughput.mfu * ratio,
-            throughput=placed.throughput,
-            memory=placed.memory,
-            bill=bill,
-            num_tokens=tokens,
-            predicted=self._predicted(tokens),
-            usd_per_param=total / work.num_params,
-            usd_per_active_param=total / work.active_params,
-            within_budget=total <= self.budget_usd,
+            num_tokens=self._tokens_bought(bill),
+            within_budget=bill.total_micro_usd <= self.budget_micro_usd,
             within_deadline=self.deadline_hours is None or bill.billed_hours <= self.deadline_hours,
             checkpoint_interval_seconds=bill.waste.interval_seconds / scale,
+            law=self.market.law,
+            unique_tokens=self.market.unique_tokens,
         )
 
-    def _tokens_bought(self, bill: Bill, total: Decimal) -> int:
+    def _tokens_bought(self, bill: Bill) -> int:
         """Tokens that budget and deadline pay for; what does not grow with training is paid first."""
-        work = self.workload
-        once = {"start-up", "minimum billing", "final download"}
-        fixed = float(sum((line.usd for line in bill.lines if line.name in once), Decimal(0)))
+        work, total = self.workload, bill.total_micro_usd
         share = 1.0
-        if total > self.budget_usd:
-            share = (float(self.budget_usd) - fixed) / max(float(total) - fixed, 1e-9)
+        if total > self.budget_micro_usd:
+            once = bill.once_micro_usd
+            share = (self.budget_micro_usd - once) / max(total - once, 1)
         if self.deadline_hours is not None and bill.billed_hours > self.deadline_hours:
             running = bill.train_hours * (1 + bill.waste.total)
             share = min(share, (self.deadline_hours - (bill.billed_hours - running)) / running)
         return work.num_tokens if share >= 1 else math.floor(work.num_tokens * max(0.0, share))
 
-    def _predicted(self, num_tokens: int) -> Prediction:
-        if num_tokens not in self._predictions:
-            work = self.workload.with_tokens(max(1, num_tokens))
-            self._predictions[num_tokens] = predict(work, self.market.law, self.market.unique_tokens)
-        return self._predictions[num_tokens]
-
 
 def _ranking(objective: Objective) -> Callable[[Estimate], tuple[object, ...]]:
     """Smaller is better. Plans that cannot be finished come last, those that buy most tokens first among them."""
+    # One workload: dollars per parameter follow dollars, and loss falls with the tokens that are bought.
+    by_dollars = operator.attrgetter("bill.total_micro_usd", "hours")
     by_objective: dict[Objective, Callable[[Estimate], tuple[object, ...]]] = {
-        "usd_per_param": lambda one: (one.usd_per_param, one.hours),
-        "dollars": lambda one: (one.total_usd, one.hours),
-        "hours": lambda one: (one.hours, one.total_usd),
-        "loss": lambda one: (one.predicted.nats_per_token, one.total_usd),
+        "usd_per_param": by_dollars,
+        "dollars": by_dollars,
+        "hours": operator.attrgetter("hours", "bill.total_micro_usd"),
+        "loss": lambda one: (-one.num_tokens, one.bill.total_micro_usd),
     }
     key = by_objective[objective]
 

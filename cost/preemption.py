@@ -99,14 +99,21 @@ class Hazards:
     def of(self, offer: Offer) -> Hazard:
         """Losses per node-hour of this offer; on-demand nodes only fail."""
         if not offer.spot:
-            rate = FAILURES_PER_GPU_HOUR * offer.gpus_per_node
-            return Hazard(rate * 1e6, 1e6, "hardware failures per GPU-hour, arXiv:2407.21783, section 3.3.4")
+            return failures(offer.gpus_per_node)
         if self.fixed_per_node_hour is not None:
             return Hazard(self.fixed_per_node_hour * 1e6, 1e6, "the market that was asked for")
         key = (offer.cloud, offer.accelerator, offer.gpus_per_node)
         return prior(*key).updated(*self._seen.get(key, (0, 0.0)))
 
 
+@cache
+def failures(gpus_per_node: int) -> Hazard:
+    """What stops a node that nobody takes away."""
+    rate = FAILURES_PER_GPU_HOUR * gpus_per_node
+    return Hazard(rate * 1e6, 1e6, "hardware failures per GPU-hour, arXiv:2407.21783, section 3.3.4")
+
+
+@cache
 def prior(cloud: str, accelerator: str, gpus_per_node: int) -> Hazard:
     """The most specific published rate."""
     table = _priors()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cost.bill import NODE_HOURS
 from cost.planner import Estimate
 from cost.policy import POLICIES, Outcome, Policy, Terms, Traces, joined, run
 from cost.preemption import Hazard
@@ -181,8 +182,7 @@ def _changes(losses_per_hour: float, hours: float, rng: random.Random) -> list[f
 
 def _extra_usd_per_hour(estimate: Estimate) -> float:
     """Lines of the bill that are no node-hours (disks, run store, egress), spread over the hours."""
-    hourly = {"compute", "start-up", "checkpoints", "preemptions", "minimum billing"}
-    rest = float(sum(line.usd for line in estimate.lines if line.name not in hourly))
+    rest = float(sum(line.usd for line in estimate.lines if line.name not in NODE_HOURS))
     return rest / estimate.bill.billed_hours
 
 
