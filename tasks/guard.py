@@ -240,8 +240,13 @@ def _stat(pid: int) -> Optional[Tuple[int, str]]:
 
 def _processes_by_ps(entry: str) -> List[Process]:
     """The same where there is no /proc: `ps -E` prints the environment behind the command."""
+    return parse_ps(_ps("-axEww", "-o", "pid=,ppid=,stat=,lstart=,command="), entry)
+
+
+def parse_ps(listing: str, entry: str) -> List[Process]:
+    """Live processes out of lines of pid, parent, state, start (five words), command and environment."""
     processes = []
-    for line in _ps("-axEww", "-o", "pid=,ppid=,stat=,lstart=,command=").splitlines():
+    for line in listing.splitlines():
         fields = line.split()
         if len(fields) > 8 and not fields[2].startswith("Z"):
             processes.append(Process(int(fields[0]), int(fields[1]), "-".join(fields[3:8]), entry in fields[8:]))

@@ -71,26 +71,29 @@ class LocalBackend:
         return self._offers
 
     def start(self, lease: Lease, command: Sequence[str]) -> None:
+        self._client.call("start", **self._order(lease, command))
+
+    def _order(self, lease: Lease, command: Sequence[str]) -> dict[str, Any]:
+        """What the market is asked for, field by field as its `Order` has them."""
         ttl_seconds = lease.first_grant_seconds + TTL_SHARE_OF_LATENCY * lease.kill_latency_seconds
         if self._ttl == "fixed" and self._ttl_seconds is not None:
             ttl_seconds = self._ttl_seconds
-        self._client.call(
-            "start",
-            lease_id=lease.lease_id,
-            run_id=self._run_id,
-            num_nodes=lease.num_nodes,
-            command=list(command),
-            usd_per_hour=str(lease.offer.usd_per_hour),
-            first_grant_seconds=lease.first_grant_seconds,
-            ttl_seconds=ttl_seconds,
-            store_uri=self._store_uri,
-            market=self._market,
-            seed=self._seed,
-            time_scale=self._time_scale,
-            guard_period_seconds=self._period,
-            on_notice=self._on_notice,
-            environment=self._environment,
-        )
+        return {
+            "lease_id": lease.lease_id,
+            "run_id": self._run_id,
+            "num_nodes": lease.num_nodes,
+            "command": list(command),
+            "usd_per_hour": str(lease.offer.usd_per_hour),
+            "first_grant_seconds": lease.first_grant_seconds,
+            "ttl_seconds": ttl_seconds,
+            "store_uri": self._store_uri,
+            "market": self._market,
+            "seed": self._seed,
+            "time_scale": self._time_scale,
+            "guard_period_seconds": self._period,
+            "on_notice": self._on_notice,
+            "environment": self._environment,
+        }
 
     def poll(self, lease: Lease) -> LeaseState:
         written = self._client.written()

@@ -155,9 +155,10 @@ class Journal:
     def flush(self) -> None:
         """Write what is pending; raises OSError and keeps it when that fails."""
         if self._pending:
-            whole = self.path.read_bytes()[-1:] in (b"", b"\n") if self.path.exists() else True
-            with self.path.open("a") as file:
-                file.write(("" if whole else "\n") + "".join(self._pending))  # what a kill cut off stays alone
+            with self.path.open("ab+") as file:
+                file.seek(max(0, file.tell() - 1))
+                whole = file.read() in (b"", b"\n")
+                file.write((("" if whole else "\n") + "".join(self._pending)).encode())  # a cut line stays alone
             self._pending.clear()
 
     def lines(self) -> list[dict[str, Any]]:

@@ -15,7 +15,9 @@ from orchestrator.market.server import ADDRESS_FILE
 from orchestrator.market.spawn import HOST, clean_environment
 from tasks import guard
 
-ANSWER_SECONDS = 25.0
+ANSWER_SECONDS = 5.0
+END_ANSWER_SECONDS = 25.0
+"""Of requests that wait for nodes to end."""
 START_SECONDS = 20.0
 LOG_FILE = "market.log"
 
@@ -60,14 +62,15 @@ class MarketClient:
         address = guard.read_json(str(self.folder / ADDRESS_FILE))
         if not address or not guard.alive((address["pid"], address["start"])):
             return None
-        connection = http.client.HTTPConnection(HOST, address["port"], timeout=ANSWER_SECONDS)
+        timeout = END_ANSWER_SECONDS if name in ("start", "stop") else ANSWER_SECONDS
+        connection = http.client.HTTPConnection(HOST, address["port"], timeout=timeout)
         try:
             connection.request("POST", f"/{name}", json.dumps(request), {"Authorization": f"Bearer {address['token']}"})
             reply = connection.getresponse()
             status, answer = reply.status, json.loads(reply.read())
         except TimeoutError as error:
             raise BackendError(
-                f"the local cloud (pid {address['pid']}) did not answer within {ANSWER_SECONDS:.0f} s; "
+                f"the local cloud (pid {address['pid']}) did not answer within {timeout:.0f} s; "
                 "if it was stopped by a signal, continue it or kill it, and run the command again."
             ) from error
         except (OSError, http.client.HTTPException, ValueError):

@@ -135,10 +135,7 @@ class Cloud:
         self._flush()
 
     def _look_at(self, node: Node, now: float) -> None:
-        if node.exit_code is None:
-            code = guard.read_json(str(node.path("exit.json"))).get("exit_code")
-            if code is not None:
-                node.exit_code, self._unsaved = int(code), True
+        self._read_exit(node)
         if node.state == "ending":
             return
         if not self._is_alive(node, now):
@@ -151,6 +148,12 @@ class Cloud:
             command = guard.recorded(str(node.path("command.json")))
             if now >= (node.stop_at or 0.0) or command is None or not guard.alive(command):
                 self._end(node, "", node.reason)
+
+    def _read_exit(self, node: Node) -> None:
+        if node.exit_code is None:
+            code = guard.read_json(str(node.path("exit.json"))).get("exit_code")
+            if code is not None:
+                node.exit_code, self._unsaved = int(code), True
 
     def _is_alive(self, node: Node, now: float) -> bool:
         """Whether any process of the node is left; one of its two watchers is enough to know."""
@@ -202,13 +205,14 @@ class Cloud:
         self._quiet[node.instance_id] = 0 if found else self._quiet.get(node.instance_id, 0) + 1
         if self._quiet[node.instance_id] < 2:
             return
+        self._read_exit(node)
+        for folder in (node.node_dir, node.tmp_dir):  # before it counts as ended, or a kill of ours would leave them
+            shutil.rmtree(folder, ignore_errors=True)
         now = self._now()
         node.state, node.ended = "ended", (now.real, now.billed)
         self._bill.add(event="end", instance_id=node.instance_id, billed_seconds=now.billed, reason=node.reason)
         self._tell("ended", node, reason=node.reason, exit_code=node.exit_code)
         self._save()
-        for folder in (node.node_dir, node.tmp_dir):
-            shutil.rmtree(folder, ignore_errors=True)
 
     # -- renting ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,16 +126,20 @@ class Handler(BaseHTTPRequestHandler):
             self._reply(409, {"error": error.kind, "message": str(error)})
         except SlmError as error:
             self._reply(409, {"error": "error", "message": str(error)})
+        except Exception as error:
+            self._reply(409, {"error": "error", "message": f"a bug in the local cloud: {error!r}"})
+            raise  # to the log, with its place
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged: the events are."""
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(OSError):  # whoever asked was killed meanwhile
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
 
 def serve(folder: Path) -> int:

@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
@@ -20,8 +23,10 @@ from cost.errors import UserError
 from cost.leases import Lease
 from orchestrator.backends.base import BackendError, LeasePhase
 from orchestrator.backends.local import LocalBackend
-from orchestrator.market import server
+from orchestrator.market import client, server
 from orchestrator.market.books import read_lines, true_bill
+from orchestrator.market.cloud import Cloud
+from orchestrator.market.schedule import Hazard
 from tasks import guard
 from tests.orchestrator.backend_contract import OFFER, PRICE, BackendContract, lease_of
 
@@ -128,7 +133,7 @@ class LocalRig:
             end_all(node.instance_id)
             self.backend.stop(lease_of(node.lease_id))
         market = self.market()
-        if market is not None and guard.alive(market):
+        if market is not None and market[0] != os.getpid() and guard.alive(market):
             os.kill(market[0], signal.SIGKILL)
 
 
@@ -241,7 +246,9 @@ def test_a_market_killed_between_writing_down_and_starting_bills_nothing_for_lon
     lease = lease_of(num_nodes=1)
     rig.start(lease)
     rig.backend.stop(lease)
-    rig.until(lambda: rig.market() is None, seconds=server.IDLE_SECONDS + 5)
+    market = rig.market()
+    assert market is not None
+    os.kill(market[0], signal.SIGKILL)
     state = guard.read_json(str(rig.home / "instances.json"))
     lost = {**state["nodes"][0], "instance_id": "never-came", "state": "starting", "guard": None, "ended": None}
     lost["node_dir"] = str(rig.home / "nodes/never-came")
@@ -343,8 +350,6 @@ def test_a_hazard_takes_nodes_at_its_own_hour(rigs: Callable[..., LocalRig]) -> 
     rig.start(lease)
     rig.until(lambda: rig.backend.poll(lease).phase is LeasePhase.GONE)
     ((start, end),) = [[line["billed_seconds"] for line in read_lines(rig.home / "bill.jsonl")]]
-    from orchestrator.market.schedule import Hazard
-
     lifetime, _ = Hazard(0.5, 0, 3600.0).fate(0, 1)
     assert lifetime <= end - start < lifetime + 3600.0
 
@@ -377,12 +382,90 @@ def test_a_state_that_cannot_be_read_is_told(rig: LocalRig) -> None:
 
 
 def test_a_market_that_cannot_start_says_why(rig: LocalRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.market import client
-
     monkeypatch.setattr(client, "START_SECONDS", 1.0)
     broken = rig.another(python="/bin/false")
     with pytest.raises(BackendError, match=r"the local cloud does not start: it said nothing \(see .*market.log\)"):
         broken.start(lease_of(), rig.command)
+
+
+def test_a_hung_market_is_told(rig: LocalRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = lease_of(num_nodes=1)
+    rig.start(lease)
+    market = rig.market()
+    assert market is not None
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.3)
+    os.kill(market[0], signal.SIGSTOP)
+    try:
+        with pytest.raises(BackendError, match=rf"\(pid {market[0]}\) did not answer within 0 s; if it was stopped"):
+            rig.backend.poll(lease)
+    finally:
+        os.kill(market[0], signal.SIGCONT)
+    monkeypatch.undo()
+    assert rig.backend.poll(lease).phase is LeasePhase.RUNNING
+
+
+def test_what_the_market_does_not_know_is_refused(rig: LocalRig) -> None:
+    asking = client.MarketClient(rig.home, sys.executable)
+    with pytest.raises(BackendError, match="the market knows no request 'destroy'"):
+        asking.call("destroy")
+    with pytest.raises(BackendError, match=r"a bug in the local cloud: KeyError\('lease_id'\)"):
+        asking.call("poll")
+    address = guard.read_json(str(rig.home / server.ADDRESS_FILE))
+    assert (rig.home / server.ADDRESS_FILE).stat().st_mode & 0o077 == 0
+    request = urllib.request.Request(f"http://127.0.0.1:{address['port']}/list", data=b"{}", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+
+
+@pytest.fixture
+def idle_market(rig: LocalRig) -> Iterator[Cloud]:
+    """A market in this process that never takes a turn: it does what it is asked, but ends nothing."""
+    rig.home.mkdir()
+    cloud = Cloud(rig.home)
+    serving = server.Server(cloud, 0)
+    me = {"pid": os.getpid(), "start": guard.start_time(os.getpid())}
+    address = {"port": serving.server_port, "token": serving.token, **me}
+    guard.write_json(str(rig.home / server.ADDRESS_FILE), address)
+    cloud.listen(serving.server_port)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    yield cloud
+    rig.home.mkdir(exist_ok=True)
+    (rig.home / server.ADDRESS_FILE).unlink(missing_ok=True)
+    serving.shutdown()
+    serving.server_close()
+    for node in cloud.there():
+        end_all(node.instance_id)
+    while cloud.there():
+        cloud.turn()
+
+
+def test_a_node_that_cannot_be_ended_is_told(
+    rig: LocalRig, idle_market: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "END_SECONDS", 0.1)
+    lease = lease_of(num_nodes=1)
+    rig.backend.start(lease, rig.command)
+    with pytest.raises(BackendError, match=r"could not yet end slm-test-1-0-.*; it goes on trying"):
+        rig.backend.stop(lease)
+    assert [node.state for node in idle_market.there()] == ["stopping"]
+
+
+def test_a_node_that_cannot_be_started_is_billed_to_its_end(rig: LocalRig, idle_market: Cloud) -> None:
+    (rig.store / "logs").write_text("in the way")
+    with pytest.raises(BackendError, match=r"the local cloud could not start a node: .*logs"):
+        rig.backend.start(lease_of(num_nodes=1), rig.command)
+    idle_market.turn()
+    assert idle_market.there() == []
+    assert [line["event"] for line in read_lines(rig.home / "bill.jsonl")] == ["start", "end"]
+
+
+def test_nothing_is_rented_that_cannot_be_written_down(rig: LocalRig, idle_market: Cloud) -> None:
+    (rig.home / "instances.json").unlink()
+    (rig.home / "instances.json").mkdir()  # cannot be replaced by a file
+    with pytest.raises(BackendError, match=r"the local cloud cannot write to .*: Is a directory"):
+        rig.backend.start(lease_of(num_nodes=1), rig.command)
+    assert idle_market.there() == []
+    (rig.home / "instances.json").rmdir()
 
 
 def test_two_supervisors_at_once_find_one_market(rig: LocalRig) -> None:
@@ -393,5 +476,4 @@ def test_two_supervisors_at_once_find_one_market(rig: LocalRig) -> None:
     asking = [subprocess.Popen([sys.executable, "-c", script, str(rig.home)], stdout=subprocess.PIPE) for _ in range(3)]
     assert [process.communicate(timeout=30)[0] for process in asking] == [b"{'nodes': []}\n"] * 3
     assert guard.alive(rig.market())
-    rig.until(lambda: rig.market() is None, seconds=server.IDLE_SECONDS + server.LOCK_SECONDS + 5)
     assert rig.log() == ""

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -369,6 +370,49 @@ def test_a_notice_is_written_down_and_its_command_run_once(node: Callable[..., N
     assert notice["seconds"] == 25
     assert notice["deadline_boottime"] == pytest.approx(warned.started + 25, abs=10)
     assert told.read_text() == "25\n"
+
+
+def test_a_store_that_hangs_does_not_hold_up_the_end(node: Callable[..., Node], tmp_path: Path) -> None:
+    (tmp_path / "store" / "grants" / LEASE).mkdir(parents=True)
+    os.mkfifo(tmp_path / "store" / GRANTS)  # whoever opens it to read waits for ever
+    stuck = node(SLEEPER, first_grant=2.0)
+    until(lambda: stuck.alive())
+    until(lambda: not stuck.alive())
+    assert guard.boottime() - stuck.started < 2.0 + 2.0
+
+
+def test_a_full_disk_does_not_hold_up_the_end(node: Callable[..., Node]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # inherited: every write of the node fails
+    try:
+        full = node(SLEEPER, first_grant=2.0)
+        until(lambda: full.alive())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    until(lambda: not full.alive())
+    assert 2.0 <= guard.boottime() - full.started < 2.0 + 2.0
+    assert not (full.dir / "deadline.json").exists()
+
+
+# As `ps -axEww -o pid=,ppid=,stat=,lstart=,command=` prints it on macOS.
+LISTING = """\
+    1     0 Ss   Mon Nov 23 09:00:00 2026     /sbin/launchd
+  501     1 S    Mon Nov 23 10:00:00 2026     python3 guard.py --mark m1 PATH=/bin SLM_NODE_MARK=m1 HOME=/u
+  502   501 R+   Mon Nov 23 10:00:01 2026     sleep 600
+  503     1 Z    Mon Nov 23 10:00:02 2026     (python3) SLM_NODE_MARK=m1
+  504     1 S    Mon Nov 23 10:00:03 2026     python3 guard.py SLM_NODE_MARK=m12
+"""
+
+
+def test_processes_are_read_from_ps_where_there_is_no_proc() -> None:
+    processes = guard.parse_ps(LISTING, "SLM_NODE_MARK=m1")
+    assert [(process.pid, process.parent, process.marked) for process in processes] == [
+        (1, 0, False),
+        (501, 1, True),
+        (502, 501, False),
+        (504, 1, False),
+    ]
+    assert processes[1].start == "Mon-Nov-23-10:00:00-2026"
 
 
 def test_a_command_that_cannot_be_run_is_told(node: Callable[..., Node]) -> None:
