@@ -226,6 +226,9 @@ def summary(ended: RunSummary, console: Console) -> None:
     share = 100 * float(run.spent_usd / run.cap_usd) if run.cap_usd else 0.0
     facts.add_row("spent", f"{dollars(run.spent_usd)} of the {dollars(run.cap_usd)} cap ({share:.0f} %)")
     facts.add_row("lost and recovered", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}")
+    if ended.goodput is not None:
+        kept = f"{100 * ended.goodput:.0f} % of the time that was paid for is steps that the weights kept"
+        facts.add_row("goodput", kept)
     facts.add_row("billed", f"{duration(ended.billed_seconds)} of node time, in {duration(ended.wall_seconds)} here")
     say(console, facts)
     following(console, next_command(run))
@@ -238,6 +241,7 @@ def summary_facts(ended: RunSummary) -> dict[str, Any]:
         "result": ended.result,
         "wall_seconds": ended.wall_seconds,
         "billed_seconds": ended.billed_seconds,
+        "goodput": ended.goodput,
         "events": ended.events,
     }
 

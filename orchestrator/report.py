@@ -15,6 +15,7 @@ from typing import Any
 from cost.database import connect
 from cost.ledger import Balance, LeaseAccount, Ledger, LedgerEntry
 from orchestrator.events import read_events
+from orchestrator.goodput import goodput
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, is_supervised
 from orchestrator.settings import Home
 from tasks.recipe import Recipe
@@ -62,6 +63,8 @@ class RunSummary:
     billed_seconds: float
     """Node-seconds that the books charge, in billed time."""
     events: Sequence[Mapping[str, Any]]
+    goodput: float | None = None
+    """Seconds of the steps that were kept over billed seconds of a cluster, 0..1; None where nothing was billed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +158,17 @@ def summary_of(runs: Runs, run_id: str, home: Home, *, wall_seconds: float) -> R
         wall_seconds=wall_seconds,
         billed_seconds=units / 1000,
         events=read_events(home.run_dir(run_id) / "events.jsonl"),
+        goodput=goodput_of(run, home, accounts),
     )
+
+
+def goodput_of(run: Run, home: Home, accounts: Sequence[LeaseAccount]) -> float | None:
+    folder = home.store_dir(run.run_id)
+    if not folder.exists():
+        return None
+    recipe = Recipe.model_validate_json(run.recipe_json)
+    scale = recipe.local.time_scale if run.options.get("backend") == "local" else 1.0
+    return goodput(DirectoryStore(folder, create=False), accounts, time_scale=scale)
 
 
 @contextmanager

@@ -144,6 +144,14 @@ def test_a_finished_run_says_what_it_learnt_and_cost() -> None:
     assert "13 h 20 min of node time, in 3 min 20 s here" in text
 
 
+def test_goodput_is_shown_where_it_is_known() -> None:
+    summary = ended(RunState.SUCCEEDED)
+    assert "goodput" not in shown(render.summary, summary)
+    text = shown(render.summary, replace(summary, goodput=0.714))
+    assert "71 % of the time that was paid for is steps that the weights kept" in text
+    assert render.summary_facts(replace(summary, goodput=0.714))["goodput"] == 0.714
+
+
 def test_a_model_above_the_unigram_entropy_is_not_said_to_be_below() -> None:
     summary = replace(ended(RunState.SUCCEEDED), result={**RESULT, "heldout_loss": 5.25})
     assert "the model ends 0.100 above it" in shown(render.summary, summary)
