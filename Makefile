@@ -37,7 +37,7 @@ e2e: $(STAMP)
 	$(BIN)/python bench/prove_demo.py
 	$(BIN)/python bench/prove_budget.py --steps 150
 	$(BIN)/python bench/prove_kills.py --kills 2
-	$(BIN)/python bench/prove_mutations.py --sample 2
+	$(BIN)/python bench/prove_mutations.py
 
 prove: $(STAMP)
 	$(BIN)/python bench/prove_demo.py
