@@ -1,7 +1,8 @@
 """What the market writes down, in a folder of its own: its state, its bill and what it did.
 
-The state is replaced in one step and is written before what it announces is done; bill and events are lines appended
-after it, made complete from the state when the market starts again.
+The state is replaced in one step; a node stands in it before it is started. Bill and events are lines that are only
+appended: an end is billed before the state says so, and what a kill kept from being billed is made up for at the next
+start. Of two lines for one end the first counts.
 """
 
 from __future__ import annotations

@@ -332,8 +332,8 @@ class Cloud:
     def _flush(self) -> None:
         """Write everything down; what a full disk refuses is tried again at the next turn."""
         with suppress(OSError):
+            self._bill.flush()  # before the state: who reads there that a node has ended finds it billed
+            self._events.flush()
             if self._unsaved:
                 save_state(self.folder, self._state)
-            self._bill.flush()
-            self._events.flush()
             self._unsaved = False
