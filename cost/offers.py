@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 from cost.hardware import accelerators, canonical_name
@@ -86,12 +87,25 @@ def load_reference_offers() -> Quotes:
 
 
 def read_catalog(rows: Iterable[Mapping[str, Any]], cloud: str, as_of: str, source: str) -> Quotes:
-    """Rows of SkyPilot's `vms.csv` of one cloud, as strings by column name, in any column order.
+    """Rows of SkyPilot's catalog of one cloud, by column name, in any column order.
 
-    Rows of a cloud that prices accelerators apart from their host (GCP lists them without an instance type) are
-    skipped, since such a price is not that of a node.
+    Columns are those of its `vms.csv`, or the fields of `InstanceTypeInfo` that `sky.catalog.list_accelerators` gives.
+    A row of `vms.csv` that prices an accelerator apart from its host (GCP, without an instance type) is skipped, since
+    such a price is not that of a node; `list_accelerators` adds the host.
     """
     return _collect(_from_catalog(row, cloud.lower(), as_of, source) for row in rows)
+
+
+FIELDS_OF_INSTANCE_TYPE_INFO: Mapping[str, str] = MappingProxyType(
+    {
+        "InstanceType": "instance_type",
+        "AcceleratorName": "accelerator_name",
+        "AcceleratorCount": "accelerator_count",
+        "Price": "price",
+        "SpotPrice": "spot_price",
+        "Region": "region",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +172,20 @@ def _from_reference(row: Mapping[str, str]) -> _Row:
 
 def _from_catalog(row: Mapping[str, Any], cloud: str, as_of: str, source: str) -> _Row:
     cells = {key: "" if value is None else str(value).strip() for key, value in row.items() if key}
-    name, memory = _gpu_info(cells.get("GpuInfo", ""), _number(cells.get("AcceleratorCount", "")))
+    for column, field in FIELDS_OF_INSTANCE_TYPE_INFO.items():
+        cells.setdefault(column, cells.get(field, ""))
+    name, memory = _gpu_info(cells.get("GpuInfo", ""), _number(cells["AcceleratorCount"]))
+    device_gib = _number(cells.get("device_memory", ""))
     return _Row(
         cloud=cloud,
-        region=_region(cells.get("Region", "")),
+        region=_region(cells["Region"]),
         zone=cells.get("AvailabilityZone", ""),
-        instance_type=cells.get("InstanceType", ""),
-        accelerator=cells.get("AcceleratorName", ""),
-        count=cells.get("AcceleratorCount", ""),
-        memory_gib=memory,
-        price=cells.get("Price", ""),
-        spot_price=cells.get("SpotPrice", ""),
+        instance_type=cells["InstanceType"],
+        accelerator=cells["AcceleratorName"],
+        count=cells["AcceleratorCount"],
+        memory_gib=memory or ((device_gib,) if device_gib else ()),
+        price=cells["Price"],
+        spot_price=cells["SpotPrice"],
         as_of=as_of,
         source=source,
         hint=name,
@@ -274,9 +291,10 @@ def _region(text: str) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _money(text: str) -> Decimal | None:

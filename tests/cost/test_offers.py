@@ -139,6 +139,26 @@ def test_the_same_offer_listed_twice_keeps_the_cheaper_price_and_says_so() -> No
     assert "listed twice; the dearer price, $3.0, is left out" in quotes.skipped[0].reason
 
 
+def test_rows_of_skypilots_python_interface_are_read_too() -> None:
+    """The fields of `sky.catalog.common.InstanceTypeInfo`; pandas writes nan where there is nothing."""
+    row = {
+        "cloud": "GCP",
+        "instance_type": None,
+        "accelerator_name": "L4",
+        "accelerator_count": 1.0,
+        "cpu_count": 4,
+        "device_memory": 22.5,
+        "memory": 16.0,
+        "price": 0.7068,
+        "spot_price": float("nan"),
+        "region": "us-central1",
+    }
+    attached = read_catalog([row | {"instance_type": "g2-standard-4"}], "gcp", "2026-11-23", "sky")
+    assert [(o.spot, o.usd_per_hour, o.gpu_memory_gib) for o in attached.offers] == [(False, Decimal("0.7068"), 22.5)]
+    unknown_memory = read_catalog([row | {"instance_type": "x", "device_memory": float("nan")}], "gcp", "d", "sky")
+    assert unknown_memory.offers[0].gpu_memory_gib == 24.0
+
+
 def test_every_row_of_every_catalog_becomes_an_offer_or_a_reason() -> None:
     files = sorted(CATALOGS.glob("*/*/vms*.csv"))
     if not files:
