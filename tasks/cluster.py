@@ -157,6 +157,23 @@ def reachable(ip: str, port: int, timeout: float = 1.0) -> bool:
         return False
 
 
+def check_port_free(ip: str, port: int) -> None:
+    """Ray would take half a minute to say less.
+
+    Raises:
+        ClusterError: Something listens there, or the address is not this machine's.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((ip, port))
+        except OSError as error:
+            raise ClusterError(
+                f"Ray's head cannot listen at {ip}:{port} ({error.strerror}); the lease has to be started again "
+                "on another port."
+            ) from error
+
+
 def _raise_stopped(_number: int, _frame: FrameType | None) -> None:
     raise Stopped
 
@@ -191,7 +208,9 @@ class NodeProcesses:
         spec = RunSpec.load(self.env.spec_path)
         self._set_environment()
         self.forks.start()
-        if not self.env.is_head:
+        if self.env.is_head:
+            check_port_free(self.env.head_ip, self.env.head_port)
+        else:
             self._find_head()
         self._start_ray(spec)
         self.forks.wait_ready(WARM_SECONDS)  # the others stop for a node that joins: only once it can train

@@ -148,7 +148,6 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         self._starting_since: float | None = None
         self._waiting_since: float | None = None
         self._asked = False
-        self._expected = False
         self._progress = Progress()
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
@@ -175,7 +174,7 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
                 f"two groups of workers failed alike at step {bug['step']}: {bug['message']}; it is not tried again."
             )
         restarts = self._progress.restart(self._parent())
-        if restarts > MAX_RESTARTS_WITHOUT_PROGRESS and not self._expected:
+        if restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
             raise GaveUp(f"{restarts} groups in a row failed without a new checkpoint; this cluster is given up.")
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
@@ -196,7 +195,7 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         group = {"number": self._number, "reason": self._reason, "stamps": self._stamps}
         ray.get([worker.execute_async(receive, group) for worker in workers])
         self._group_nodes = frozenset(worker.metadata.node_id for worker in workers)
-        self._group, self._asked, self._expected, self._starting_since = worker_group, False, False, None
+        self._group, self._asked, self._starting_since = worker_group, False, None
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:  # noqa: ARG002
         self._group = None
@@ -216,7 +215,6 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
             self._reason = "after a start that failed"
             self._env.say(f"group {self._number} did not start: {first_line(error)}")
         elif failures and all(isinstance(failure, Regroup) for failure in failures):
-            self._expected = True
             self._reason = f"regrouped {failures[0]}"
         else:
             self._reason = "after a loss"
