@@ -241,28 +241,46 @@ def node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
 
 # Children that a group kill misses: one in a session of its own that ignores SIGTERM, one without environment.
 ESCAPING = textwrap.dedent("""
-    import signal, subprocess, time
+    import signal, subprocess, sys, time
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sleep = ["sleep", "600"]
-    subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; sleep 600"], start_new_session=True)
-    subprocess.Popen(sleep, env={}, start_new_session=True)
+    deaf = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; sleep 600; true"], start_new_session=True)
+    bare = subprocess.Popen(["sleep", "600"], env={}, start_new_session=True)
+    with open(sys.argv[1], "w") as file:
+        file.write(f"{deaf.pid} {bare.pid}\\n")
     time.sleep(600)
 """)
 
 
-def test_an_unrenewed_node_ends_with_all_its_processes(node: Callable[..., Node]) -> None:
+def test_an_unrenewed_node_ends_with_all_its_processes(node: Callable[..., Node], tmp_path: Path) -> None:
+    told = tmp_path / "pids"
     foreign = subprocess.Popen(SLEEPER, env={**os.environ, guard.MARK_VARIABLE: "test-another-node"})
     try:
-        unpaid = node([sys.executable, "-S", "-c", ESCAPING], first_grant=2.5)
-        until(lambda: len(unpaid.alive()) >= 7)  # guard, fuse, shell, python, sh + sleep, sleep
+        unpaid = node([sys.executable, "-S", "-c", ESCAPING, str(told)], first_grant=2.5)
+        until(lambda: told.exists() and told.read_text().endswith("\n"))
+        children = [int(pid) for pid in told.read_text().split()]
+        assert all(guard.start_time(pid) for pid in children)
         until(lambda: not unpaid.alive())
         assert 2.5 <= guard.boottime() - unpaid.started < 2.5 + 2.0
+        assert not any(guard.start_time(pid) for pid in children)
         assert unpaid.events()[0] == "armed"
         assert {"terminate", "deadline", "killed"} <= set(unpaid.events())
         assert foreign.poll() is None
     finally:
         foreign.kill()
         foreign.wait()
+
+
+def test_who_was_known_by_pid_and_start_time_belongs_to_the_node_without_mark_or_parent() -> None:
+    orphan = subprocess.Popen(["sleep", "600"], env={})
+    try:
+        start = until(lambda: guard.start_time(orphan.pid))
+        assert guard.family("test-no-such-mark", {(orphan.pid, start)}) == {(orphan.pid, start)}
+        assert guard.family("test-no-such-mark", {(orphan.pid, start + "0")}) == set()
+        assert guard.kill_family("test-no-such-mark", {(orphan.pid, start)}) == {(orphan.pid, start)}
+        assert orphan.wait(timeout=10) == -signal.SIGKILL
+    finally:
+        orphan.kill()
+        orphan.wait()
 
 
 def test_grants_keep_a_node_until_the_store_vanishes(node: Callable[..., Node]) -> None:
