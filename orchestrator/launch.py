@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from cost.ledger import Ledger
 from cost.offers import Offer
 from cost.recovery import Candidate
 from orchestrator.backends.base import Backend
+from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
 from orchestrator.grants import Terms
@@ -65,8 +66,17 @@ def launch(
         UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
     """
     home.create()
+    require_backend(recipe.backend or "local")
+    cap_usd = recipe.budget_usd if budget_usd is None else budget_usd
     with books(home) as runs:
-        run = unfinished(runs, recipe, home) or runs.create(
+        known = unfinished(runs, recipe, home)
+        if known is None:
+            require_one_lease(
+                candidates_of(offers, recipe, terms_of(recipe), price_is_fixed=LocalBackend.price_is_fixed),
+                cap_usd,
+                Decimal(0),
+            )
+        run = known or runs.create(
             recipe_name=recipe.name,
             recipe_digest=recipe.digest(),
             recipe_json=recipe.model_dump_json(),
@@ -75,7 +85,7 @@ def launch(
                 "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
                 "checkpoint_interval_seconds": checkpoint_interval_seconds,
             },
-            cap_usd=budget_usd or recipe.budget_usd,
+            cap_usd=cap_usd,
         )
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
 
@@ -132,7 +142,7 @@ def supervise(
         data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
         # A store that vanished after the first lease held checkpoints: say so instead of starting from nothing.
         store = open_store(str(home.store_dir(run_id)), create=not ledger.accounts())
-        terms = Terms(term_seconds=recipe.local.lease_seconds)
+        terms = terms_of(recipe)
         offers = [offer_of(content) for content in run.options["offers"]]
         backend = backend_of(recipe, run, store=store, home=home, offers=offers)
         supervisor = Supervisor(
@@ -143,43 +153,57 @@ def supervise(
             store=store,
             clock=clock,
             terms=terms,
-            candidates=lambda _: candidates_of(offers, recipe, backend, terms, clock.scale),
+            candidates=lambda _: candidates_of(offers, recipe, terms, price_is_fixed=backend.price_is_fixed),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
             write_spec=lambda lease: write_spec(lease, run, recipe, store, data_dir),
             emit=emit,
             switch=switch,
         )
-        check_one_lease_fits(supervisor, ledger)
+        if not ledger.open_accounts() and not switch.level:
+            balance = ledger.balance()
+            require_one_lease(supervisor.candidates(balance.free_usd), balance.free_usd, balance.spent_usd)
         supervisor.run()
         return summary_of(runs, run_id, home, wall_seconds=time.monotonic() - started)
 
 
-def check_one_lease_fits(supervisor: Supervisor, ledger: Ledger) -> None:
+def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_usd: Decimal) -> None:
     """Refuse a budget that pays for nothing before anything is rented.
 
     Raises:
-        UserError: The free budget is smaller than the smallest lease.
+        UserError: Nothing can be rented, or the free budget is smaller than the smallest lease.
     """
-    balance = ledger.balance()
-    if ledger.open_accounts():
-        return
-    smallest = min(one.needed_usd for one in supervisor.candidates(balance.free_usd))
-    if balance.free_usd < smallest:
+    if not candidates:
+        raise UserError("the plan has no offer that can be rented; see why with: slm plan RECIPE --json")
+    smallest = min(one.needed_usd for one in candidates)
+    if free_usd < smallest:
+        enough = (spent_usd + smallest).quantize(Decimal("0.01"), rounding=ROUND_CEILING)
         raise UserError(
-            f"${balance.free_usd:.2f} of the ${balance.cap_usd:.2f} cap is free, and the smallest lease sets aside "
-            f"${smallest:.2f}; give at least --budget {balance.spent_usd + smallest:.2f}."
+            f"${free_usd:.2f} of the cap is free, and the smallest lease sets aside ${smallest:.2f}; "
+            f"give at least --budget {enough}."
         )
 
 
-def candidates_of(
-    offers: Sequence[Offer], recipe: Recipe, backend: Backend, terms: Terms, scale: float
-) -> list[Candidate]:
+def require_backend(name: str) -> None:
+    """Raises UserError when this installation cannot rent from that backend."""
+    if name != "local":
+        raise UserError(
+            f"backend {name} cannot rent yet; use --backend local, which plays a spot market on this machine."
+        )
+
+
+def terms_of(recipe: Recipe) -> Terms:
+    return Terms(term_seconds=recipe.local.lease_seconds)
+
+
+def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: Terms, *, price_is_fixed: bool) -> list[Candidate]:
     """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
     counts = dict.fromkeys((recipe.nodes.max, recipe.nodes.min))
-    hours = Decimal(terms.smallest_seconds * scale / 3600)
+    hours = Decimal(terms.smallest_seconds * recipe.local.time_scale / 3600)
     return [
-        Candidate(offer, count, worst_price(offer, backend) * count * hours) for count in counts for offer in offers
+        Candidate(offer, count, worst_price(offer, price_is_fixed=price_is_fixed) * count * hours)
+        for count in counts
+        for offer in offers
     ]
 
 
@@ -204,18 +228,8 @@ def write_spec(lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: P
 
 
 def backend_of(recipe: Recipe, run: Run, *, store: Store, home: Home, offers: Sequence[Offer]) -> Backend:
-    """The backend that the run was launched on.
-
-    Raises:
-        UserError: This installation cannot rent from it.
-    """
-    if run.options["backend"] != "local":
-        raise UserError(
-            f"backend {run.options['backend']} cannot rent yet; use --backend local, which plays a spot market on "
-            "this machine."
-        )
-    from orchestrator.backends.local import LocalBackend
-
+    """The backend that the run was launched on."""
+    require_backend(run.options["backend"])
     return LocalBackend(
         home.run_dir(run.run_id) / "market",
         run.run_id,
@@ -253,7 +267,9 @@ def prepare(recipe: Recipe, *, home: Home, on_event: Emit, switch: StopSwitch | 
     command = [sys.executable, "-m", "tasks", "prepare", "--recipe-json", str(recipe_file)]
     command += ["--data-root", str(home.data_root)]
     try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as child:  # a session of its own: Ctrl-C reaches us only
             assert child.stdout is not None and child.stderr is not None
             output, errors = follow_child(child, on_event, switch)
             code = child.returncode
@@ -274,7 +290,7 @@ def follow_child(child: subprocess.Popen[str], on_event: Emit, switch: StopSwitc
             return child.communicate(timeout=FOLLOW_SECONDS)
         except subprocess.TimeoutExpired:
             if switch is not None and switch.level:
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
                 raise SlmError("stopped while preparing data; nothing was rented, run it again to go on.") from None
 

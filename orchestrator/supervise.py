@@ -73,6 +73,7 @@ class Supervisor:
     _failures: int = 0
     _waits: int = 0
     _last_step: int = -1
+    _lost_at: float | None = None
 
     def __post_init__(self) -> None:
         self._grants = Grants(
@@ -140,8 +141,10 @@ class Supervisor:
             command=self.command,
             tell=self._tell,
             on_running=lambda: self._move(RunState.RUNNING, ""),
+            lost_at=self._lost_at,
         )
         cause, detail = watch.until_it_ends()
+        self._lost_at = self.clock.real_seconds()
         if cause in (Cause.ASKED, Cause.CAP):
             self._move(RunState.STOPPING, detail)
         account = self.ledger.account(account.lease.lease_id)
@@ -174,7 +177,7 @@ class Supervisor:
         """Write the intent and set its cost aside; the first term shrinks to what is affordable."""
         attempt = 1 + max((account.lease.attempt for account in self.ledger.accounts()), default=0)
         offer, num_nodes = decision.offer, decision.num_nodes
-        worst = worst_price(offer, self.backend)
+        worst = worst_price(offer, price_is_fixed=self.backend.price_is_fixed)
         fixed = self.terms.boot_allowance_seconds + self.terms.kill_latency_seconds
         free = self.ledger.balance().free_usd
         affordable = float(free / (worst * num_nodes)) * 3600 / self.clock.scale - fixed
@@ -274,19 +277,24 @@ class Supervisor:
 
     def _move(self, state: RunState, reason: str) -> None:
         self.runs.move(self.run_record.run_id, state, reason=reason, epoch=self.ledger.epoch)
-        self._tell("state", f"{state.value.lower().replace('_', ' ')}{': ' + reason if reason else ''}", state=state)
+        self._tell(
+            "state",
+            f"{state.value.lower().replace('_', ' ')}{': ' + reason if reason else ''}",
+            state=state,
+            run_id=self.run_record.run_id,
+        )
 
     def _tell(self, kind: str, message: str, **data: Any) -> None:
         self.emit(Event(kind, message, datetime.now(UTC), data))
 
 
-def worst_price(offer: Offer, backend: Backend) -> Decimal:
+def worst_price(offer: Offer, *, price_is_fixed: bool) -> Decimal:
     """p-hat of one node: its price where the provider fixes it at rent, else the on-demand price.
 
     Raises:
         SlmError: Nothing bounds the future price of this offer.
     """
-    if backend.price_is_fixed:
+    if price_is_fixed:
         return offer.usd_per_hour
     if offer.on_demand_usd_per_hour is None:
         raise SlmError(f"nothing bounds the future price of {offer.offer_id}; it was not rented. Pick another offer.")

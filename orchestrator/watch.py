@@ -63,8 +63,8 @@ class Watch:
     _last_new_step_at: float = 0.0
     _grow_at: float | None = None
     _grow_tries: int = 0
-    _lost_at: float | None = None
-    _lost_epoch: int = -1
+    lost_at: float | None = None
+    """When the lease before this one was lost, for telling how long recovery took."""
     _warned: int = 0
     _trainer_epoch: int = -1
     _unseen_since: float | None = None
@@ -171,7 +171,7 @@ class Watch:
         names = ", ".join(str(rank) for rank in lost)
         self.tell("lost", f"node {names} of {self.lease.lease_id} is gone, {len(alive)} left", ranks=lost)
         now = self.clock.real_seconds()
-        self._lost_at, self._lost_epoch = now, self._trainer_epoch
+        self.lost_at = now
         self._grow_at, self._grow_tries = now + self.terms.grow_delay_seconds, 0
         return account
 
@@ -203,9 +203,9 @@ class Watch:
         if (step, epoch) == (self.step, self._trainer_epoch):
             return
         now = self.clock.real_seconds()
-        if epoch != self._trainer_epoch and self._lost_at is not None:
-            self.tell("recovered", f"training again at step {step} after {now - self._lost_at:.1f} s", step=step)
-            self._lost_at = None
+        if epoch != self._trainer_epoch and self.lost_at is not None:
+            self.tell("recovered", f"training again at step {step} after {now - self.lost_at:.1f} s", step=step)
+            self.lost_at = None
         self._trainer_epoch, self.step, self._last_new_step_at = epoch, step, now
         if not self._running:
             self._running = True
@@ -219,6 +219,7 @@ class Watch:
             held_usd=balance.held_usd,
             cap_usd=balance.cap_usd,
             num_nodes=account.num_nodes,
+            preemptions=self.runs.get(self.run_id).preemptions,
         )
         percent = int(100 * balance.spent_usd / balance.cap_usd) if balance.cap_usd else 0
         for threshold in WARN_AT:

@@ -51,6 +51,7 @@ class Node:
     guard: tuple[int, str] | None = None
     kill_at: float | None = None
     stop_at: float | None = None
+    told: bool = False
     reason: str = ""
     exit_code: int | None = None
     ended: tuple[float, float] | None = None

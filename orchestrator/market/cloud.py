@@ -105,9 +105,7 @@ class Cloud:
             if node.state in ("starting", "alive"):
                 node.state, node.stop_at, node.reason = "stopping", self._clock() + STOP_SECONDS, "stopped"
                 self._tell("stop", node)
-                command = guard.recorded(str(node.path("command.json")))
-                if command is not None and guard.alive(command):
-                    guard.send(command[0], signal.SIGTERM, group=True)
+                self._ask_to_end(node)
         self._save()
 
     def there(self, lease_id: str | None = None) -> list[Node]:
@@ -145,9 +143,18 @@ class Cloud:
         elif node.kill_at is not None and now >= node.kill_at:
             self._end(node, "kill", "preempted")
         elif node.state == "stopping":
-            command = guard.recorded(str(node.path("command.json")))
-            if now >= (node.stop_at or 0.0) or command is None or not guard.alive(command):
+            if now >= (node.stop_at or 0.0) or not self._ask_to_end(node):
                 self._end(node, "", node.reason)
+
+    def _ask_to_end(self, node: Node) -> bool:
+        """SIGTERM to the node's command, once; False when there is none that could end by itself."""
+        command = guard.recorded(str(node.path("command.json")))
+        if command is None or not guard.alive(command):
+            return False
+        if not node.told:
+            node.told = self._unsaved = True
+            guard.send(command[0], signal.SIGTERM, group=True)
+        return True
 
     def _read_exit(self, node: Node) -> None:
         if node.exit_code is None:

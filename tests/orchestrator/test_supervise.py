@@ -375,14 +375,12 @@ def test_an_instance_that_the_books_do_not_know_is_ended(world: World) -> None:
     assert world.backend.list_alive() == []
 
 
-def test_the_worst_price_is_on_demand_unless_the_price_is_fixed(world: World) -> None:
+def test_the_worst_price_is_on_demand_unless_the_price_is_fixed() -> None:
     offer = an_offer("zone-0")
-    assert worst_price(offer, world.backend) == PRICE
-    world.backend.price_is_fixed = False
-    assert worst_price(offer, world.backend) == Decimal("1.20")
+    assert worst_price(offer, price_is_fixed=True) == PRICE
+    assert worst_price(offer, price_is_fixed=False) == Decimal("1.20")
 
 
-def test_an_offer_whose_price_nothing_bounds_is_not_rented(world: World) -> None:
-    world.backend.price_is_fixed = False
+def test_an_offer_whose_price_nothing_bounds_is_not_rented() -> None:
     with pytest.raises(SlmError, match="nothing bounds the future price"):
-        worst_price(replace(an_offer("zone-0"), on_demand_usd_per_hour=None), world.backend)
+        worst_price(replace(an_offer("zone-0"), on_demand_usd_per_hour=None), price_is_fixed=False)
