@@ -142,9 +142,8 @@ class Cloud:
             self._end(node, "ttl", "reached its time limit")
         elif node.kill_at is not None and now >= node.kill_at:
             self._end(node, "kill", "preempted")
-        elif node.state == "stopping":
-            if now >= (node.stop_at or 0.0) or not self._ask_to_end(node):
-                self._end(node, "", node.reason)
+        elif node.state == "stopping" and (now >= (node.stop_at or 0.0) or not self._ask_to_end(node)):
+            self._end(node, "", node.reason)
 
     def _ask_to_end(self, node: Node) -> bool:
         """SIGTERM to the node's command, once; False when there is none that could end by itself."""
