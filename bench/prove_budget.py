@@ -32,7 +32,7 @@ def main() -> int:
         cut.check(Decimal(str(first.get("spent_usd"))) <= third, f"${first.get('spent_usd')} <= ${third}")
         cut.check((first.get("checkpoint_step") or 0) > 0, f"a checkpoint at step {first.get('checkpoint_step')}")
         cut.check(not cut.wait_until_empty(10), "nothing runs after the cap")
-        resumed = cut.slm("resume", "--budget", "100", "--yes", timeout=1200)
+        resumed = cut.slm("resume", "--budget", "100", timeout=1200)
         last = status(cut)
         cut.check(last.get("state") == "SUCCEEDED", f"more money finishes it: {last.get('state')} {resumed.stderr}")
         weights = [(proof.read("demo-1", "result.json") or {}).get("weights_sha256") for proof in (whole, cut)]
