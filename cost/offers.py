@@ -23,11 +23,12 @@ from cost.hardware import accelerators, canonical_name
 MIB_PER_GIB = 1024
 LARGEST_PLAUSIBLE_GIB_FIGURE = 1000
 """RunPod's catalog writes GiB into the MiB field: a smaller figure than this cannot be MiB of any GPU here."""
-MEMORY_ABOVE_TABLE = 1.2
-"""A device that reports more than this times our table's memory is another card under the same name."""
 CARDS_SOLD_WITH_MORE_MEMORY = frozenset({"V100", "GH200"})
+"""Of any other card no more memory is believed than our table has: a modified or a larger card under its name."""
 AUCTION_FLOORS_PER_GPU = {"mithril": Decimal(1)}
 """Clouds whose listed price is the lowest bid of an auction, in dollars per GPU-hour."""
+ANY_REGION = "any"
+SKYPILOT_CATALOG = "skypilot-catalog"
 SLICED_A100_GIB = (40.0, 80.0)
 
 
@@ -125,6 +126,8 @@ class _Row:
     as_of: str
     source: str
     hint: str = ""
+    needs_region: bool = True
+    """SkyPilot rents in a region only; a price tracker may leave it open."""
 
     @property
     def label(self) -> str:
@@ -167,6 +170,7 @@ def _from_reference(row: Mapping[str, str]) -> _Row:
         spot_price=row["spot_usd_per_hour"],
         as_of=row["as_of"],
         source=row["source"],
+        needs_region=row["source"].startswith(SKYPILOT_CATALOG),
     )
 
 
@@ -216,6 +220,8 @@ def _offers_of(row: _Row) -> tuple[list[Offer], list[str]]:
     gpus_per_node = _whole_gpus(row.count, row.accelerator)
     if row.cloud == "gcp" and not row.instance_type:
         raise _NoOffer("the price of an accelerator without its host machine")
+    if row.needs_region and row.region == ANY_REGION:
+        raise _NoOffer("no region is stated, so SkyPilot cannot place it")
     name, memory_gib = _device(row)
     on_demand, spot = _prices(row, gpus_per_node)
     missing = [] if spot is None or on_demand is None or spot < on_demand else ["spot price is no discount"]
@@ -272,9 +278,7 @@ def _device(row: _Row) -> tuple[str, float]:
     memory = _nearest(row.memory_gib, (expected,))
     if memory is None:
         return name, expected
-    if memory > MEMORY_ABOVE_TABLE * expected and name not in CARDS_SOLD_WITH_MORE_MEMORY:
-        raise _NoOffer(f"reports {memory:.0f} GiB where {name} has {expected:.0f}: another card")
-    return name, memory
+    return name, memory if name in CARDS_SOLD_WITH_MORE_MEMORY else min(memory, expected)
 
 
 def _nearest(readings: tuple[float, ...], targets: tuple[float, ...]) -> float | None:
@@ -286,7 +290,7 @@ def _nearest(readings: tuple[float, ...], targets: tuple[float, ...]) -> float |
 
 def _region(text: str) -> str:
     """One line without empty parts: Vast writes ', US, NA' where the city is unknown."""
-    return ", ".join(part.strip() for part in text.split(",") if part.strip()) or "any"
+    return ", ".join(part.strip() for part in text.split(",") if part.strip()) or ANY_REGION
 
 
 def _number(text: str) -> float | None:
