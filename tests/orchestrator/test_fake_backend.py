@@ -49,6 +49,9 @@ class FakeRig:
     def keep(self, lease: Lease, seconds: float) -> None:
         """Only the provider's own limit ends a node of this cloud."""
 
+    def pass_seconds(self, seconds: float) -> None:
+        self.clock.sleep(seconds)
+
 
 @pytest.fixture
 def rig() -> FakeRig:
