@@ -12,7 +12,7 @@ from cost import memory, throughput
 from cost.hardware import Accelerator
 from cost.layout import Layout, Sharding
 from cost.memory import MemoryEstimate
-from cost.software import our_trainer
+from cost.software import Software, our_trainer
 from cost.throughput import Calibration, ThroughputEstimate
 from cost.workload import Workload
 
@@ -61,7 +61,9 @@ class NoLayout:
     reason: str
 
 
-def fastest_layout(work: Workload, cluster: Cluster, calibration: Calibration) -> Placement | NoLayout:
+def fastest_layout(
+    work: Workload, cluster: Cluster, calibration: Calibration, software: Software | None = None
+) -> Placement | NoLayout:
     """Search sharding, activation checkpointing and micro-batch; precision is the workload's."""
     device = cluster.accelerator
     if device.name in WITHOUT_CUDA:
@@ -70,7 +72,7 @@ def fastest_layout(work: Workload, cluster: Cluster, calibration: Calibration) -
         return NoLayout(f"{device.name} has no {work.precision} units")
     if cluster.world_size > work.global_batch_size:
         return NoLayout(f"{cluster.world_size} devices, but only {work.global_batch_size} sequences per step")
-    program = our_trainer()
+    program = our_trainer() if software is None else software
     most = max(1, work.global_batch_size // cluster.world_size)
     best: Placement | None = None
     smallest: float | None = None
@@ -83,7 +85,7 @@ def fastest_layout(work: Workload, cluster: Cluster, calibration: Calibration) -
                 smallest = needed if smallest is None else min(smallest, needed)
                 continue
             micro = 1 << (widest.bit_length() - 1)
-            found = _place(work, cluster, _layout(work, cluster, sharding, recompute, micro), calibration)
+            found = _place(work, cluster, _layout(work, cluster, sharding, recompute, micro), calibration, program)
             if best is None or found.tokens_per_second > best.tokens_per_second:
                 best = found
             if widest == most or micro * work.sequence_length >= ENOUGH_TOKENS_PER_PASS:
@@ -108,22 +110,30 @@ def _layout(work: Workload, cluster: Cluster, sharding: Sharding, recompute: boo
     )
 
 
-def _place(work: Workload, cluster: Cluster, layout: Layout, calibration: Calibration) -> Placement:
+def _place(work: Workload, cluster: Cluster, layout: Layout, calibration: Calibration, software: Software) -> Placement:
     return Placement(
         layout=layout,
-        memory=memory.peak(work, cluster.accelerator, layout),
+        memory=memory.peak(work, cluster.accelerator, layout, software=software),
         throughput=throughput.estimate(
             work,
             cluster.accelerator,
             layout,
             calibration,
+            software=software,
             node_network_bytes_per_second=cluster.network_bytes_per_second,
         ),
         useful_share=work.global_batch_size / layout.global_batch_size,
     )
 
 
-def emulated_layout(work: Workload, cluster: Cluster, micro_batch_size: int, calibration: Calibration) -> Placement:
+def emulated_layout(
+    work: Workload,
+    cluster: Cluster,
+    micro_batch_size: int,
+    calibration: Calibration,
+    software: Software | None = None,
+) -> Placement:
     """One worker per node on this machine's processor, at the recipe's own micro-batch."""
     micro = max(1, min(micro_batch_size, work.global_batch_size // cluster.world_size))
-    return _place(work, cluster, _layout(work, cluster, "replicated", False, micro), calibration)
+    program = our_trainer() if software is None else software
+    return _place(work, cluster, _layout(work, cluster, "replicated", False, micro), calibration, program)

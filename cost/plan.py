@@ -17,6 +17,7 @@ from cost.memory import MemoryEstimate
 from cost.offers import Offer
 from cost.preemption import Hazards
 from cost.quality import CHINCHILLA, LossLaw, Prediction, predict
+from cost.software import Software, our_trainer
 from cost.throughput import Calibration, ThroughputEstimate, default_calibration
 from cost.workload import Workload
 
@@ -173,3 +174,5 @@ class Market:
     unique_tokens: int | None = None
     """Tokens that the data set has; a run over more repeats them."""
     calibration: Calibration = field(default_factory=default_calibration)
+    software: Software = field(default_factory=our_trainer)
+    """Our trainer as the recipe sets it: compiled or not, and its optimizer."""

@@ -171,14 +171,14 @@ class _Task:
         return self._placements[key]
 
     def _place(self, offer: Offer, memory_gib: float, num_nodes: int, network: float) -> Placement | NoLayout:
-        calibration = self.market.calibration
+        calibration, program = self.market.calibration, self.market.software
         if self.emulation is not None:
             device = local_cpu(self.emulation.num_cores / num_nodes)
             cluster = Cluster(device, 1, num_nodes, device.pcie_bytes_per_second)
-            return emulated_layout(self.workload, cluster, self.emulation.micro_batch_size, calibration)
+            return emulated_layout(self.workload, cluster, self.emulation.micro_batch_size, calibration, program)
         device = replace(accelerator(offer.accelerator), memory_gib=memory_gib)
         cluster = Cluster(device, offer.gpus_per_node, num_nodes, network)
-        return fastest_layout(self.workload, cluster, calibration)
+        return fastest_layout(self.workload, cluster, calibration, program)
 
     def _pace(self, offer: Offer, layout: Layout) -> Rhythm:
         key = (offer.cloud, layout.num_nodes, layout.world_size)
