@@ -22,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any
 from cost.errors import SlmError
 from tasks import forkserver
 from tasks.node_env import EVENTS_FILE, NodeEnv, boottime, log_line
+from tasks.processes import Family, become_subreaper, make_temp_dir
 from tasks.spec import RunSpec
 
 EXIT_FINISHED = 0
@@ -43,7 +43,6 @@ NODE_RESOURCE = "slm_node"
 """One unit per training worker that a node may hold."""
 RANK_LABEL = "slm-rank"
 NODE_FILE = "ray.json"
-TEMP_PREFIX = "slm-ray-"
 KV_NAMESPACE = b"slm"
 KV_LEASE = b"lease"
 KV_READY = b"ready/"
@@ -59,10 +58,6 @@ WARM_SECONDS = 30.0
 HEAD_GONE_SECONDS = 5.0
 TICK_SECONDS = 0.2
 LOG_TAIL_CHARACTERS = 4000
-FAMILY_SECONDS = 1.0
-TERM_SECONDS = 0.5
-"""How long processes have between SIGTERM and SIGKILL: nothing here needs an orderly end."""
-KILL_SECONDS = 5.0
 
 # Measured on 2 cores by bench/recovery_local.py; docs/architecture.md has the table.
 RAY_SETTINGS: Mapping[str, str] = {
@@ -97,8 +92,8 @@ class ClusterError(SlmError):
     """Ray could not be started or joined; the message says what was waited for."""
 
 
-class Stopped(Exception):
-    """SIGTERM or SIGINT arrived."""
+class Stopped(BaseException):
+    """SIGTERM or SIGINT arrived; nothing that handles errors may hold it up."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -411,97 +406,6 @@ class Driver:
     def last_lines(self) -> str:
         """The end of what it printed."""
         return self._log_path.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
-
-
-class Family:
-    """The processes that descend from this one, by pid and start time, so that none is lost when its parent dies."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, Any] = {}
-        self._next = 0.0
-
-    def remember(self) -> None:
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + FAMILY_SECONDS
-        self._look()
-
-    def _look(self) -> None:
-        import psutil
-
-        with contextlib.suppress(psutil.Error):
-            for process in psutil.Process().children(recursive=True):
-                self._known[process.pid] = process
-        for pid in [pid for pid, process in self._known.items() if not process.is_running()]:
-            del self._known[pid]
-
-    def end(self) -> None:
-        """End them all: asked first, then killed. psutil signals none whose pid was given to another since."""
-        import psutil
-
-        until = time.monotonic() + TERM_SECONDS
-        signalled: set[int] = set()
-        while time.monotonic() < until + KILL_SECONDS:
-            self._look()
-            reap_children()
-            alive = [process for process in self._known.values() if _is_alive(process)]
-            if not alive:
-                return
-            for process in alive:
-                with contextlib.suppress(psutil.Error):
-                    if time.monotonic() > until:
-                        process.kill()
-                    elif process.pid not in signalled:
-                        process.terminate()
-                        signalled.add(process.pid)
-            time.sleep(0.05)
-
-
-def _is_alive(process: Any) -> bool:
-    import psutil
-
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def make_temp_dir() -> Path:
-    """A new folder with a short path (a unix socket's path has at most 103 bytes), named for its owner.
-
-    Folders of owners that were killed are removed here; nobody else could.
-    """
-    import psutil
-
-    for old in Path("/tmp").glob(TEMP_PREFIX + "*.*"):
-        with contextlib.suppress(OSError, ValueError, psutil.Error):
-            pid, start = map(int, old.name.removeprefix(TEMP_PREFIX).split("-")[0].split("."))
-            if old.stat().st_uid == os.getuid() and not _is_running(pid, start):
-                shutil.rmtree(old, ignore_errors=True)
-    start = int(psutil.Process().create_time())
-    return Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}.{start}-", dir="/tmp"))
-
-
-def _is_running(pid: int, start: int) -> bool:
-    import psutil
-
-    # The clock may have been set meanwhile: a folder too many is better than one too few.
-    return psutil.pid_exists(pid) and abs(psutil.Process(pid).create_time() - start) < 3600
-
-
-def become_subreaper() -> None:
-    """Orphans among our descendants become our children, so that they can be found (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_child_subreaper = 36
-        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-
-
-def reap_children() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 def _ray_node(env: NodeEnv, spec: RunSpec, temp_dir: Path) -> tuple[Any, Any]:

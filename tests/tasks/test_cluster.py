@@ -100,6 +100,13 @@ def test_two_leases_on_one_machine_do_not_touch_each_other() -> None:
         broken.wait("the first lease trains", lambda: broken.trains(1), START_SECONDS)
         other.wait("the second lease trains", lambda: other.trains(1), START_SECONDS)
 
+        with Nodes(2, environ={"SLM_LEASE": "stray"}) as stray:
+            stray.head_port = other.head_port
+            stray.start(1)
+            stray.wait("a node of another lease ends", lambda: stray.processes[1].poll() is not None, CHANGE_SECONDS)
+            assert stray.processes[1].returncode == 30
+            assert f"belongs to {LEASE}, not to stray" in stray.log(1)
+
         for worker in train_workers(broken, 0):
             worker.kill()
         broken.wait("another worker trains", lambda: broken.trains(1, 0), CHANGE_SECONDS)

@@ -17,8 +17,9 @@ import pytest
 from cost.errors import UserError
 from tasks import cluster, forkserver
 from tasks.__main__ import main as tasks_main
-from tasks.cluster import ClusterError, Family, NodeProcesses, check_port_free, drain, drain_main, make_temp_dir
+from tasks.cluster import ClusterError, NodeProcesses, check_port_free, drain, drain_main
 from tasks.node_env import NodeEnv, log_line
+from tasks.processes import Family, make_temp_dir
 from tests.tasks.ray_nodes import free_port
 
 
@@ -93,6 +94,26 @@ def test_no_head_within_the_bound_is_said_and_safe_to_relaunch(tmp_path: Path, m
         node._find_head()
 
 
+class NoRay:
+    """Stands where Ray's node class does when Ray cannot start."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("no shared memory")
+
+    def get_gcs_client(self) -> object:
+        raise RuntimeError("gone")
+
+
+def test_ray_that_does_not_start_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_ray_node", lambda *_: (NoRay, None))
+    with NodeProcesses(NodeEnv.from_environ(environ(tmp_path))) as node:
+        with pytest.raises(ClusterError, match=r"did not start on node 1 \(RuntimeError: no shared memory\)"):
+            node._start_ray(None)  # type: ignore[arg-type]
+        node.ray_node, node.facts = NoRay.__new__(NoRay), {"node_id": "n"}
+        with pytest.raises(ClusterError, match="node 1 lost Ray's head while it joined"):
+            node._announce()
+
+
 def test_a_port_in_use_is_found_before_ray_is_started() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -119,7 +140,7 @@ def test_the_head_is_never_drained() -> None:
 
 def test_every_descendant_is_ended_also_one_that_lost_its_parent(tmp_path: Path) -> None:
     script = (
-        "import subprocess, sys, time; from tasks.cluster import Family, become_subreaper\n"
+        "import subprocess, sys, time; from tasks.processes import Family, become_subreaper\n"
         "become_subreaper(); family = Family()\n"
         "subprocess.Popen(['sh', '-c', 'sleep 60 & sleep 60 & echo; trap : TERM; wait; sleep 60']).stdout\n"
         "parent = subprocess.Popen(['sh', '-c', 'sleep 61 & exec sleep 0.3']); time.sleep(0.2); family.remember()\n"
@@ -190,7 +211,9 @@ def test_what_a_fork_could_not_imitate_is_left_to_ray(context: dict[str, object]
 def test_a_fork_runs_any_python_program_and_reports_its_end(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys; print(sys.argv[1:], os.environ['Q'], 'torch' in sys.modules, 'ray' in sys.modules); sys.exit(7)"
+        "import os, sys\n"
+        "print(sys.argv[1:], os.environ['Q'], [name in sys.modules for name in ('torch', 'ray')])\n"
+        "sys.exit(7)\n"
     )
     server = forkserver.ForkServer(tmp_path / "socket")
     server.start()
@@ -201,7 +224,7 @@ def test_a_fork_runs_any_python_program_and_reports_its_end(tmp_path: Path) -> N
             report = forkserver.run_forked(tmp_path / "socket", argv, {**os.environ, "Q": "!"}, out.fileno())
         report.settimeout(20)
         assert json.loads(report.recv(100)) == {"exit_code": 7}
-        assert (tmp_path / "out").read_text() == "['one'] ! True False\n"
+        assert (tmp_path / "out").read_text() == "['one'] ! [True, False]\n"
     finally:
         assert server.process is not None
         server.process.send_signal(signal.SIGKILL)
