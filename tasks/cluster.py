@@ -59,7 +59,7 @@ HEAD_GONE_SECONDS = 5.0
 TICK_SECONDS = 0.2
 LOG_TAIL_CHARACTERS = 4000
 
-# Measured on 2 cores by bench/recovery_local.py; docs/architecture.md has the table.
+# Chosen with bench/recovery_local.py, on 2 cores that others used too.
 RAY_SETTINGS: Mapping[str, str] = {
     # A dead raylet refuses connections: found after 3 s. A silent one is given 3 x 5 s.
     "RAY_health_check_initial_delay_ms": "1000",
