@@ -6,12 +6,14 @@ memory: a supervisor killed at any instant is replaced by the next one, which se
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from cost.database import DatabaseError
 from cost.errors import BudgetExceeded, SlmError
 from cost.leases import Lease
 from cost.ledger import LeaseAccount, Ledger
@@ -35,7 +37,7 @@ from orchestrator.grants import Grants, Terms
 from orchestrator.reconcile import end_unknown_instances
 from orchestrator.runs import Run, Runs, RunState
 from orchestrator.watch import StopSwitch, Watch
-from trainer.store import Store
+from trainer.store import Store, StoreError
 
 WriteSpec = Callable[[Lease], None]
 Candidates = Callable[[Decimal], list[Candidate]]
@@ -143,7 +145,11 @@ class Supervisor:
             on_running=lambda: self._move(RunState.RUNNING, ""),
             lost_at=self._lost_at,
         )
-        cause, detail = watch.until_it_ends()
+        try:
+            cause, detail = watch.until_it_ends()
+        except (StoreError, DatabaseError) as error:
+            self._end_without_books(account, error)
+            raise
         self._lost_at = self.clock.real_seconds()
         if cause in (Cause.ASKED, Cause.CAP):
             self._move(RunState.STOPPING, detail)
@@ -225,6 +231,14 @@ class Supervisor:
         balance = self.ledger.balance()
         message = f"{lease.lease_id} settled: {cause.value}; ${balance.spent_usd:.2f} of ${balance.cap_usd:.2f} spent"
         self._tell("settled", message, spent_micro_usd=settled.spent_micro_usd, cause=cause.value)
+
+    def _end_without_books(self, account: LeaseAccount, error: SlmError) -> None:
+        """The run store or the books fail: nothing more can be granted, so end the nodes while we still can."""
+        with contextlib.suppress(BackendError):
+            self.backend.stop(account.lease)
+        with contextlib.suppress(DatabaseError):  # where even this fails, the next supervisor settles
+            self._close(account, Cause.BROKEN)
+            self._move(RunState.FAILED, str(error))
 
     def _decide(self, cause: Cause, detail: str, account: LeaseAccount | None = None) -> Decision:
         run_id = self.run_record.run_id

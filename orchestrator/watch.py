@@ -147,7 +147,16 @@ class Watch:
             return Cause.BUG, self._newest_failure()
         if self._stopping is not None:
             return self._stopping, self._stop_detail
-        return Cause.BROKEN, f"the node's command ended with exit code {exit_code}"
+        return Cause.BROKEN, f"the node's command ended with exit code {exit_code}{self._last_words()}"
+
+    def _last_words(self) -> str:
+        """The last line of the first node's log, since it often says why."""
+        try:
+            lines = self.store.read(f"logs/{self.lease.lease_id}-0.log").decode(errors="replace").splitlines()
+        except StoreKeyMissing:
+            return ""
+        words = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f" after: {words[:200]}" if words else ""
 
     def _newest_failure(self) -> str:
         keys = self.store.list("failures/")

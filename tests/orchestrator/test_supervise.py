@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cost.database import connect
+from cost.database import DatabaseError, connect
 from cost.errors import SlmError
 from cost.leases import Lease
 from cost.ledger import EntryKind, Fenced, Ledger
@@ -24,7 +25,7 @@ from orchestrator.grants import Terms
 from orchestrator.runs import Run, Runs, RunState
 from orchestrator.supervise import Supervisor, worst_price
 from orchestrator.watch import StopSwitch
-from trainer.store import DirectoryStore
+from trainer.store import DirectoryStore, StoreError
 
 SCALE = 60.0
 """One real second is one billed minute."""
@@ -124,6 +125,8 @@ class World:
 
     def train(self, lease: Lease, epoch: int) -> None:
         """One step, then the next in a second, as long as the head lives and nobody started anew."""
+        if not self.store.root.exists():
+            return
         ranks = {one.rank for one in self.backend.list_alive() if one.lease_id == lease.lease_id}
         if epoch != self.epoch or 0 not in ranks:
             return
@@ -308,6 +311,35 @@ def test_ctrl_c_twice_ends_at_once(world: World) -> None:
     assert world.supervisor().run() is RunState.STOPPED
     assert world.clock.real_seconds() < 40
     check_books(world)
+
+
+def test_a_run_store_that_vanishes_ends_the_nodes_and_is_named(world: World) -> None:
+    world.clock.after(30.0, lambda: shutil.rmtree(world.path / "store"))
+    with pytest.raises(StoreError, match="store"):
+        world.supervisor().run()
+    run = world.runs.get(world.run.run_id)
+    assert run.state is RunState.FAILED and "store" in run.reason
+    check_books(world)
+
+
+def test_books_that_can_not_be_written_end_the_nodes(tmp_path: Path) -> None:
+    """A full disk: no entry can be made, so nothing can be paid for any longer."""
+    world = World(tmp_path, num_steps=600)
+    supervisor = world.supervisor()
+    world.clock.after(30.0, lambda: world.db.execute("PRAGMA max_page_count = 1") and None)
+    with pytest.raises(DatabaseError, match=r"the books cannot be written: .*full; free some disk space"):
+        supervisor.run()
+    assert world.backend.list_alive() == []
+    world.db.execute("PRAGMA max_page_count = 1000000")
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    check_books(world)
+
+
+def test_a_broken_cluster_is_told_with_its_last_words(tmp_path: Path) -> None:
+    world = World(tmp_path, breaks_at_start=True)
+    world.clock.after(1.0, lambda: world.store.write("logs/slm-abc123-tiny-1-1-0.log", b"ok\nno port is free\n\n"))
+    world.supervisor().run()
+    assert any("exit code 30 after: no port is free" in message for message in world.told("relaunch"))
 
 
 class Killed(BaseException):
