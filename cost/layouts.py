@@ -6,10 +6,10 @@ Invariant: a layout is never returned whose predicted peak memory is above what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cost import memory, throughput
-from cost.hardware import Accelerator
+from cost.hardware import Accelerator, accelerator
 from cost.layout import Layout, Sharding
 from cost.memory import MemoryEstimate
 from cost.software import Software, our_trainer
@@ -85,7 +85,7 @@ def fastest_layout(
                 smallest = needed if smallest is None else min(smallest, needed)
                 continue
             micro = 1 << (widest.bit_length() - 1)
-            found = _place(work, cluster, _layout(work, cluster, sharding, recompute, micro), calibration, program)
+            found = placed(work, cluster, _layout(work, cluster, sharding, recompute, micro), calibration, program)
             if best is None or found.tokens_per_second > best.tokens_per_second:
                 best = found
             if widest == most or micro * work.sequence_length >= ENOUGH_TOKENS_PER_PASS:
@@ -110,7 +110,14 @@ def _layout(work: Workload, cluster: Cluster, sharding: Sharding, recompute: boo
     )
 
 
-def _place(work: Workload, cluster: Cluster, layout: Layout, calibration: Calibration, software: Software) -> Placement:
+def placed(
+    work: Workload,
+    cluster: Cluster,
+    layout: Layout,
+    calibration: Calibration,
+    software: Software | None = None,
+) -> Placement:
+    """What one given layout needs and reaches on a cluster, whether it fits (`memory.fits`) or not."""
     return Placement(
         layout=layout,
         memory=memory.peak(work, cluster.accelerator, layout, software=software),
@@ -136,4 +143,19 @@ def emulated_layout(
     """One worker per node on this machine's processor, at the recipe's own micro-batch."""
     micro = max(1, min(micro_batch_size, work.global_batch_size // cluster.world_size))
     program = our_trainer() if software is None else software
-    return _place(work, cluster, _layout(work, cluster, "replicated", False, micro), calibration, program)
+    return placed(work, cluster, _layout(work, cluster, "replicated", False, micro), calibration, program)
+
+
+def machine(
+    name: str,
+    *,
+    gpus_per_node: int = 1,
+    num_nodes: int = 1,
+    memory_gib: float | None = None,
+    network_bytes_per_second: float = throughput.NODE_NETWORK_BYTES_PER_SECOND,
+) -> Cluster:
+    """A cluster of one accelerator by its name in the hardware table, for an estimate without an offer."""
+    device = accelerator(name)
+    if memory_gib is not None:
+        device = replace(device, memory_gib=memory_gib)
+    return Cluster(device, gpus_per_node, num_nodes, network_bytes_per_second)

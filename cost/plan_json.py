@@ -1,4 +1,4 @@
-"""A plan as plain JSON values, for `--json` and for other programs. Versioned; money is a decimal string.
+"""Plans, frontiers and simulations as plain JSON values, for `--json`. Versioned; money is a decimal string.
 
 Invariant: a reader of version N finds every field of version N with the same meaning; fields are only added
 within a version. Dollars end in `_usd` or start with `usd_`, and add up exactly as strings.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from cost.explain import Explanation
+from cost.frontier import ModelChoice, Point
 from cost.offers import Offer
 from cost.planner import Estimate, Plan
+from cost.simulate import Simulation
 
-SCHEMA = "slm.plan"
 SCHEMA_VERSION = 1
+"""Of every document here; raised when a field changes its meaning or goes."""
 
 
 def plain(value: Any) -> Any:
@@ -35,12 +38,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _header(schema: str) -> dict[str, Any]:
+    return {"schema": schema, "version": SCHEMA_VERSION}
+
+
 def as_json(plan: Plan, *, top: int | None = None) -> dict[str, Any]:
     """The whole plan, or its `top` estimates; rejected offers with their reasons always."""
     ranked = plan.ranked if top is None else plan.ranked[:top]
     return {
-        "schema": SCHEMA,
-        "version": SCHEMA_VERSION,
+        **_header("slm.plan"),
         "objective": plan.objective,
         "budget_usd": str(plan.budget_usd),
         "deadline_hours": plan.deadline_hours,
@@ -90,3 +96,55 @@ def estimate_json(one: Estimate) -> dict[str, Any]:
         "within_budget": one.within_budget,
         "within_deadline": one.within_deadline,
     }
+
+
+def choice_json(choice: ModelChoice) -> dict[str, Any]:
+    """Every model of a range with its best plan, and which one was chosen (its position, or None)."""
+    return {
+        **_header("slm.models"),
+        "chosen": next((index for index, plan in enumerate(choice.plans) if plan is choice.chosen), None),
+        "models": [
+            {
+                "num_params": plan.workload.num_params,
+                "num_tokens": plan.workload.num_tokens,
+                "affordable": plan.affordable,
+                "workload": plain(plan.workload),
+                "best": None if plan.best is None else estimate_json(plan.best),
+            }
+            for plan in choice.plans
+        ],
+    }
+
+
+def frontier_json(points: Sequence[Point], budget_usd: Decimal) -> dict[str, Any]:
+    """Every point; `best` marks the lowest loss among dense models and among mixtures."""
+    return {
+        **_header("slm.frontier"),
+        "budget_usd": str(budget_usd),
+        "points": [
+            {
+                "num_params": point.workload.num_params,
+                "num_active_params": point.workload.active_params,
+                "mixture": point.is_mixture,
+                "best": point.best,
+                "workload": plain(point.workload),
+                "estimate": estimate_json(point.estimate),
+            }
+            for point in points
+        ],
+    }
+
+
+def simulation_json(simulation: Simulation) -> dict[str, Any]:
+    """Quantiles by policy; the dollars of each draw are left to a plot."""
+    return {
+        **_header("slm.simulation"),
+        "num_runs": simulation.num_runs,
+        "seed": simulation.seed,
+        "policies": plain(simulation.policies),
+    }
+
+
+def explanations_json(entries: Sequence[Explanation]) -> dict[str, Any]:
+    """Every number with its formula, inputs and source."""
+    return {**_header("slm.explanations"), "numbers": [plain(entry) for entry in entries]}

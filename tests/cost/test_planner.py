@@ -10,10 +10,15 @@ import pytest
 from cost.bill import make_bill, rhythm, worst_usd_per_hour
 from cost.clouds import cloud_terms
 from cost.errors import UserError
+from cost.explain import explain
+from cost.frontier import choose_model, frontier
+from cost.layouts import NoLayout, Placement, fastest_layout, machine, placed
 from cost.offers import Offer, load_reference_offers
-from cost.plan_json import as_json
+from cost.plan_json import as_json, choice_json, explanations_json, frontier_json, simulation_json
 from cost.planner import Emulation, Market, Plan, make_plan
 from cost.preemption import Hazard, Hazards
+from cost.simulate import simulate
+from cost.throughput import default_calibration
 from cost.workload import Workload
 
 HUNDRED = Decimal(100)
@@ -192,3 +197,32 @@ def test_requests_that_make_no_sense_are_named() -> None:
         plan(offer("2"), min_nodes=3, max_nodes=2)
     with pytest.raises(UserError, match="no accelerator 'H9000' in the hardware table"):
         plan(offer("2"), gpus=["H9000"])
+
+
+def test_a_machine_without_an_offer_is_estimated_too() -> None:
+    work = small()
+    found = fastest_layout(work, machine("H100-SXM", gpus_per_node=8), default_calibration())
+    assert isinstance(found, Placement)
+    assert found.layout.world_size == 8
+    same = placed(work, machine("H100-SXM", gpus_per_node=8), found.layout, default_calibration())
+    assert same == found
+    tight = fastest_layout(work, machine("H100-SXM", memory_gib=2.0), default_calibration())
+    assert isinstance(tight, NoLayout)
+    assert "of 2 on H100-SXM, 1.8 can be counted on" in tight.reason
+
+
+def test_every_document_has_a_schema_and_a_version() -> None:
+    offers = [offer("2", spot=True, on_demand="5")]
+    found = plan(*offers)
+    assert found.best is not None
+    hazard = Hazards().of(offers[0])
+    documents = [
+        as_json(found),
+        explanations_json(explain(found, found.best, hazard)),
+        frontier_json(frontier(offers, budget_usd=HUNDRED, sizes=[1e8, 2e8], mixtures=False), HUNDRED),
+        choice_json(choose_model(offers, low=1e8, high=1.1e8, budget_usd=HUNDRED)),
+        simulation_json(simulate(found.best, num_tokens=10**9, hazard=hazard, budget_usd=100.0, runs=3)),
+    ]
+    assert len({document["schema"] for document in documents}) == len(documents)
+    assert all(json.loads(json.dumps(document))["version"] == 1 for document in documents)
+    assert documents[3]["chosen"] == len(documents[3]["models"]) - 1
