@@ -124,15 +124,20 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            db.execute("ROLLBACK")
+            roll_back(db)
             raise
         db.execute("COMMIT")
     except sqlite3.OperationalError as error:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+        roll_back(db)
         raise DatabaseError(
             f"the books cannot be written: {error}; free some disk space or end what locks them, then run it again."
         ) from error
+
+
+def roll_back(db: sqlite3.Connection) -> None:
+    """Undo an open transaction; SQLite has already undone one that met a full disk."""
+    if db.in_transaction:
+        db.execute("ROLLBACK")
 
 
 def split_statements(script: str) -> list[str]:
