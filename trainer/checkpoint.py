@@ -14,7 +14,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -227,7 +229,8 @@ def _stage(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write this rank's files. Not synced to disk: what counts is what the store holds."""
     writer = FileSystemWriter(folder, sync_files=False)
     try:
-        save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        with _single_process_is_meant():
+            save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
         cause = _first_cause(error)
         if not isinstance(cause, (OSError, RuntimeError)):
@@ -257,11 +260,20 @@ def _load(tensors: Mapping[str, Tensor], rank: int, folder: Path) -> None:
     saved = reader.read_metadata().state_dict_metadata
     # A rank or a device that was not there when this was saved keeps the random state it was seeded with.
     random_state = {name: value for name, value in _random_state(rank).items() if name in saved}
-    load({**tensors, **random_state}, storage_reader=reader, no_dist=True)
+    with _single_process_is_meant():
+        load({**tensors, **random_state}, storage_reader=reader, no_dist=True)
     if f"random/cpu/{rank}" in random_state:
         torch.set_rng_state(random_state[f"random/cpu/{rank}"])
     if f"random/cuda/{rank}" in random_state:
         torch.cuda.set_rng_state(random_state[f"random/cuda/{rank}"])
+
+
+@contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    """Torch warns when it saves or loads without a process group, even when told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _random_state(rank: int) -> dict[str, Tensor]:
