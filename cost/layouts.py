@@ -68,7 +68,7 @@ def fastest_layout(
     device = cluster.accelerator
     if device.name in WITHOUT_CUDA:
         return NoLayout(f"{device.name} needs a ROCm build of torch; slm installs the CUDA one")
-    if device.peak_flops(work.precision) is None:
+    if work.precision != "fp32" and device.peak_flops(work.precision) is None:
         return NoLayout(f"{device.name} has no {work.precision} units")
     if cluster.world_size > work.global_batch_size:
         return NoLayout(f"{cluster.world_size} devices, but only {work.global_batch_size} sequences per step")

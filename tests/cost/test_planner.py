@@ -151,6 +151,12 @@ def test_more_devices_than_sequences_is_refused() -> None:
     assert found.rejected[0].reason == "8 devices, but only 4 sequences per step"
 
 
+def test_every_card_computes_in_fp32_but_not_every_one_in_bf16() -> None:
+    cards = (offer("2", accelerator="L40S", memory=48.0), offer("2", accelerator="V100", memory=16.0))
+    assert len(plan(*cards, work=small(precision="fp32")).ranked) == 2
+    assert [one.reason for one in plan(*cards).rejected] == ["V100 has no bf16 units"]
+
+
 def test_over_budget_says_how_many_tokens_the_budget_buys() -> None:
     rich, poor = plan(offer("2")), plan(offer("2"), budget_usd=Decimal(1))
     assert rich.affordable
