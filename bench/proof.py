@@ -65,6 +65,11 @@ class Proof:
         done = self.slm(*arguments, "--json", timeout=60)
         return json.loads(done.stdout) if done.returncode == 0 else None
 
+    def status(self) -> dict[str, Any]:
+        """The only run's facts; empty where there is none."""
+        runs = (self.json("status") or {}).get("runs", [])
+        return dict(runs[0]) if runs else {}
+
     def check(self, holds: bool, claim: str) -> bool:
         """Note a claim that does not hold."""
         if not holds:

@@ -27,13 +27,13 @@ def main() -> int:
         settled = Decimal(str(never_stopped["spent_usd"]))
         third = (settled / 3).quantize(Decimal("0.01"), rounding=ROUND_FLOOR)
         stopped = cut.slm("launch", "demo", *CALM, *steps, "--budget", str(third), timeout=900)
-        first = status(cut)
+        first = cut.status()
         cut.check(first.get("state") == "OUT_OF_BUDGET", f"the cap stops it: {first.get('state')} {stopped.stderr}")
         cut.check(Decimal(str(first.get("spent_usd"))) <= third, f"${first.get('spent_usd')} <= ${third}")
         cut.check((first.get("checkpoint_step") or 0) > 0, f"a checkpoint at step {first.get('checkpoint_step')}")
         cut.check(not cut.wait_until_empty(10), "nothing runs after the cap")
         resumed = cut.slm("resume", "--budget", "100", timeout=1200)
-        last = status(cut)
+        last = cut.status()
         cut.check(last.get("state") == "SUCCEEDED", f"more money finishes it: {last.get('state')} {resumed.stderr}")
         weights = [(proof.read("demo-1", "result.json") or {}).get("weights_sha256") for proof in (whole, cut)]
         cut.check(weights[0] is not None and weights[0] == weights[1], f"the weights are the same: {weights}")
@@ -52,15 +52,10 @@ def main() -> int:
 
 def finished_run(proof: Proof, *steps: str) -> dict[str, Any]:
     done = proof.slm("launch", "demo", *CALM, *steps, timeout=1200)
-    found = status(proof)
+    found = proof.status()
     proof.check(found.get("state") == "SUCCEEDED", f"the whole run finishes: {found.get('state')} {done.stderr}")
     proof.check(not proof.wait_until_empty(10), "nothing runs afterwards")
     return found
-
-
-def status(proof: Proof) -> dict[str, Any]:
-    runs = proof.json("status")
-    return dict(runs[0]) if runs else {}
 
 
 if __name__ == "__main__":

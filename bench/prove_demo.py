@@ -45,15 +45,15 @@ def main() -> int:
         proof.check(demo.returncode == 0, f"make demo ends well (exit {demo.returncode}): {demo.stderr[-2000:]}")
         left = proof.wait_until_empty(10)
         proof.check(not left, f"nothing is left running: {left}")
-        runs = proof.json("status") or [{}]
-        run_id = str(runs[0].get("run_id", "demo-1"))
+        run = proof.status()
+        run_id = str(run.get("run_id", "demo-1"))
         result = proof.read(run_id, "result.json") or {}
         first, last = result.get("first_heldout_loss", 0.0), result.get("heldout_loss", 99.0)
         unigram = result.get("unigram_entropy", 0.0)
         events_path = proof.run_dir(run_id) / "market" / "events.jsonl"
         market = events_path.read_text() if events_path.exists() else ""
         events = (proof.run_dir(run_id) / "events.jsonl").read_text() if market else ""
-        spent = Decimal(str(runs[0].get("spent_usd", "0")))
+        spent = Decimal(str(run.get("spent_usd", "0")))
         proof.check('"kill"' in market, "the market killed a node")
         proof.check('"notice"' in market, "the market drained a node with notice")
         proof.check(events.count('"recovered"') >= 1, "training went on after each loss")

@@ -147,10 +147,10 @@ def check_books(proof: Proof) -> dict[str, object]:
     view = proof.json("ledger", "demo-1") or {}
     committed = highest = Decimal(0)
     for entry in view.get("entries", []):
-        committed += Decimal(entry["spent_micro_usd"] + entry["held_micro_usd"]) / 1_000_000
+        committed += Decimal(str(entry["spent_usd"])) + Decimal(str(entry["held_usd"]))
         highest = max(highest, committed)
     bill = proof.true_bill_usd("demo-1")
-    spent = Decimal(str(view.get("balance", {}).get("spent_usd", "-1")))
+    spent = Decimal(str(view.get("spent_usd", "-1")))
     proof.check(highest <= CAP_USD, f"committed never exceeds the cap: ${highest:.4f} <= ${CAP_USD}")
     proof.check(spent >= bill, f"the books (${spent:.4f}) are not below the cloud's own bill (${bill:.4f})")
     return {"entries": len(view.get("entries", [])), "highest_committed_usd": highest, "spent_usd": spent, "bill": bill}
