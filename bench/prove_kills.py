@@ -113,15 +113,16 @@ class Siege:
 
 def is_target(process: psutil.Process, target: str) -> bool:
     try:
-        line = " ".join(process.cmdline())
+        line = process.cmdline()
         rank = process.environ().get("SLM_RANK")
     except (psutil.Error, OSError):
         return False
+    program = Path(line[0]).name if line else ""
     if target == "guard":
-        return "guard.py" in line and " fuse " not in line
+        return any(part.endswith("guard.py") for part in line) and "fuse" not in line
     if target == "head":
-        return ("gcs_server" in line or ("raylet/raylet" in line and rank == "0")) and "python" not in line[:40]
-    return line.startswith("ray::") and "Worker" in line and "Controller" not in line
+        return program == "gcs_server" or (program == "raylet" and rank == "0")
+    return program.startswith("ray::RayTrainWorker")
 
 
 def besiege(siege: Siege, kills_each: int) -> None:
