@@ -35,6 +35,13 @@ def usd_per_param(usd: Decimal | float | None) -> str:
     return UNKNOWN if usd is None else f"{float(usd):.2e}"
 
 
+def bare(number: float) -> str:
+    """Five significant digits; whole numbers below a million as they are, the very large and small as powers."""
+    if abs(number) < 1e6 and number == int(number):
+        return f"{int(number):,}"
+    return f"{number:.5g}"
+
+
 def duration(seconds: float | None) -> str:
     """The two largest units that matter."""
     if seconds is None:

@@ -7,62 +7,63 @@ reads no network: prices come from a table on disk that knows its own dates.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from typing import Any, Literal
 
 from cost.errors import UserError
+from cost.explain import Explanation, explain
 from cost.hardware import accelerators, canonical_name
-from cost.offers import Offer, load_reference_offers
-from cost.planner import Emulation, Estimate, Market, Plan, make_plan
+from cost.offers import Offer
+from cost.planner import Emulation, Estimate, Market, Objective, Plan, Rejected, make_plan
 from cost.preemption import SECONDS_PER_HOUR, Hazards
+from cost.quality import LossLaw, law_for, laws
+from cost.software import our_trainer
 from orchestrator.figures import plural
 from orchestrator.market import schedule
+from orchestrator.measured import measured_tokens_per_second
+from orchestrator.prices import Prices
+from orchestrator.settings import Home
 from tasks.recipe import Recipe
 
-REFERENCE_TABLE = "reference table"
 NOT_ASKED_FOR = "was not asked for"
 SHOWN_REASONS = 3
-
-_DATE = re.compile(r"(?:>=)?(\d{4}-\d{2}-\d{2})")
+USUAL_OPTIMIZER: Literal["muon"] = "muon"
+EMULATED_SPEED = 0.5
+"""Share of the modelled speed that workers of the local cloud reach beside Ray, the guards and each other: two workers
+of the demo recipe on two cores made at best 15 of the 31 thousand tokens/s that the model says (2026-11-23)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
-    """Offers, and where their prices come from."""
+class Belief:
+    """What a person says about the data: its corpus, where one of the known ones, and how many tokens it has."""
 
-    offers: tuple[Offer, ...]
-    source: str
-    num_skipped: int = 0
-    """Rows of the source that are no offers."""
+    corpus: str | None = None
+    unique_tokens: int | None = None
 
-    def dates(self) -> tuple[date, date] | None:
-        """The oldest and the newest price that states its day; None where none does."""
-        known = sorted(day for offer in self.offers if (day := day_of(offer)) is not None)
-        return (known[0], known[-1]) if known else None
-
-    @property
-    def num_undated(self) -> int:
-        """Offers whose source states no day."""
-        return sum(day_of(offer) is None for offer in self.offers)
+    def law(self, preset: str) -> LossLaw:
+        """The loss law of this corpus and way of training; nanochat's where Muon was measured only there."""
+        known = laws()
+        only_there = f"{self.corpus}/adamw" not in known and f"{self.corpus}/nanochat" in known
+        return law_for(self.corpus, "nanochat" if only_there and preset == USUAL_OPTIMIZER else preset)
 
 
-def day_of(offer: Offer) -> date | None:
-    """The day from which a price is known; None where the source is undated."""
-    found = _DATE.match(offer.as_of)
-    return date.fromisoformat(found[1]) if found else None
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan with what it believed of the market: `cost.explain` and `cost.simulate` need both."""
+
+    plan: Plan
+    hazards: Hazards
 
 
-def current_prices() -> Prices:
-    """The newest prices on this machine: the dated table that ships with slm."""
-    quotes = load_reference_offers()
-    return Prices(quotes.offers, REFERENCE_TABLE, len(quotes.skipped))
+def make_plan_for(recipe: Recipe, prices: Prices, *, budget_usd: Decimal, **wishes: Any) -> Plan:
+    """Rank the offers for a recipe; see `planned_for`."""
+    return planned_for(recipe, prices, budget_usd=budget_usd, **wishes).plan
 
 
-def make_plan_for(
+def planned_for(
     recipe: Recipe,
     prices: Prices,
     *,
@@ -71,29 +72,42 @@ def make_plan_for(
     clouds: Collection[str] | None = None,
     gpus: Collection[str] | None = None,
     nodes: int | None = None,
-) -> Plan:
+    objective: Objective = "usd_per_param",
+    deadline_hours: float | None = None,
+    all_clouds: bool = False,
+    belief: Belief | None = None,
+    measured_tokens_per_second: float | None = None,
+) -> Planned:
     """Rank the offers for a recipe; what is None here is as the recipe says.
+
+    `measured_tokens_per_second` is what this machine was seen to do for a recipe like this (`orchestrator.measured`).
 
     Raises:
         UserError: A cloud or a GPU that no offer has, or a market that cannot be played.
     """
-    emulation = emulation_of(recipe)
+    emulation = emulation_of(recipe, measured_tokens_per_second)
     # The local cloud starts with all nodes that the recipe wants; elsewhere fewer may be the better buy.
     fewest = recipe.nodes.max if emulation is not None else recipe.nodes.min
+    asked = recipe.offers.clouds if clouds is None else clouds
+    offered, locked = usable(prices, everywhere=all_clouds or asked is not None or emulation is not None)
 
-    def planned(hazards: Hazards) -> Plan:
-        return make_plan(
+    def planned(hazards: Hazards) -> Planned:
+        plan = make_plan(
             recipe.workload(),
-            prices.offers,
+            offered,
             budget_usd=budget_usd,
+            objective=objective,
             min_nodes=nodes or fewest,
             max_nodes=nodes or recipe.nodes.max,
-            clouds=known_clouds(recipe.offers.clouds if clouds is None else clouds, prices.offers),
+            clouds=known_clouds(asked, prices.offers),
             gpus=known_gpus(recipe.offers.gpus if gpus is None else gpus),
             spot=recipe.offers.spot if spot is None else spot,
+            deadline_hours=deadline_hours,
             emulation=emulation,
-            market=Market(hazards=hazards),
+            market=market_of(recipe, hazards, belief or Belief()),
+            speed=1.0 if emulation is None else EMULATED_SPEED,
         )
+        return Planned(replace(plan, rejected=(*plan.rejected, *locked)), hazards)
 
     if emulation is None:
         return planned(Hazards())
@@ -101,9 +115,99 @@ def make_plan_for(
     if isinstance(played, schedule.Hazard):
         return planned(Hazards(fixed_per_node_hour=played.per_hour))
     if isinstance(played, schedule.Script):
-        undisturbed = planned(Hazards(fixed_per_node_hour=0.0))
+        undisturbed = planned(Hazards(fixed_per_node_hour=0.0)).plan
         return planned(Hazards(fixed_per_node_hour=scripted_rate(played, undisturbed, recipe.local.time_scale)))
     return planned(Hazards())
+
+
+def options_without_recipe(
+    prices: Prices,
+    *,
+    spot: bool | None = None,
+    clouds: Collection[str] | None = None,
+    gpus: Collection[str] | None = None,
+    nodes: int | None = None,
+    deadline_hours: float | None = None,
+    all_clouds: bool = False,
+    belief: Belief | None = None,
+) -> tuple[tuple[Offer, ...], dict[str, Any], tuple[Rejected, ...]]:
+    """Offers, options of `make_plan`, and offers without credentials, for models that no recipe describes.
+
+    They are trained as the recipes of their size are: compiled, with Muon.
+    """
+    offered, locked = usable(prices, everywhere=all_clouds or clouds is not None)
+    options = {
+        "spot": spot,
+        "clouds": known_clouds(clouds, prices.offers),
+        "gpus": known_gpus(gpus),
+        "min_nodes": nodes or 1,
+        "max_nodes": nodes or 1,
+        "deadline_hours": deadline_hours,
+        "market": Market(
+            law=(belief or Belief()).law(USUAL_OPTIMIZER),
+            unique_tokens=None if belief is None else belief.unique_tokens,
+            software=our_trainer(optimizer=USUAL_OPTIMIZER, compiled=True),
+        ),
+    }
+    return offered, options, locked
+
+
+def offers_for(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer, ...]:
+    """Offers of the wanted clouds, GPUs and kind: what remains before the cheapest of each kind are compared."""
+    return tuple(
+        offer
+        for offer in offers
+        if (options["clouds"] is None or offer.cloud in options["clouds"])
+        and (options["gpus"] is None or offer.accelerator in options["gpus"])
+        and (options["spot"] is None or offer.spot == options["spot"])
+    )
+
+
+def belief_of(corpus: str | None, unique_tokens: float | None) -> Belief:
+    """What a person said about the data.
+
+    Raises:
+        UserError: No loss law knows this corpus; names those that are known.
+    """
+    known = sorted({name.partition("/")[0] for name in laws() if "/" in name})
+    if corpus is not None and corpus not in known:
+        raise UserError(f"no loss law is known for corpus {corpus!r}; there are {', '.join(known)}.")
+    return Belief(corpus, None if unique_tokens is None else int(unique_tokens))
+
+
+def measured_here(home: Home, recipe: Recipe) -> float | None:
+    """What a run of this shape reached on this machine, for the local backend."""
+    return measured_tokens_per_second(home, recipe) if recipe.backend == "local" else None
+
+
+def explained(planned: Planned, best: Estimate) -> tuple[Explanation, ...]:
+    """Every number of an estimate with formula, inputs and source."""
+    return explain(planned.plan, best, planned.hazards.of(best.offer))
+
+
+def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tuple[Rejected, ...]]:
+    """Offers of clouds that SkyPilot has credentials for, and the others with the reason; all where it said nothing."""
+    enabled = prices.enabled
+    if everywhere or not enabled:
+        return prices.offers, ()
+    offered = tuple(offer for offer in prices.offers if offer.cloud in enabled)
+    locked = tuple(
+        Rejected(offer, f"no credentials for {offer.cloud}; --all-clouds ranks it too")
+        for offer in prices.offers
+        if offer.cloud not in enabled
+    )
+    return offered, locked
+
+
+def market_of(recipe: Recipe, hazards: Hazards, belief: Belief) -> Market:
+    """What the planner believes for a recipe: its way of training decides the law and the kernels."""
+    optimizer = recipe.optimizer.name
+    return Market(
+        hazards=hazards,
+        law=belief.law(optimizer),
+        unique_tokens=belief.unique_tokens,
+        software=our_trainer(optimizer=optimizer, compiled=recipe.training.compile),
+    )
 
 
 def scripted_rate(script: schedule.Script, undisturbed: Plan, time_scale: float) -> float:
@@ -116,7 +220,7 @@ def scripted_rate(script: schedule.Script, undisturbed: Plan, time_scale: float)
     return len(losses) / (best.num_nodes * best.hours)
 
 
-def emulation_of(recipe: Recipe) -> Emulation | None:
+def emulation_of(recipe: Recipe, measured_tokens_per_second: float | None = None) -> Emulation | None:
     """What this machine plays for a recipe of the local backend; None for real clouds."""
     if recipe.backend != "local":
         return None
@@ -127,6 +231,7 @@ def emulation_of(recipe: Recipe) -> Emulation | None:
         num_cores=cores,
         time_scale=recipe.local.time_scale,
         micro_batch_size=recipe.training.micro_batch_size,
+        tokens_per_second=measured_tokens_per_second,
     )
 
 

@@ -2,45 +2,76 @@
 
 from __future__ import annotations
 
-import math
-from datetime import date
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import TYPE_CHECKING
 
-from orchestrator.figures import count, dollars, duration, plural, usd_per_param
-from orchestrator.planning import Prices, day_of, rejections, winner
-from orchestrator.render import WIDTH_WITHOUT_TERMINAL, bullets, following, say, table
+from cost.law_range import known_loss, unknown_because
+from cost.scores import score_bands
+from orchestrator.figures import UNKNOWN, count, dollars, duration, plural, usd_per_param
+from orchestrator.planning import Belief, rejections, winner
+from orchestrator.prices import Prices, age
+from orchestrator.render import bullets, following, say, table, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from rich.table import Table
 
     from cost.offers import Offer
     from cost.planner import Estimate, Plan
-    from tasks.recipe import Recipe
+    from cost.scores import ScoreBand
 
 SECONDS_PER_HOUR = 3600
+BASIS = {
+    "measured": "measured with this program on this GPU",
+    "framework": "this program was measured, but not on this GPU",
+    "pooled": "our trainer is not measured on this GPU yet, so constants pooled over other programs",
+}
+"""What a speed rests on."""
 ANYWHERE = "any"
 """The region of an offer whose source names none."""
+UNLIMITED = 1000
+"""Width at which no table is cut."""
 WIDEST_PLACE = 16
 MAX_REASONS = 4
+RANKED_BY = {
+    "usd_per_param": "expected dollars of the whole run per parameter",
+    "dollars": "expected dollars of the whole run",
+    "hours": "billed hours of the whole run",
+    "loss": "the loss that the budget buys",
+}
+BEST = {"usd_per_param": "Cheapest", "dollars": "Cheapest", "hours": "Fastest", "loss": "Lowest loss"}
+"""What the first of the ranking is called."""
 SMALLEST_SHOWN_SHARE = 0.01
 """Lines of the bill below this share of it are summed up as "other"."""
 
 
-def full(plan: Plan, prices: Prices, console: Console, *, top: int, today: date, next_command: str) -> None:
+def full(
+    plan: Plan,
+    prices: Prices,
+    console: Console,
+    belief: Belief | None = None,
+    *,
+    top: int,
+    now: datetime,
+    next_command: str | None,
+) -> None:
     """The answer, the best offers, why the first wins, what was rejected, the worst case, the next command."""
     best = winner(plan)
-    say(console, answer(best, prices, today), "")
-    say(console, offers_table(plan, top, console.width), "")
-    bullets(console, [*reasons(plan), *footnotes(plan, prices, top)])
+    tell(console, answer(plan, best, prices, now))
+    say(console, "")
+    say(console, offers_table(plan, top, console), "")
+    bullets(console, [*reasons(plan), *outlook(plan, best, belief or Belief()), *footnotes(plan, prices, top)])
     say(console, "", worst_case(plan, best))
-    following(console, next_command)
+    if next_command is not None:
+        following(console, next_command)
 
 
-def short(plan: Plan, prices: Prices, console: Console, *, today: date) -> None:
+def short(plan: Plan, prices: Prices, console: Console, *, now: datetime) -> None:
     """What `launch` shows before it asks: the choice, its bill, the worst case, what the budget does not cover."""
     best = winner(plan)
-    say(console, answer(best, prices, today))
+    tell(console, answer(plan, best, prices, now))
     lines = [bill(best), as_played(plan, best), worst_case(plan, best)]
     bullets(console, [line for line in lines if line is not None])
     missing = shortfall(plan, best)
@@ -51,10 +82,12 @@ def short(plan: Plan, prices: Prices, console: Console, *, today: date) -> None:
 # ---------------------------------------------------------------- sentences
 
 
-def answer(best: Estimate, prices: Prices, today: date) -> str:
+def answer(plan: Plan, best: Estimate, prices: Prices, now: datetime) -> str:
     """What to rent, what it costs, and how old that price is: one line."""
     cost = f"{dollars(best.total_usd)}, {usd_per_param(best.usd_per_param)} $/param"
-    return f"Cheapest: {cluster(best)}: {cost} (prices: {prices_age(best, prices, today)})"
+    if plan.objective == "hours":
+        cost = f"{duration(best.hours * SECONDS_PER_HOUR)}, {cost}"
+    return f"{BEST[plan.objective]}: {cluster(best)}: {cost} (prices: {age(prices, best.offer, now)})"
 
 
 def cluster(estimate: Estimate) -> str:
@@ -82,14 +115,6 @@ def place(offer: Offer) -> str:
     return offer.zone if offer.zone.startswith(offer.region) else f"{offer.region}/{offer.zone}"
 
 
-def prices_age(best: Estimate, prices: Prices, today: date) -> str:
-    """Which table, and how old the winner's own price is."""
-    day = day_of(best.offer)
-    if day is None:
-        return f"{prices.source}, undated"
-    return f"{prices.source}, {plural((today - day).days, 'day')} old"
-
-
 def bill(best: Estimate) -> str:
     """Where the expected dollars go, the largest first."""
     total = float(best.total_usd) or 1.0
@@ -112,9 +137,15 @@ def worst_case(plan: Plan, best: Estimate) -> str:
 
 def shortfall(plan: Plan, best: Estimate) -> str | None:
     """What a budget that is too small for the whole run buys; None where it is enough."""
+    share = best.num_tokens / plan.workload.num_tokens
+    if not best.within_deadline and plan.deadline_hours is not None:
+        wanted = duration(best.hours * SECONDS_PER_HOUR)
+        return (
+            f"the whole run takes about {wanted}; the deadline of {duration(plan.deadline_hours * SECONDS_PER_HOUR)}, "
+            f"under a cap of {dollars(plan.budget_usd)}, leaves {100 * share:.0f} % of its tokens."
+        )
     if best.within_budget:
         return None
-    share = best.num_tokens / plan.workload.num_tokens
     return (
         f"{dollars(plan.budget_usd)} pays for about {100 * share:.0f} % of the run, which is expected to cost "
         f"{dollars(best.total_usd)}; it stops at the cap with a checkpoint, and `slm resume` goes on with a higher one."
@@ -172,62 +203,102 @@ def footnotes(plan: Plan, prices: Prices, top: int) -> list[str]:
     work = plan.workload
     notes = [
         f"{count(work.num_params)} parameters, {count(work.num_tokens)} tokens, {work.num_steps} steps; ranked by "
-        "expected dollars of the whole run per parameter"
+        f"{RANKED_BY[plan.objective]}"
     ]
     shown_over = any(not one.within_budget for one in plan.ranked[:top])
     if shown_over:
         notes.append(f"! costs more than the budget of {dollars(plan.budget_usd)}; such offers come last")
+    if any(not one.within_deadline for one in plan.ranked[:top]):
+        notes.append(f"? takes longer than the deadline of {duration((plan.deadline_hours or 0) * SECONDS_PER_HOUR)}")
     played = as_played(plan, winner(plan))
     if played is not None:
         notes.append(played)
-    if not is_law_in_range(plan, winner(plan)):
-        notes.append("no loss is predicted: the law does not reach models and runs as small as this")
     if plan.rejected:
         total = len(plan.rejected) + len(plan.ranked)
         named = [f"{reason} ({number})" for reason, number in rejections(plan)]
         more = [f"{len(named) - MAX_REASONS} other reasons"] if len(named) > MAX_REASONS else []
         notes.append(f"rejected {len(plan.rejected)} of {total} offers: {'; '.join(named[:MAX_REASONS] + more)}")
+    return [*notes, *price_notes(prices)]
+
+
+def price_notes(prices: Prices) -> list[str]:
+    """Where the prices come from, what could not be read, and what was not believed."""
     known = prices.dates()
     span = f"from {known[0]} to {known[1]}" if known else "without dates"
     undated = f", {prices.num_undated} undated" if known and prices.num_undated else ""
     skipped = f"; {prices.num_skipped} rows were no offers" if prices.num_skipped else ""
-    notes.append(f"{prices.source}: {len(prices.offers)} offers with prices {span}{undated}{skipped}")
+    notes = [f"{prices.source}: {len(prices.offers)} offers with prices {span}{undated}{skipped}"]
+    if prices.unread:
+        clouds = ", ".join(one.cloud for one in prices.unread)
+        notes.append(f"not read at the last refresh: {clouds}; `slm offers --refresh` tries again and says why")
+    if prices.problem is not None:
+        notes.append(prices.problem)
     return notes
+
+
+def outlook(plan: Plan, best: Estimate, belief: Belief) -> list[str]:
+    """How fast, how good: with intervals, and what they rest on."""
+    low, high = best.tokens_per_second_interval
+    basis = BASIS[best.throughput.basis] if plan.emulation is None else "a model of this machine's processor"
+    spread = "as a run on this machine was measured" if low == high else f"({count(low)} to {count(high)}); {basis}"
+    notes = [f"{count(best.tokens_per_second)} tokens/s {spread}"]
+    predicted = known_loss(best)
+    if predicted is None:
+        work = best.workload.with_tokens(max(1, best.num_tokens))
+        return [*notes, f"no loss is predicted: {unknown_because(work, best.predicted)}"]
+    bits = "" if predicted.bits_per_byte is None else f", {predicted.bits_per_byte:.3f} bits per byte"
+    band = f"80 %: {predicted.low_nats:.2f} to {predicted.high_nats:.2f}"
+    notes.append(f"predicted loss {predicted.nats_per_token:.2f} nats per token ({band}){bits}; law {predicted.law}")
+    bands = score_bands(best.workload.with_tokens(best.num_tokens), predicted, belief.corpus)
+    return [*notes, *(score(one) for one in bands)]
+
+
+def score(band: ScoreBand) -> str:
+    """What a benchmark will say, or why nobody knows."""
+    if band.low is None or band.high is None:
+        return f"{band.benchmark}: unknown, {band.basis}"
+    return f"{band.benchmark}: {band.low:.2f} to {band.high:.2f}, from {plural(band.num_rows, 'published run')}"
 
 
 # ---------------------------------------------------------------- table
 
 
-def offers_table(plan: Plan, top: int, width: int) -> Table:
-    """The best offers; on a narrow terminal the columns that decide least are left out."""
+def offers_table(plan: Plan, top: int, console: Console) -> Table:
+    """The best offers; where they do not fit, the columns that decide least are left out."""
     columns = ["cloud", "region", "nodes x GPUs", "kind", "$/h", "tokens/s", "hours", "total $", "$/param"]
     columns += ["loss", "lost"]
-    for least in ("lost", "tokens/s", "$/h", "loss"):
-        if width < WIDTH_WITHOUT_TERMINAL and table_width(len(columns)) > width:
-            columns.remove(least)
+    shown = table_of(plan, top, columns)
+    for least in ("lost", "tokens/s", "$/h", "loss", "region"):
+        if console.measure(shown, options=console.options.update(width=UNLIMITED)).maximum <= console.width:
+            break
+        columns.remove(least)
+        shown = table_of(plan, top, columns)
+    return shown
+
+
+def table_of(plan: Plan, top: int, columns: Sequence[str]) -> Table:
+    """The best offers with these columns."""
     figures = ("$/h", "tokens/s", "hours", "total $", "$/param", "loss", "lost")
     heads = {"loss": "loss (nats)", "lost": "preempt."}
     shown = table(
-        *[heads.get(name, name) for name in columns],
-        right=[heads.get(name, name) for name in figures],
-        gap=1 if width <= WIDTH_WITHOUT_TERMINAL else 2,
+        *[heads.get(name, name) for name in columns], right=[heads.get(name, name) for name in figures], gap=1
     )
     for rank, estimate in enumerate(plan.ranked[:top]):
-        cells = row(plan, estimate)
+        cells = row(estimate)
         shown.add_row(*[cells[name] for name in columns], style="bold" if rank == 0 else "")
     return shown
 
 
-def table_width(num_columns: int) -> int:
-    """Characters that so many columns need, on average."""
-    return 9 * num_columns
+def mark(estimate: Estimate) -> str:
+    """! for what costs more than the budget, ? for what takes longer than the deadline."""
+    return ("" if estimate.within_budget else "!") + ("" if estimate.within_deadline else "?")
 
 
-def row(plan: Plan, estimate: Estimate) -> dict[str, str]:
+def row(estimate: Estimate) -> dict[str, str]:
     """One offer's cells by column."""
     offer = estimate.offer
     where = place(offer)
-    predicted = estimate.predicted.nats_per_token
+    predicted = known_loss(estimate)
     return {
         "cloud": offer.cloud,
         "region": where if len(where) <= WIDEST_PLACE else where[: WIDEST_PLACE - 1] + "…",
@@ -236,71 +307,8 @@ def row(plan: Plan, estimate: Estimate) -> dict[str, str]:
         "$/h": f"{estimate.usd_per_hour:.2f}",
         "tokens/s": count(estimate.tokens_per_second),
         "hours": f"{estimate.hours:.3g}",
-        "total $": f"{estimate.total_usd:.2f}" + ("" if estimate.within_budget else "!"),
+        "total $": f"{estimate.total_usd:.2f}" + mark(estimate),
         "$/param": usd_per_param(estimate.usd_per_param),
-        "loss": f"{predicted:.2f}" if is_law_in_range(plan, estimate) else "-",
+        "loss": UNKNOWN if predicted is None else f"{predicted.nats_per_token:.2f}",
         "lost": f"{estimate.expected_preemptions:.1f}",
-    }
-
-
-def is_law_in_range(plan: Plan, estimate: Estimate) -> bool:
-    """A loss above that of guessing evenly means that the law was never fitted to anything like this."""
-    return estimate.predicted.nats_per_token < math.log(plan.workload.vocab_size)
-
-
-# ---------------------------------------------------------------- facts
-
-
-def facts(plan: Plan, prices: Prices, recipe: Recipe, *, top: int, next_command: str) -> dict[str, Any]:
-    """What `--json` prints; dollars, billed hours, real tokens per second, nats per token."""
-    known = prices.dates()
-    best = winner(plan)
-    return {
-        "recipe": recipe.name,
-        "num_params": plan.workload.num_params,
-        "num_tokens": plan.workload.num_tokens,
-        "budget_usd": plan.budget_usd,
-        "within_budget": best.within_budget,
-        "objective": plan.objective,
-        "backend": recipe.backend,
-        "time_scale": None if plan.emulation is None else plan.emulation.time_scale,
-        "prices": {
-            "source": prices.source,
-            "num_offers": len(prices.offers),
-            "num_skipped": prices.num_skipped,
-            "num_undated": prices.num_undated,
-            "oldest": known and known[0].isoformat(),
-            "newest": known and known[1].isoformat(),
-        },
-        "best": estimate_facts(plan, best),
-        "ranked": [estimate_facts(plan, one) for one in plan.ranked[:top]],
-        "num_ranked": len(plan.ranked),
-        "rejected": [{"offer": one.offer.offer_id, "reason": one.reason} for one in plan.rejected],
-        "next": next_command,
-    }
-
-
-def estimate_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
-    """One ranked offer."""
-    predicted = estimate.predicted if is_law_in_range(plan, estimate) else None
-    return {
-        "offer": estimate.offer,
-        "offer_id": estimate.offer.offer_id,
-        "layout": estimate.layout,
-        "usd_per_hour": estimate.usd_per_hour,
-        "tokens_per_second": estimate.tokens_per_second,
-        "tokens_per_second_interval": estimate.tokens_per_second_interval,
-        "mfu": estimate.mfu,
-        "peak_memory_gib": estimate.peak_memory_gib,
-        "hours": estimate.hours,
-        "train_hours": estimate.train_hours,
-        "total_usd": estimate.total_usd,
-        "lines": estimate.lines,
-        "usd_per_param": estimate.usd_per_param,
-        "worst_case_usd": estimate.worst_case_usd,
-        "expected_preemptions": estimate.expected_preemptions,
-        "checkpoint_interval_seconds": estimate.checkpoint_interval_seconds,
-        "predicted_loss_nats": predicted and predicted.nats_per_token,
-        "predicted_loss_interval_nats": predicted and (predicted.low_nats, predicted.high_nats),
-        "within_budget": estimate.within_budget,
     }

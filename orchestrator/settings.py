@@ -39,6 +39,21 @@ class Home:
         """Prepared data sets, one folder per fingerprint."""
         return self.root / "data"
 
+    @property
+    def offers(self) -> Path:
+        """Prices read from SkyPilot's catalogs."""
+        return self.root / "offers.json"
+
+    @property
+    def offers_attempt(self) -> Path:
+        """Touched when a refresh of the prices starts by itself."""
+        return self.root / "offers.attempt"
+
+    @property
+    def offers_log(self) -> Path:
+        """What such a refresh printed."""
+        return self.root / "offers.log"
+
     def run_dir(self, run_id: str) -> Path:
         """What only this machine needs of a run: its supervisor's log and lock."""
         return self.root / "runs" / run_id

@@ -14,7 +14,7 @@ import typer
 from cost.errors import UserError
 from orchestrator.commands import options
 from orchestrator.commands.actions import actions_of, invocation_of
-from orchestrator.commands.planning import recipe_with
+from orchestrator.commands.planning import prices_now, recipe_with
 from orchestrator.settings import home_from
 
 if TYPE_CHECKING:
@@ -31,9 +31,12 @@ def launch(
     recipe: options.RecipeArgument,
     backend: options.BackendOption = None,
     budget: options.BudgetOption = None,
+    objective: options.ObjectiveOption = None,
+    deadline: options.DeadlineOption = None,
     nodes: options.NodesOption = None,
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
+    all_clouds: options.AllCloudsOption = False,
     gpus: options.GpusOption = None,
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
@@ -57,7 +60,7 @@ def launch(
 
     chosen = recipe_with(recipe, options.overrides(sets, backend=backend, market=market, time_scale=time_scale), nodes)
     refuse_unasked_spending(chosen, budget, yes=yes)
-    prices = planning.current_prices()
+    prices, home = prices_now(chosen), home_from(os.environ)
     plan = planning.make_plan_for(
         chosen,
         prices,
@@ -66,10 +69,14 @@ def launch(
         clouds=options.names_in(clouds),
         gpus=options.names_in(gpus),
         nodes=nodes,
+        objective=objective.value if objective else "usd_per_param",
+        deadline_hours=deadline,
+        all_clouds=all_clouds,
+        measured_tokens_per_second=planning.measured_here(home, chosen),
     )
     best = planning.winner(plan)
     console = render.console_on(sys.stderr if as_json else sys.stdout)
-    render_plan.short(plan, prices, console, today=datetime.now(UTC).date())
+    render_plan.short(plan, prices, console, now=datetime.now(UTC))
     is_child = background.is_child()
     ask(f"Launch {chosen.name} with a cap of {plan.budget_usd} dollars?", yes=yes or is_child)
     if detach and not is_child:
@@ -80,7 +87,7 @@ def launch(
         lambda emit, switch: actions.launch(
             chosen,
             planning.offers_in_order(plan),
-            home=home_from(os.environ).create(),
+            home=home.create(),
             budget_usd=budget,
             on_event=emit,
             switch=switch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
 
 SMALLEST_USD = Decimal("0.000001")
 """The books count in millionths of a dollar."""
+
+
+UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+HOURS_PER_UNIT = {"min": 1 / 60, "h": 1.0, "d": 24.0}
+MAX = "max"
+
+
+class ObjectiveName(StrEnum):
+    """What the best offer has least of."""
+
+    USD_PER_PARAM = "usd_per_param"
+    LOSS = "loss"
+    DOLLARS = "dollars"
+    HOURS = "hours"
 
 
 class BackendName(StrEnum):
@@ -43,6 +58,42 @@ def parse_positive(text: str) -> float:
     if not 0 < number < float("inf"):
         raise typer.BadParameter(f"{text!r} should be a number above 0.")
     return number
+
+
+def parse_count(text: str) -> float:
+    """1.1e9, 1.1B, 350M or 40K as a number above zero."""
+    shown = text.strip()
+    unit = UNITS.get(shown[-1:].upper(), 1.0)
+    try:
+        number = float(shown[:-1] if unit > 1 else shown) * unit
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise typer.BadParameter(f"{text!r} is not a count such as 1.1e9, 1.1B or 350M.")
+    return number
+
+
+def parse_range(text: str) -> tuple[float, float] | None:
+    """1.1e9..3e9 as both ends, one count as a range of one, `max` as None."""
+    if text.strip().lower() == MAX:
+        return None
+    low, dots, high = text.partition("..")
+    ends = parse_count(low), parse_count(high if dots else low)
+    if ends[0] > ends[1]:
+        raise typer.BadParameter(f"{text!r} goes down; write the smaller count first.")
+    return ends
+
+
+def parse_hours(text: str) -> float:
+    """48, 48h, 3d or 90min as hours above zero."""
+    match = re.fullmatch(r"([0-9.]+)\s*(min|h|d)?", text.strip())
+    try:
+        hours = float(match[1]) * HOURS_PER_UNIT[match[2] or "h"] if match else 0.0
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours < float("inf"):
+        raise typer.BadParameter(f"{text!r} is not a time such as 48h, 3d or 90min.")
+    return hours
 
 
 def names_in(texts: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -96,6 +147,31 @@ GpusOption = Annotated[
 ]
 NodesOption = Annotated[
     int | None, typer.Option("--nodes", min=1, metavar="N", help="Nodes to rent. [default: the recipe's]")
+]
+ObjectiveOption = Annotated[
+    ObjectiveName | None,
+    typer.Option("--objective", help="What to rank by. [default: usd_per_param; the largest model with --params]"),
+]
+DeadlineOption = Annotated[
+    float | None,
+    typer.Option("--deadline", parser=parse_hours, metavar="TIME", help="Longest that it may take: 48h, 3d, 90min."),
+]
+AllCloudsOption = Annotated[
+    bool, typer.Option("--all-clouds", help="Rank clouds too that SkyPilot has no credentials for.")
+]
+CorpusOption = Annotated[
+    str | None,
+    typer.Option("--corpus", metavar="NAME", help="A corpus with a loss law of its own: fineweb, fineweb-edu, pile."),
+]
+UniqueTokensOption = Annotated[
+    float | None,
+    typer.Option(
+        "--unique-tokens", parser=parse_count, metavar="N", help="Tokens that the data has; more are repeats."
+    ),
+]
+TokensPerParamOption = Annotated[
+    float | None,
+    typer.Option("--tokens-per-param", parser=parse_positive, metavar="X", help="With --params. [default: 20]"),
 ]
 BackendOption = Annotated[
     BackendName | None, typer.Option("--backend", help="Where nodes come from. [default: the recipe's]")

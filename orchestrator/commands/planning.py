@@ -10,61 +10,141 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cost.errors import UserError
 from orchestrator.commands import options
 from orchestrator.commands.actions import actions_of, invocation_of
 from orchestrator.settings import home_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
+    from orchestrator.planning import Belief, Planned
+    from orchestrator.prices import Prices
     from tasks.recipe import Recipe
 
 DEFAULT_TOP = 10
+WITHOUT_MEANING_FOR_LAUNCH = ("--top", "--corpus", "--unique-tokens")
+FLAGS_WITHOUT_MEANING_FOR_LAUNCH = ("--json", "--explain")
 
 
 def plan(
     context: typer.Context,
-    recipe: options.RecipeArgument,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name or path; not with --params.")
+    ] = None,
     budget: options.BudgetOption = None,
+    objective: options.ObjectiveOption = None,
+    deadline: options.DeadlineOption = None,
+    params: Annotated[
+        str | None,
+        typer.Option("--params", metavar="LOW..HIGH", help="Choose the size of the model: 1.1e9..3e9, or max."),
+    ] = None,
+    tokens_per_param: options.TokensPerParamOption = None,
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
+    all_clouds: options.AllCloudsOption = False,
     gpus: options.GpusOption = None,
     nodes: options.NodesOption = None,
     top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="How many offers to show.")] = DEFAULT_TOP,
+    corpus: options.CorpusOption = None,
+    unique_tokens: options.UniqueTokensOption = None,
     backend: options.BackendOption = None,
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
     sets: options.SetOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show formula, inputs and source of every number of the best offer.")
+    ] = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Rank GPU offers by dollars per trained parameter.
 
+    With --params also the size of the model: the largest one that the budget trains.
+
     \b
     Examples:
       slm plan demo
-      slm plan demo --budget 20 --spot --gpus H100,A100 --top 5
-      slm plan my.yaml --set training.tokens_per_param=20 --json
+      slm plan tinyllama-1.1b --budget 20 --spot --gpus H100,A100 --top 5
+      slm plan 1.5b --objective hours --deadline 48h --explain
+      slm plan --budget 100 --params 1.1e9..3e9 --tokens-per-param 20
+      slm plan --budget 100 --params max --json
     """
-    from orchestrator import planning, render, render_plan
+    from orchestrator import planning
 
+    home = home_from(os.environ)
+    belief = planning.belief_of(corpus, unique_tokens)
+    wishes: dict[str, Any] = {
+        "spot": spot,
+        "clouds": options.names_in(clouds),
+        "gpus": options.names_in(gpus),
+        "nodes": nodes,
+        "deadline_hours": deadline,
+        "all_clouds": all_clouds,
+        "belief": belief,
+    }
+    if params is not None:
+        if recipe is not None or sets:
+            raise UserError("--params chooses the model, so leave out the recipe and --set; or leave out --params.")
+        from orchestrator.commands.sizing import BUDGET_USD, TOKENS_PER_PARAM, Asked, plan_sizes
+
+        asked = Asked(options.parse_range(params), tokens_per_param or TOKENS_PER_PARAM, budget or BUDGET_USD)
+        plan_sizes(asked, objective, wishes, prices_now(), top=top, explain=explain, as_json=as_json)
+        return
+    if recipe is None:
+        raise UserError("name a recipe (`slm recipes` lists them), or let slm choose the size: --params max.")
+    if tokens_per_param is not None:
+        raise UserError("--tokens-per-param goes with --params; for a recipe: --set training.tokens_per_param=20.")
     chosen = recipe_with(recipe, options.overrides(sets, backend=backend, market=market, time_scale=time_scale), nodes)
-    prices = planning.current_prices()
-    made = planning.make_plan_for(
+    prices = prices_now(chosen)
+    planned = planning.planned_for(
         chosen,
         prices,
         budget_usd=budget or chosen.budget_usd,
-        spot=spot,
-        clouds=options.names_in(clouds),
-        gpus=options.names_in(gpus),
-        nodes=nodes,
+        objective=objective.value if objective else "usd_per_param",
+        measured_tokens_per_second=planning.measured_here(home, chosen),
+        **wishes,
     )
-    planning.winner(made)
+    show_plan(context, planned, prices, chosen, belief, top=top, explain=explain, as_json=as_json)
+
+
+def show_plan(
+    context: typer.Context,
+    planned: Planned,
+    prices: Prices,
+    recipe: Recipe,
+    belief: Belief,
+    *,
+    top: int,
+    explain: bool,
+    as_json: bool,
+) -> None:
+    """A recipe's plan as tables or as JSON."""
+    from orchestrator import plan_facts, planning, render, render_explain, render_plan
+
+    best = planning.winner(planned.plan)
     following = launch_like(invocation_of(context).arguments)
+    explanations = planning.explained(planned, best) if explain else None
     if as_json:
-        render.as_json(render_plan.facts(made, prices, chosen, top=top, next_command=following))
+        facts = plan_facts.plan_facts(planned.plan, prices, recipe, belief, top=top, next_command=following)
+        render.as_json({**facts, "explanations": explanations})
         return
-    console, today = render.console_on(sys.stdout), datetime.now(UTC).date()
-    render_plan.full(made, prices, console, top=top, today=today, next_command=following)
+    console, now = render.console_on(sys.stdout), datetime.now(UTC)
+    ending = None if explain else following
+    render_plan.full(planned.plan, prices, console, belief, top=top, now=now, next_command=ending)
+    if explanations is not None:
+        render_explain.explanations(explanations, console)
+        render.following(console, following)
+
+
+def prices_now(recipe: Recipe | None = None) -> Prices:
+    """The prices of this machine; a recipe that rents, or none, has an old cache refreshed for the next time."""
+    from orchestrator import prices
+
+    home = home_from(os.environ)
+    if recipe is None or recipe.backend != "local":
+        prices.refresh_when_stale(home, datetime.now(UTC), os.environ)
+    return prices.current_prices(home)
 
 
 def recipes(as_json: options.JsonOption = False) -> None:
@@ -130,8 +210,10 @@ def launch_like(arguments: Sequence[str]) -> str:
     kept: list[str] = []
     left = iter(arguments[1:])
     for argument in left:
-        if argument == "--top":
+        if argument in WITHOUT_MEANING_FOR_LAUNCH:
             next(left, None)
-        elif argument != "--json" and not argument.startswith("--top="):
+        elif argument not in FLAGS_WITHOUT_MEANING_FOR_LAUNCH and not argument.startswith(
+            tuple(f"{name}=" for name in WITHOUT_MEANING_FOR_LAUNCH)
+        ):
             kept.append(argument)
     return shlex.join(["slm", "launch", *kept])

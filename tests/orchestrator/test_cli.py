@@ -150,7 +150,7 @@ def test_shells_can_complete(slm: Slm) -> None:
     ("arguments", "message"),
     [
         (["plann"], "Did you mean 'plan'?"),
-        (["plan"], "Missing argument 'RECIPE'"),
+        (["plan"], "name a recipe (`slm recipes` lists them), or let slm choose the size: --params max"),
         (["plan", "demo", "--bugdet", "3"], "No such option: --bugdet"),
         (["plan", "demo", "--budget", "ten"], "'ten' is not an amount of dollars such as 100 or 12.50."),
         (["plan", "demo", "--budget", "-3"], "-3 should be more than 0 dollars."),

@@ -12,7 +12,7 @@ import pytest
 from cost.errors import UserError
 from cost.offers import Offer
 from orchestrator import planning
-from orchestrator.planning import Prices
+from orchestrator.prices import Prices, current_prices
 from tasks.recipe import Recipe, load_recipe
 
 H100 = Offer(
@@ -45,7 +45,7 @@ def test_prices_know_their_dates() -> None:
 
 
 def test_the_reference_table_has_offers_of_many_clouds_with_dates() -> None:
-    prices = planning.current_prices()
+    prices = current_prices()
     assert len({offer.cloud for offer in prices.offers}) >= 5
     assert prices.dates() is not None
 
