@@ -21,7 +21,7 @@ from tasks.recipe import load_recipe, recipe_from_json
         ("model.num_layers=true", "model.num_layers = true: should not be true or false"),
         ("model.num_layers=0", "model.num_layers = 0: should be greater than 0"),
         ("model.rope_base=.inf", "model.rope_base = inf: should be greater than 0"),
-        ("model.num_heads=5", "model.num_heads = 5: does not divide model.width="),
+        ("model.num_heads=6", "model.num_heads = 6: does not divide model.width="),
         ("model.num_heads=160", "makes heads of size 1; rotary positions need an even size"),
         ("model.num_kv_heads=3", "model.num_kv_heads = 3: does not divide model.num_heads=4"),
         (
