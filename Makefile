@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not e2e"
 
 # The demo's runs live in a home of their own and see no cloud credentials: nothing can be rented by accident.
 demo: $(STAMP)
@@ -34,12 +34,14 @@ demo: $(STAMP)
 
 # End-to-end proofs as `.ci/run` runs them; `make prove` is the full size.
 e2e: $(STAMP)
+	$(BIN)/python -m pytest -m e2e tests/e2e
 	$(BIN)/python bench/prove_demo.py
 	$(BIN)/python bench/prove_budget.py --steps 150
 	$(BIN)/python bench/prove_kills.py --kills 2
 	$(BIN)/python bench/prove_mutations.py
 
 prove: $(STAMP)
+	$(BIN)/python -m pytest -m e2e tests/e2e
 	$(BIN)/python bench/prove_demo.py
 	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 20
