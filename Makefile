@@ -38,6 +38,7 @@ e2e: $(STAMP)
 	$(BIN)/python bench/prove_demo.py
 	$(BIN)/python bench/prove_budget.py --steps 150
 	$(BIN)/python bench/prove_kills.py --kills 2
+	$(BIN)/python bench/prove_interrupts.py --moments 3
 	$(BIN)/python bench/prove_mutations.py
 
 prove: $(STAMP)
@@ -45,6 +46,7 @@ prove: $(STAMP)
 	$(BIN)/python bench/prove_demo.py
 	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 20
+	$(BIN)/python bench/prove_interrupts.py --moments 12
 	$(BIN)/python bench/prove_mutations.py
 
 gpu: $(STAMP)

@@ -1,8 +1,8 @@
 """Ctrl-C at any moment leaves nothing running and nothing lost.
 
 `python bench/prove_interrupts.py [--moments 6] [--seed 0] [--json]` launches the demo's model, presses Ctrl-C at a
-random moment (half of the times a second one shortly after), and checks that the command ends, that no process is left, that
-the books are settled and not below the cloud's own bill; at last a resumed run goes on behind where it stood.
+random moment (half of the times a second one shortly after), and checks that the command ends, that no process is
+left, that the books are settled and not below the cloud's own bill; at last a resumed run goes on behind where it was.
 """
 
 from __future__ import annotations
