@@ -168,8 +168,9 @@ def refresh(path: Path, clouds: Sequence[str]) -> int:
     except ImportError as error:
         print(f"SkyPilot cannot be imported: {error}", file=sys.stderr)  # noqa: T201
         return NO_SKYPILOT
-    for one in prices.unread:
-        print(f"{one.cloud} cannot be read: {one.reason}")  # noqa: T201
+    for kind in sorted({one.reason.partition(":")[0] for one in prices.unread}):
+        alike = [one for one in prices.unread if one.reason.partition(":")[0] == kind]
+        print(f"not read: {', '.join(one.cloud for one in alike)} ({alike[0].reason})")  # noqa: T201
     if not prices.offers:
         print("no cloud could be read; the prices stay as they were.", file=sys.stderr)  # noqa: T201
         return NOTHING_READ

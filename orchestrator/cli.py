@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cost.errors import SlmError
-from orchestrator.commands import launching, planning, runs
+from orchestrator.commands import advice, launching, planning, runs, tables
 from orchestrator.commands.actions import Invocation
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def slm(
     \b
     Examples:
       slm plan demo                      what it costs, where, and what comes out
+      slm plan --params max              the largest model that 100 dollars train
       slm launch demo --yes              on this machine, in minutes, without a GPU
       slm status                         where it is
       slm resume --budget 150            go on after the cap was reached
@@ -67,6 +68,11 @@ for command in (
     runs.ledger,
     planning.recipes,
     planning.prepare,
+    advice.estimate,
+    advice.frontier,
+    advice.simulate,
+    tables.offers,
+    tables.gpus,
 ):
     app.command()(command)
 

@@ -116,8 +116,8 @@ def none_affordable(choice: ModelChoice, asked: Asked) -> str:
     cost = f"{dollars(smallest.best.total_usd)} and {duration(smallest.best.hours * 3600)}"
     return (
         f"the smallest model of the range, {size} parameters on {asked.tokens_per_param:g} tokens each, takes {cost} "
-        f"at best, over a budget of {dollars(asked.budget_usd)} or the deadline; raise one, lower --tokens-per-param, or "
-        "ask with --params max what the budget trains."
+        f"at best, over a budget of {dollars(asked.budget_usd)} or the deadline; raise one, lower --tokens-per-param, "
+        "or ask with --params max what the budget trains."
     )
 
 

@@ -1,0 +1,204 @@
+"""What `slm estimate`, `slm frontier` and `slm simulate` compute: from what a person said to the arithmetic of cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from cost.errors import UserError
+from cost.frontier import Point, frontier, ladder, shape_of
+from cost.hardware import accelerator
+from cost.layouts import Cluster, NoLayout, Placement, fastest_layout
+from cost.offers import Offer
+from cost.plan import Estimate
+from cost.policy import Traces, read_traces
+from cost.preemption import SECONDS_PER_HOUR, Hazard
+from cost.simulate import Simulation, simulate
+from cost.software import Software, our_trainer
+from cost.throughput import NODE_NETWORK_BYTES_PER_SECOND, default_calibration
+from cost.workload import Workload
+from orchestrator import planning
+from orchestrator.planning import USUAL_OPTIMIZER, Planned
+from orchestrator.prices import Prices
+
+FRONTIER_SIZES = (1e8, 1e10)
+RUNGS_PER_POINT = 6
+"""The frontier shows every so many sizes of the ladder: each a third larger than the one before."""
+
+
+# ---------------------------------------------------------------- one shape on one machine
+
+
+@dataclass(frozen=True, slots=True)
+class MachineEstimate:
+    """A model on a number of equal machines."""
+
+    name: str
+    workload: Workload
+    gpu: str
+    gpus_per_node: int
+    num_nodes: int
+    placement: Placement
+    cheapest: tuple[Offer, ...]
+    """Of this very machine, the cheapest spot and the cheapest on-demand offer, where there is one."""
+
+    @property
+    def hours(self) -> float:
+        """Hours of training, without start-up and losses."""
+        return self.workload.num_tokens / self.placement.tokens_per_second / SECONDS_PER_HOUR
+
+    def usd(self, offer: Offer) -> Decimal:
+        """Dollars of these hours, without start-up, losses, disks and downloads."""
+        return offer.usd_per_hour * self.num_nodes * Decimal(self.hours)
+
+
+def estimate_machine(
+    name: str, work: Workload, software: Software, prices: Prices, *, gpu: str, gpus: int, nodes: int
+) -> MachineEstimate:
+    """The fastest layout on one kind of machine.
+
+    Raises:
+        UserError: No such GPU, or the model does not fit.
+    """
+    names = planning.known_gpus([gpu]) or ()
+    if len(names) != 1:
+        raise UserError(f"{gpu} is a family; choose one of {', '.join(names)}.")
+    (card,) = names
+    cluster = Cluster(accelerator(card), gpus, nodes, NODE_NETWORK_BYTES_PER_SECOND)
+    placed = fastest_layout(work, cluster, default_calibration(), software)
+    if isinstance(placed, NoLayout):
+        raise UserError(f"{name} does not run on {nodes} x {gpus}x{card}: {placed.reason}.")
+    same = [one for one in prices.offers if one.accelerator == card and one.gpus_per_node == gpus]
+    kinds = ([one for one in same if one.spot], [one for one in same if not one.spot])
+    cheapest = tuple(min(kind, key=lambda one: one.usd_per_hour) for kind in kinds if kind)
+    return MachineEstimate(name, work, card, gpus, nodes, placed, cheapest)
+
+
+def work_of_size(num_params: float, tokens_per_param: float) -> tuple[Workload, Software]:
+    """A model that only its size describes, trained as the recipes of its size are."""
+    shape = shape_of(num_params, tokens_per_param=tokens_per_param)
+    return shape, our_trainer(optimizer=USUAL_OPTIMIZER, compiled=True)
+
+
+# ---------------------------------------------------------------- frontier
+
+
+def frontier_points(
+    prices: Prices, *, budget_usd: Decimal, sizes: tuple[float, float] | None, mixtures: bool, wishes: dict[str, Any]
+) -> tuple[Point, ...]:
+    """The loss that the whole budget buys at each size.
+
+    Raises:
+        UserError: No size of the range can be trained.
+    """
+    low, high = sizes or FRONTIER_SIZES
+    rungs = ladder(low, high)
+    chosen = sorted({*rungs[::RUNGS_PER_POINT], rungs[-1]})
+    offers, options, _ = planning.options_without_recipe(prices, **wishes)
+    points = frontier(
+        planning.offers_for(offers, options), budget_usd=budget_usd, sizes=chosen, mixtures=mixtures, **options
+    )
+    if not points:
+        raise UserError(
+            f"${budget_usd} trains no model between {low:.3g} and {high:.3g} parameters on these offers for even one "
+            "step; raise --budget or --deadline, or allow more clouds, GPUs and smaller models."
+        )
+    return points
+
+
+# ---------------------------------------------------------------- simulation
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """Draws of one plan's best offer, and the market that they were drawn from."""
+
+    estimate: Estimate
+    hazard: Hazard
+    market: str
+    num_zones: int
+    simulation: Simulation
+
+
+def simulate_plan(
+    planned: Planned, *, market: str | None, num_zones: int, runs: int, seed: int, deadline_hours: float | None
+) -> Simulated:
+    """Follow the best offer through `runs` draws of a market.
+
+    Raises:
+        UserError: No offer can run the recipe, or the market cannot be read.
+    """
+    best = planning.winner(planned.plan)
+    hazard, traces = market_of(market, planned.hazards.of(best.offer), best.num_nodes)
+    done = simulate(
+        best,
+        num_tokens=planned.plan.workload.num_tokens,
+        hazard=hazard,
+        budget_usd=float(planned.plan.budget_usd),
+        deadline_hours=deadline_hours,
+        traces=traces,
+        num_zones=num_zones,
+        runs=runs,
+        seed=seed,
+    )
+    return Simulated(best, hazard, market or "prior", len(traces.zones) if traces else num_zones, done)
+
+
+def market_of(market: str | None, believed: Hazard, num_nodes: int) -> tuple[Hazard, Traces | None]:
+    """calm, hazard:PER_HOUR, trace:FILE_OR_FOLDER, or what the plan believed.
+
+    Raises:
+        UserError: It is none of these, or the traces cannot be read.
+    """
+    if market is None:
+        return believed, None
+    kind, _, argument = market.partition(":")
+    if market == "calm":
+        return Hazard(0.0, 1.0, "calm"), None
+    if kind == "hazard":
+        rate = _rate(argument)
+        if rate is not None:
+            return Hazard(rate * 1e6, 1e6, f"{rate:g} losses per node-hour, as asked"), None
+    if kind == "trace" and argument:
+        return believed, traces_at(Path(argument).expanduser(), num_nodes)
+    raise UserError(
+        f"--market {market!r} should be calm, hazard:PER_HOUR, or trace: with an availability trace (.json), or with a "
+        "folder of them."
+    )
+
+
+def traces_at(path: Path, num_nodes: int) -> Traces:
+    """All traces of a folder, or one zone of it."""
+    if path.is_file():
+        return read_traces(path.parent, num_nodes=num_nodes).only(path.stem)
+    if not path.is_dir():
+        raise UserError(f"there is no trace at {path}; give an availability trace (.json) or a folder of them.")
+    return read_traces(path, num_nodes=num_nodes)
+
+
+def _rate(text: str) -> float | None:
+    try:
+        rate = float(text)
+    except ValueError:
+        return None
+    return rate if 0 <= rate < float("inf") else None
+
+
+def cheapest_by_gpu(offers: Sequence[Offer]) -> Mapping[str, tuple[Offer | None, Offer | None]]:
+    """For each GPU the offers with the lowest price per GPU-hour: spot, and on-demand."""
+    best: dict[tuple[str, bool], Offer] = {}
+    for offer in offers:
+        key = (offer.accelerator, offer.spot)
+        known = best.get(key)
+        if known is None or usd_per_gpu_hour(offer) < usd_per_gpu_hour(known):
+            best[key] = offer
+    names = {offer.accelerator for offer in offers}
+    return {name: (best.get((name, True)), best.get((name, False))) for name in names}
+
+
+def usd_per_gpu_hour(offer: Offer) -> Decimal:
+    """Of one GPU of a node."""
+    return offer.usd_per_hour / offer.gpus_per_node
