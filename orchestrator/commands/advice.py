@@ -179,11 +179,13 @@ def model_of(model: str, tokens_per_param: float | None, sets: list[str] | None)
     from orchestrator import advice
     from orchestrator.commands.sizing import TOKENS_PER_PARAM
     from orchestrator.figures import count
-    from tasks.recipe import load_recipe
+    from tasks.recipe import list_recipes, load_recipe
 
-    try:
-        size = options.parse_count(model)
+    try:  # a recipe may be called 350m
+        size = None if model in {one.name for one in list_recipes()} else options.parse_count(model)
     except typer.BadParameter:
+        size = None
+    if size is None:
         if tokens_per_param is not None:
             sets = [*(sets or ()), f"training.tokens_per_param={tokens_per_param:g}"]
         recipe = load_recipe(model, options.overrides(sets))

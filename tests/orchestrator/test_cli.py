@@ -74,7 +74,7 @@ def slm(home: Home, capsys: pytest.CaptureFixture[str]) -> Slm:
 
 def add_run(home: Home, *, name: str = "demo") -> str:
     """A run with one lease of two nodes, on which a minute of billed time was spent."""
-    recipe = load_recipe("demo")
+    recipe = load_recipe("demo", ["training.num_steps=400"])
     db = connect(home.create().database)
     runs = Runs(db)
     created = runs.create(
