@@ -66,6 +66,7 @@ class Grants:
         self._clock = clock
         self._terms = terms
         self._answered: dict[tuple[str, int], int] = {}
+        self._noticed: set[tuple[str, int]] = set()
 
     def billed_ms(self, seconds: float) -> int:
         """Real seconds as billed milliseconds, rounded up."""
@@ -93,11 +94,19 @@ class Grants:
         """Move the provider's own limit to the end of what is paid."""
         self._backend.extend(account.lease, self._seconds_left(account))
 
-    def answer(self, account: LeaseAccount, ranks: Iterable[int]) -> None:
-        """Answer each node's newest request with what is left of the paid time."""
-        lease_id = account.lease.lease_id
+    def answer(self, account: LeaseAccount, ranks: Iterable[int]) -> list[int]:
+        """Answer each node's newest request with what is left of the paid time.
+
+        Returns the ranks whose cloud has announced that it takes them, each once.
+        """
+        lease_id, noticed = account.lease.lease_id, []
         for rank in ranks:
-            number = self._request_number(lease_id, rank)
+            number, notice = self._request(lease_id, rank)
+            if notice and (lease_id, rank) not in self._noticed:
+                self._noticed.add((lease_id, rank))
+                noticed.append(rank)
+            elif not notice:
+                self._noticed.discard((lease_id, rank))  # a rank that was rented again
             if number is None or number <= self._answered.get((lease_id, rank), -1):
                 continue
             duration = self._seconds_left(account)
@@ -106,12 +115,15 @@ class Grants:
             grant = {"epoch": self._ledger.epoch, "number": number, "duration_seconds": duration}
             self._store.write(f"grants/{lease_id}/{rank}.json", json.dumps(grant).encode())
             self._answered[(lease_id, rank)] = number
+        return noticed
 
     def _seconds_left(self, account: LeaseAccount) -> float:
         return (account.expires_ms - self._clock.now_ms()) / 1000 / self._clock.scale
 
-    def _request_number(self, lease_id: str, rank: int) -> int | None:
+    def _request(self, lease_id: str, rank: int) -> tuple[int | None, bool]:
+        """Number of the newest request, and whether its node's end was announced."""
         try:
-            return int(json.loads(self._store.read(f"guard/{lease_id}/{rank}/request.json"))["number"])
+            request = json.loads(self._store.read(f"guard/{lease_id}/{rank}/request.json"))
+            return int(request["number"]), bool(request.get("noticed"))
         except (StoreKeyMissing, ValueError, KeyError, TypeError):
-            return None
+            return None, False

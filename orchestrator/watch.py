@@ -20,7 +20,7 @@ from orchestrator.grants import Grants, Terms, affordable_until_ms
 from orchestrator.runs import Runs
 from trainer.store import Store, StoreKeyMissing
 
-EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG = 0, 10, 20
+EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG, EXIT_NOTICE = 0, 10, 20, 40
 """Exit codes of the node's command; every other one means that the cluster broke."""
 WARN_AT = (50, 80, 95)
 """Percent of the cap."""
@@ -98,7 +98,8 @@ class Watch:
         account, reaches = self.grants.renew(account)
         if not reaches and self._stopping is None:
             self._ask(Cause.CAP, f"${self.ledger.balance().free_usd:.2f} is not reserved: the drain line is reached")
-        self.grants.answer(account, state.alive_ranks)
+        for rank in self.grants.answer(account, state.alive_ranks):
+            self.tell("notice", f"the cloud will take node {rank} of {self.lease.lease_id}", rank=rank)
         self._grow(account)
         return None
 
@@ -147,6 +148,8 @@ class Watch:
             return Cause.BUG, self._newest_failure()
         if self._stopping is not None:
             return self._stopping, self._stop_detail
+        if exit_code == EXIT_NOTICE:
+            return Cause.PREEMPTED, "the cloud announced that it takes the first node; the last step is saved"
         return Cause.BROKEN, f"the node's command ended with exit code {exit_code}{self._last_words()}"
 
     def _last_words(self) -> str:

@@ -38,6 +38,8 @@ EXIT_FINISHED = 0
 EXIT_STOPPED = 10
 EXIT_BUG = 20
 EXIT_BROKEN = 30
+EXIT_NOTICE = 40
+"""The cloud takes the head's node, as announced; the last step is saved."""
 
 NODE_RESOURCE = "slm_node"
 """One unit per training worker that a node may hold."""
@@ -304,7 +306,9 @@ class NodeProcesses:
                 self.say(f"Ray's {gone} died; the cluster is over.")
                 return EXIT_BROKEN
             self._tick()
-        self.say(f"the driver ended with exit code {code}")
+        self.say(f"the driver ended with exit code {code}" + (", as announced" if self.drained else ""))
+        if code == EXIT_BROKEN and self.drained:
+            return EXIT_NOTICE
         if code in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG, EXIT_BROKEN):
             return code
         self.say(driver.last_lines())

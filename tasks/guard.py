@@ -490,7 +490,8 @@ class Guard:
             deadline = self.state.deadline
         condition = "running" if exit_code is None else "exited"
         request = {"number": number, "boottime": now, "state": condition, "exit_code": exit_code}
-        self.store.write(key, {**request, "grant_deadline": deadline})
+        noticed = os.path.exists(self.notice_file)
+        self.store.write(key, {**request, "grant_deadline": deadline, "noticed": noticed})
         data = self.store.read(f"grants/{self.place}.json")
         answer = parse_answer(data) if data is not None else None
         with self.lock:

@@ -84,6 +84,7 @@ class World:
     bug_at: int | None = None
     breaks_at_start: bool = False
     deaf: bool = False
+    noticed: bool = False
 
     def __post_init__(self) -> None:
         self.db: sqlite3.Connection = connect(self.path / "slm.db")
@@ -141,7 +142,7 @@ class World:
         self.step += 1
         progress = {"step": self.step, "epoch": epoch, "tokens": self.step * 100}
         self.store.write("progress/latest.json", json.dumps(progress).encode())
-        request = {"number": self.step, "boottime": 0.0, "state": "running", "exit_code": None}
+        request = {"number": self.step, "boottime": 0.0, "state": "running", "noticed": self.noticed}
         for rank in ranks:
             self.store.write(f"guard/{lease.lease_id}/{rank}/request.json", json.dumps(request).encode())
         if self.step >= self.num_steps:
@@ -224,6 +225,20 @@ def test_losing_the_head_ends_the_whole_lease(world: World) -> None:
     world.clock.after(30.0, lambda: world.backend.take(world.backend.starts[0].lease_id, 0))
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert len({lease.lease_id for lease in world.backend.starts}) == 2
+    check_books(world)
+
+
+def test_a_head_that_leaves_as_announced_is_a_preemption(world: World) -> None:
+    def leave() -> None:
+        lease_id = world.backend.starts[0].lease_id
+        world.noticed = True
+        world.clock.after(5.0, lambda: world.backend.end_command(lease_id, 40))
+
+    world.clock.after(30.0, leave)
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    run = world.runs.get(world.run.run_id)
+    assert (run.preemptions, run.failures) == (1, 0)
+    assert world.told("notice")[0] == "the cloud will take node 0 of slm-abc123-tiny-1-1"
     check_books(world)
 
 
