@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import fcntl
 import importlib.util
 import os
@@ -105,16 +106,36 @@ def priced_clouds() -> list[str]:
 
 
 def read_cloud(cloud: str) -> Quotes:
-    """One cloud's offers through SkyPilot's Python API, dated by the file that it downloaded."""
+    """One cloud's offers through SkyPilot's Python API, dated by the file that it downloaded.
+
+    The API leaves out what a file says about the GPU itself, which tells an H100's form; that is added from the file.
+    """
     from sky import catalog
     from sky.catalog import common
 
     found = catalog.list_accelerators(gpus_only=True, clouds=cloud, all_regions=True)
-    rows = [row._asdict() for several in found.values() for row in several]
     file = Path(common.get_catalog_path(f"{cloud}/vms.csv"))
-    day = datetime.fromtimestamp(file.stat().st_mtime, UTC).date().isoformat() if file.exists() else "undated"
+    about, day = about_gpus(file), "undated"
+    if file.exists():
+        day = datetime.fromtimestamp(file.stat().st_mtime, UTC).date().isoformat()
+    rows = [
+        {**row._asdict(), "GpuInfo": about.get((str(row.instance_type), str(row.accelerator_name)), "")}
+        for several in found.values()
+        for row in several
+    ]
     quotes = read_catalog(rows, cloud, day, f"SkyPilot's catalog of {cloud}")
     return quotes if quotes.offers else Quotes((), (*quotes.skipped, Skipped(cloud, "no offer")))
+
+
+def about_gpus(file: Path) -> dict[tuple[str, str], str]:
+    """What a catalog file says about the GPUs of each instance type."""
+    if not file.exists():
+        return {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = csv.DictReader(lines)
+        return {
+            (row.get("InstanceType") or "", row.get("AcceleratorName") or ""): row.get("GpuInfo") or "" for row in rows
+        }
 
 
 def enabled_clouds() -> list[str] | None:
