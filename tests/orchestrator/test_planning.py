@@ -35,7 +35,7 @@ PRICES = Prices((H100, CHEAP, OLD_CARD), "test table", num_skipped=2)
 
 
 def demo(*overrides: str) -> Recipe:
-    return load_recipe("demo", ["local.market=calm", *overrides])
+    return load_recipe("demo", ["local.market=calm", "offers.gpus=null", "offers.spot=null", *overrides])
 
 
 def test_prices_know_their_dates() -> None:
