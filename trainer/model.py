@@ -19,7 +19,6 @@ from trainer.config import ModelConfig
 
 IGNORED = -100
 """A target that counts for nothing: no loss, no gradient, not among the target tokens."""
-EMBEDDING_STD = 0.02
 
 
 class Rope(NamedTuple):
@@ -145,20 +144,16 @@ class Transformer(nn.Module):
 def build_model(config: ModelConfig, seed: int) -> Transformer:
     """A model with fresh weights that depend on the seed alone; the caller's random state stays as it was.
 
-    Matrices keep the scale of what passes through them (std 1/sqrt(fan-in)); those that write into the residual
-    stream and an untied head begin at zero, so that the first loss is that of a uniform guess.
+    Matrices keep the scale of what passes through them (std 1/sqrt(row length)), the rows of the embedding included;
+    those that write into the residual stream and an untied head begin at zero: the first guess is uniform.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Transformer(config)
         for name, parameter in model.named_parameters():
-            if parameter.ndim != 2:
-                continue
-            if name == "embedding.weight":
-                nn.init.normal_(parameter, std=EMBEDDING_STD)
-            elif name.endswith(("attention.output.weight", "mlp.down.weight", "head.weight")):
+            if name.endswith(("attention.output.weight", "mlp.down.weight", "head.weight")):
                 nn.init.zeros_(parameter)
-            else:
+            elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return model
 

@@ -182,6 +182,18 @@ def test_a_superseded_run_ends_without_a_result_and_without_a_trace_in_the_chain
     with pytest.raises(Superseded, match="epoch 1 of this run was superseded by epoch 2"):
         run_single(config, tmp_path, signals=TakesOver(tmp_path, at_step=3))
     assert steps_saved(tmp_path) == [2]
+    assert not list((tmp_path / "checkpoints").glob("epoch=1/*/manifest.json"))
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_superseded_run_that_has_nothing_left_to_save_writes_no_result_either(
+    tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
+) -> None:
+    run_single(tiny, tmp_path)
+    (tmp_path / "result.json").unlink()
+    takes_over = TakesOver(tmp_path, at_step=0)
+    with pytest.raises(Superseded):
+        run_single(tiny, tmp_path, phase=lambda name: takes_over.poll(0) if name == "load" else None)
     assert not (tmp_path / "result.json").exists()
 
 
