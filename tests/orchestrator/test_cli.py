@@ -54,6 +54,7 @@ PROJECT = Path(cli.__file__).parents[1]
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     monkeypatch.setenv("SLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SLM_REFRESH", "never")
     monkeypatch.delenv("COLUMNS", raising=False)
     return Home(tmp_path / "home")
 

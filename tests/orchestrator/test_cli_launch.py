@@ -116,6 +116,7 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     monkeypatch.setenv("SLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SLM_REFRESH", "never")
     monkeypatch.delenv("COLUMNS", raising=False)
     return Home(tmp_path / "home")
 
@@ -139,6 +140,17 @@ def test_launch_shows_the_plan_and_the_worst_case_then_runs_and_sums_up(capsys: 
     assert actions.called["recipe"].name == "demo"
     assert actions.called["budget_usd"] is None
     assert isinstance(actions.called["switch"], StopSwitch)
+
+
+def test_launch_is_planned_by_the_same_objective_and_deadline(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    wishes = ("--budget", "60", "--objective", "hours", "--deadline", "30h")
+    slm("plan", "350m", *wishes, "--json", "--top", "500")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["next"] == "slm launch 350m --budget 60 --objective hours --deadline 30h"
+    slm("launch", "350m", *wishes, "--backend", "sky", "--yes", actions=actions)
+    assert [one["offer_id"] for one in facts["ranked"]] == [offer.offer_id for offer in actions.called["offers"]]
+    assert "Fastest: " in capsys.readouterr().out
 
 
 def test_launch_rents_in_the_order_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

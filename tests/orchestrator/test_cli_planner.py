@@ -365,6 +365,42 @@ def test_a_refresh_that_hangs_is_ended(slm: Slm, monkeypatch: pytest.MonkeyPatch
 # ---------------------------------------------------------------- weight
 
 
+MANY_OFFERS = 2500
+MOST_SECONDS = 1.5
+MOST_MIB = 300
+
+
+@pytest.mark.parametrize("arguments", [["plan", "tinyllama-1.1b", "--nodes", "2"], ["plan", "--params", "1.1e9..3e9"]])
+def test_thousands_of_offers_are_planned_quickly_and_in_little_memory(home: Home, arguments: list[str]) -> None:
+    from dataclasses import replace
+
+    table = load_reference_offers().offers
+    many = tuple(
+        replace(table[n % len(table)], region=f"{table[n % len(table)].region}-{n // len(table)}")
+        for n in range(MANY_OFFERS)
+    )
+    prices.write_cache(Prices(many, "test", read_at=datetime.now(UTC)), home.create().offers)
+    code = f"""
+import resource, sys
+from orchestrator.cli import main
+try:
+    main({[*arguments, "--json"]!r})
+except SystemExit as end:
+    assert not end.code, end.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+mib = used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+print(used.ru_utime + used.ru_stime, mib, file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code]
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=120)
+    seconds, mib = map(float, done.stderr.split())
+    assert json.loads(done.stdout)["prices"]["num_offers"] == MANY_OFFERS
+    # Processor seconds, since this machine may do other things; the plan reads no network and waits for nothing.
+    assert seconds < MOST_SECONDS
+    assert mib < MOST_MIB
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
