@@ -16,6 +16,7 @@ from typing import Any, Literal
 from cost.errors import UserError
 from cost.explain import Explanation, explain
 from cost.hardware import accelerators, canonical_name
+from cost.law_range import known_loss
 from cost.offers import Offer
 from cost.planner import Emulation, Estimate, Market, Objective, Plan, Rejected, make_plan
 from cost.preemption import SECONDS_PER_HOUR, Hazards
@@ -181,8 +182,9 @@ def measured_here(home: Home, recipe: Recipe) -> float | None:
 
 
 def explained(planned: Planned, best: Estimate) -> tuple[Explanation, ...]:
-    """Every number of an estimate with formula, inputs and source."""
-    return explain(planned.plan, best, planned.hazards.of(best.offer))
+    """Every number of an estimate with formula, inputs and source; no loss where its law does not hold."""
+    numbers = explain(planned.plan, best, planned.hazards.of(best.offer))
+    return numbers if known_loss(best) is not None else tuple(one for one in numbers if one.name != "predicted_loss")
 
 
 def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tuple[Rejected, ...]]:

@@ -172,6 +172,7 @@ def test_explain_shows_formula_inputs_and_source_of_every_number(slm: Slm) -> No
     assert by_name["total"]["value"] == pytest.approx(found["best"]["total_usd"])
     assert all(one["formula"] and one["source"] for one in found["explanations"])
     assert facts(slm, "plan", "1.5b")["explanations"] is None
+    assert "predicted_loss" not in {one["name"] for one in facts(slm, "plan", "demo", "--explain")["explanations"]}
 
 
 def test_a_cache_is_read_first_and_only_enabled_clouds_rank(slm: Slm, home: Home) -> None:
