@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,plot,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,plot,cloud,dev]'
 	touch $@
 
 lint: $(STAMP)
@@ -57,7 +57,7 @@ lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --upgrade pip
 	build/lock/bin/python -m pip install --quiet torch==2.13.0
-	build/lock/bin/python -m pip install --quiet -e '.[train,plot,dev]' 'click<8.2' 'protobuf<7'
+	build/lock/bin/python -m pip install --quiet -e '.[train,plot,cloud,dev]' 'click<8.2' 'protobuf<7'
 	(sed -n '/^#/p' constraints.txt; build/lock/bin/python -m pip freeze --exclude-editable --exclude pip \
 	  --exclude setuptools --exclude wheel | sed 's/+cpu//') > build/constraints.txt
 	mv build/constraints.txt constraints.txt
