@@ -99,7 +99,7 @@ def frontier_points(
     chosen = sorted({*rungs[::RUNGS_PER_POINT], rungs[-1]})
     offers, options, _ = planning.options_without_recipe(prices, **wishes)
     points = frontier(
-        planning.offers_for(offers, options), budget_usd=budget_usd, sizes=chosen, mixtures=mixtures, **options
+        planning.offers_wanted(offers, options), budget_usd=budget_usd, sizes=chosen, mixtures=mixtures, **options
     )
     if not points:
         raise UserError(
@@ -161,7 +161,7 @@ def market_of(market: str | None, believed: Hazard, num_nodes: int) -> tuple[Haz
     if kind == "hazard":
         rate = _rate(argument)
         if rate is not None:
-            return Hazard(rate * 1e6, 1e6, f"{rate:g} losses per node-hour, as asked"), None
+            return Hazard(rate * 1e6, 1e6, "as asked"), None
     if kind == "trace" and argument:
         return believed, traces_at(Path(argument).expanduser(), num_nodes)
     raise UserError(

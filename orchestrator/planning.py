@@ -137,6 +137,11 @@ def options_without_recipe(
     They are trained as the recipes of their size are: compiled, with Muon.
     """
     offered, locked = usable(prices, everywhere=all_clouds or clouds is not None)
+    if not offered:
+        raise UserError(
+            f"no offer is of a cloud that SkyPilot has credentials for ({', '.join(prices.enabled or ())}); "
+            "--all-clouds ranks the others too."
+        )
     options = {
         "spot": spot,
         "clouds": known_clouds(clouds, prices.offers),
@@ -153,8 +158,23 @@ def options_without_recipe(
     return offered, options, locked
 
 
+def offers_wanted(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer, ...]:
+    """Offers of the wanted clouds, GPUs and kind.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = offers_for(offers, options)
+    if not found:
+        raise UserError(
+            f"none of {plural(len(offers), 'offer')} is of these clouds, GPUs and kind; allow more of them, or look at "
+            "`slm offers`."
+        )
+    return found
+
+
 def offers_for(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer, ...]:
-    """Offers of the wanted clouds, GPUs and kind: what remains before the cheapest of each kind are compared."""
+    """The same, or none."""
     return tuple(
         offer
         for offer in offers

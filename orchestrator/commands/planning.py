@@ -86,6 +86,8 @@ def plan(
     if params is not None:
         if recipe is not None or sets:
             raise UserError("--params chooses the model, so leave out the recipe and --set; or leave out --params.")
+        if backend is not None or market is not None or time_scale is not None:
+            raise UserError("--backend, --market and --time-scale are for a recipe; --params plans for real clouds.")
         from orchestrator.commands.sizing import BUDGET_USD, TOKENS_PER_PARAM, Asked, plan_sizes
 
         asked = Asked(options.parse_range(params), tokens_per_param or TOKENS_PER_PARAM, budget or BUDGET_USD)

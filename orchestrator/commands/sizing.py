@@ -83,14 +83,15 @@ def choose(asked: Asked, chosen_by: str, wishes: dict[str, Any], prices: Prices)
     from orchestrator import planning
 
     offers, options, locked = planning.options_without_recipe(prices, **wishes)
+    wanted = planning.offers_wanted(offers, options)
     sizes = asked.sizes or largest_range(
-        planning.offers_for(offers, options),
+        wanted,
         budget_usd=asked.budget_usd,
         tokens_per_param=asked.tokens_per_param,
         **options,
     )
     choice = choose_model(
-        planning.offers_for(offers, options),
+        wanted,
         low=sizes[0],
         high=sizes[1],
         budget_usd=asked.budget_usd,

@@ -86,6 +86,9 @@ def test_every_command_has_help_with_examples_and_json(slm: Slm, command: str) -
     ("arguments", "message"),
     [
         (["plan", "demo", "--params", "1e9"], "--params chooses the model, so leave out the recipe"),
+        (["plan", "--params", "1e9", "--market", "calm"], "--params plans for real clouds"),
+        (["plan", "--params", "max", "--clouds", "lambda", "--spot"], "offers is of these clouds, GPUs and kind"),
+        (["frontier", "--clouds", "lambda", "--spot"], "offers is of these clouds, GPUs and kind"),
         (["plan", "--params", "3e9..1e9"], "goes down; write the smaller count first."),
         (["plan", "--params", "big"], "'big' is not a count such as 1.1e9, 1.1B or 350M."),
         (["plan", "--params", "7e9..9e9"], "raise one, lower --tokens-per-param, or ask with --params max"),
@@ -185,6 +188,17 @@ def test_a_cache_is_read_first_and_only_enabled_clouds_rank(slm: Slm, home: Home
     everywhere = facts(slm, "plan", "1.5b", "--top", "400", "--all-clouds")
     assert len(everywhere["ranked"]) > len(found["ranked"])
     assert found["num_ranked"] + len(found["rejected"]) == len(cached(home).offers)
+
+
+def test_credentials_for_clouds_without_offers_are_told(slm: Slm, home: Home) -> None:
+    from dataclasses import replace
+
+    prices.write_cache(replace(cached(home), enabled=("ibm",)), home.offers)
+    for arguments in (["plan", "--params", "1e9"], ["frontier"], ["plan", "1.5b"]):
+        ended = slm(*arguments)
+        assert ended.code == 2
+        assert "--all-clouds ranks" in ended.err
+    assert slm("plan", "--params", "1e9", "--all-clouds", "--gpus", "H100-SXM").code == 0
 
 
 def test_a_plan_that_rents_refreshes_old_prices_and_the_local_cloud_does_not(
