@@ -61,4 +61,4 @@ def test_a_run_on_the_device_learns_and_resumes(
             stop_after=stop_after,
         )
     assert (result.outcome, result.step) == ("finished", 40)
-    assert result.heldout_loss is not None and result.heldout_loss < 3.9  # ln(64) = 4.16 before the first step
+    assert result.heldout_loss is not None and result.heldout_loss < 2.5  # ln(64) = 4.16 before the first step
