@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Plans made here read the price table as it is; nothing is fetched in the background.
+export SLM_REFRESH := never
 DEMO_HOME ?= $(CURDIR)/.demo
 LOCAL := env -u AWS_PROFILE -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY -u GOOGLE_APPLICATION_CREDENTIALS
 

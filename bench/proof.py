@@ -32,7 +32,7 @@ class Proof:
     @property
     def env(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in CLOUD_VARIABLES}
-        return {**kept, "SLM_HOME": str(self.home), "NO_COLOR": "1"}
+        return {**kept, "SLM_HOME": str(self.home), "SLM_REFRESH": "never", "NO_COLOR": "1"}
 
     def start(self, *arguments: str, log: Path | None = None) -> subprocess.Popen[str]:
         """Run slm in the background, in a session of its own."""
