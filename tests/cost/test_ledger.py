@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from dataclasses import replace
 from decimal import Decimal
@@ -262,19 +263,15 @@ class LedgerMachine(RuleBasedStateMachine):
     def renew(self, pick: int, term: int) -> None:
         lease_id = self.an_open_lease(pick)
         if lease_id:
-            try:
+            with contextlib.suppress(BudgetExceeded):
                 self.ledger.renew(lease_id, expires_ms=self.now + term, at_ms=self.now)
-            except BudgetExceeded:
-                pass
 
     @rule(pick=st.integers(0, 9), nodes=st.integers(0, 4))
     def resize(self, pick: int, nodes: int) -> None:
         lease_id = self.an_open_lease(pick)
         if lease_id:
-            try:
+            with contextlib.suppress(BudgetExceeded):
                 self.ledger.resize(lease_id, num_nodes=nodes, at_ms=self.now)
-            except BudgetExceeded:
-                pass
 
     @rule(pick=st.integers(0, 9))
     def settle(self, pick: int) -> None:

@@ -57,7 +57,9 @@ def test_a_preempted_run_moves_to_the_next_cheapest_offer_at_once() -> None:
 
 
 def test_an_offer_is_tried_again_when_its_block_is_over() -> None:
-    assert decide(replace(PREEMPTED, blocked_until_ms={(NEAR.offer_id, 2): 1000})) == Relaunch(NEAR, 2, delay_seconds=0.0)
+    assert decide(replace(PREEMPTED, blocked_until_ms={(NEAR.offer_id, 2): 1000})) == Relaunch(
+        NEAR, 2, delay_seconds=0.0
+    )
 
 
 def test_with_every_offer_blocked_it_waits_for_the_first_to_be_free() -> None:
