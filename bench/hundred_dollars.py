@@ -72,7 +72,7 @@ def page(budget: str) -> str:
     simulated = ask("simulate", *shlex.split(same_shape.facts["next"])[2:], "--runs", str(SIMULATED_RUNS))
     return "\n".join(
         [
-            *opening(budget, largest, frontiers, chosen),
+            *opening(budget, largest, frontiers, chosen, simulated),
             *sizes(largest),
             *optimum(frontiers, chosen),
             *data(chosen, repeated),
@@ -86,7 +86,9 @@ def page(budget: str) -> str:
 # ---------------------------------------------------------------- parts of the page
 
 
-def opening(budget: str, largest: Mapping[str, Said], frontiers: Mapping[str, Said], chosen: Any) -> list[str]:
+def opening(
+    budget: str, largest: Mapping[str, Said], frontiers: Mapping[str, Said], chosen: Any, simulated: Said
+) -> list[str]:
     """The answer and the date of its prices."""
     first, soon = next(iter(frontiers.values())), lowest(frontiers[f"spot, {DEADLINE}"], mixture=False)
     by_name = {name: said.facts for name, said in largest.items()}
@@ -106,15 +108,33 @@ def opening(budget: str, largest: Mapping[str, Said], frontiers: Mapping[str, Sa
         f"{DEADLINE} it is {count(soon['model']['num_params'])} on {count(soon['model']['num_tokens'])} tokens on "
         f"{machine(soon['estimate'])}: {soon['estimate']['predicted_loss_nats']:.2f} nats.",
         "",
+        likelihood(chosen["estimate"], simulated),
+        "",
         f"**The largest model {asked_for}** has {count(spot['model']['num_params'])} parameters "
         f"({spot['best']['usd_per_param']:.2e} $/param) on {machine(spot['best'])}, but that takes "
         f"{hours(spot['best'])}; within {DEADLINE} it is {count(quick['model']['num_params'])} "
-        f"({quick['best']['usd_per_param']:.2e} $/param) on {machine(quick['best'])}.",
+        f"({quick['best']['usd_per_param']:.2e} $/param) on {machine(quick['best'])}. Of "
+        f"{spot['chance']['num_runs']} simulated runs of each {100 * spot['chance']['finished_share']:.0f} % and "
+        f"{100 * quick['chance']['finished_share']:.0f} % train all tokens.",
         "",
         "Nothing here has been measured on a GPU by slm yet: speeds come from constants pooled over published runs of "
         "other trainers, so their intervals are wide, and the loss is known to about the corpus, not to the recipe.",
         "",
     ]
+
+
+def likelihood(one: Any, simulated: Said) -> str:
+    """How often the best model is trained to its end, and what that hangs on."""
+    finished = default_policy(simulated)["finished_share"]
+    low, high = one["tokens_per_second_interval"]
+    rests = {"measured": "was measured with slm"}.get(one["throughput_basis"], "is pooled over other programs")
+    dear = one["total_usd"] * one["tokens_per_second"] / low
+    return (
+        f"**How likely:** {100 * finished:.0f} % of {simulated.facts['num_runs']} simulated runs of the best model "
+        f"train all its tokens under the cap of ${simulated.facts['budget_usd']:g}; the others stop there with fewer. "
+        f"The speed of {one['offer']['accelerator']} {rests}, {count(low)} to {count(high)} tokens/s; at the lower end "
+        f"all tokens would cost about {dollars(dear)}."
+    )
 
 
 def sizes(largest: Mapping[str, Said]) -> list[str]:
@@ -212,9 +232,7 @@ def sureness(said: Said, simulated: Said) -> list[str]:
     """What is unsure, with numbers."""
     best = said.facts["best"]
     low, high = best["tokens_per_second_interval"]
-    policy = simulated.facts["policies"].get(simulated.facts["default"]) or next(
-        iter(simulated.facts["policies"].values())
-    )
+    policy = default_policy(simulated)
     scores = [
         f"{one['benchmark']} {one['low']:.2f} to {one['high']:.2f} ({one['num_rows']} published runs)"
         if one["low"] is not None
@@ -245,6 +263,12 @@ def reproduce(said: Sequence[Said]) -> list[str]:
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def default_policy(simulated: Said) -> Any:
+    """What slm does, or the only thing that can be done."""
+    policies = simulated.facts["policies"]
+    return policies.get(simulated.facts["default"]) or next(iter(policies.values()))
 
 
 def lowest(said: Said, *, mixture: bool) -> Any:

@@ -84,7 +84,8 @@ def _speed(plan: Plan, one: Estimate) -> tuple[Explanation, ...]:
             "tokens/s",
             "global_batch_tokens / (sum of seconds by part), on a full last pass",
             dict(estimate.seconds_by_part),
-            f"roofline of cost/roofline.py with the constants of cost/data/calibration.json, basis: {estimate.basis}",
+            "roofline of cost/roofline.py with the constants of cost/data/calibration.json, "
+            f"basis: {estimate.basis}{_measured_by(plan, one)}",
         ),
         Explanation(
             "mfu",
@@ -115,6 +116,11 @@ def _speed(plan: Plan, one: Estimate) -> tuple[Explanation, ...]:
             "Rajbhandari et al. 2020 (arXiv:1910.02054), Korthikanti et al. 2022 (arXiv:2205.05198)",
         ),
     )
+
+
+def _measured_by(plan: Plan, one: Estimate) -> str:
+    run = None if plan.emulation is not None else plan.seen.measured_by.get(one.offer.accelerator)
+    return "" if run is None else f", all scaled to what run {run} measured on {one.offer.accelerator}"
 
 
 def _losses(one: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:

@@ -6,11 +6,12 @@ Invariant: a layout is never returned whose predicted peak memory is above what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cost import memory, throughput
 from cost.hardware import Accelerator, accelerator
-from cost.layout import Layout, Sharding
+from cost.layout import Layout, Precision, Sharding
 from cost.memory import MemoryEstimate
 from cost.software import Software, our_trainer
 from cost.throughput import Calibration, ThroughputEstimate
@@ -98,6 +99,28 @@ def fastest_layout(
     return best
 
 
+def fastest_precision(
+    work: Workload,
+    cluster: Cluster,
+    calibration: Calibration,
+    software: Software | None = None,
+    *,
+    precisions: Sequence[Precision],
+) -> Placement | NoLayout:
+    """The fastest layout in any of these precisions; a device without units for one is placed in another."""
+    found = [
+        fastest_layout(replace(work, precision=one), cluster, calibration, software)
+        for one in precisions or (work.precision,)
+    ]
+    return _fastest(found)
+
+
+def _fastest(found: Sequence[Placement | NoLayout]) -> Placement | NoLayout:
+    """The first of the fastest, or why the last one cannot be."""
+    placements = [one for one in found if isinstance(one, Placement)]
+    return max(placements, key=lambda one: one.tokens_per_second) if placements else found[-1]
+
+
 def _layout(work: Workload, cluster: Cluster, sharding: Sharding, recompute: bool, micro: int) -> Layout:
     return Layout(
         num_nodes=cluster.num_nodes,
@@ -139,11 +162,20 @@ def emulated_layout(
     micro_batch_size: int,
     calibration: Calibration,
     software: Software | None = None,
+    *,
+    precisions: Sequence[Precision] = (),
 ) -> Placement:
-    """One worker per node on this machine's processor, at the recipe's own micro-batch."""
-    micro = max(1, min(micro_batch_size, work.global_batch_size // cluster.world_size))
+    """One worker per node on this machine's processor, at the recipe's own micro-batch; the fastest precision."""
     program = our_trainer() if software is None else software
-    return placed(work, cluster, _layout(work, cluster, "replicated", False, micro), calibration, program)
+    works = [replace(work, precision=one) for one in precisions or (work.precision,)]
+    found = [placed(one, cluster, own_layout(one, cluster, micro_batch_size), calibration, program) for one in works]
+    return max(found, key=lambda one: one.tokens_per_second)
+
+
+def own_layout(work: Workload, cluster: Cluster, micro_batch_size: int) -> Layout:
+    """What our trainer runs when a recipe sets the micro-batch: every device holds the whole model."""
+    micro = max(1, min(micro_batch_size, work.global_batch_size // cluster.world_size))
+    return _layout(work, cluster, "replicated", False, micro)
 
 
 def machine(

@@ -5,17 +5,18 @@ Invariant: every number of an estimate follows from its offer, placement and bil
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 from typing import Literal, get_args
 
 from cost.bill import Bill, Line
-from cost.layout import Layout
+from cost.layout import Layout, Precision
 from cost.layouts import Placement
 from cost.memory import MemoryEstimate
 from cost.offers import Offer
-from cost.preemption import Hazards
+from cost.preemption import Hazards, Sighting
 from cost.quality import CHINCHILLA, LossLaw, Prediction, predict
 from cost.software import Software, our_trainer
 from cost.throughput import Calibration, ThroughputEstimate, default_calibration
@@ -142,6 +143,32 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What our own runs told a plan beside published numbers."""
+
+    measured_by: Mapping[str, str] = field(default_factory=dict)
+    """By accelerator, the run whose speed the calibration believes."""
+    sightings: tuple[Sighting, ...] = ()
+    problem: str | None = None
+    """Why nothing, or not all, could be learned."""
+
+    def losses_on(self, offer: Offer) -> Sighting | None:
+        """What was seen of this kind of spot node."""
+        if not offer.spot:
+            return None
+        kind = (offer.cloud, offer.accelerator, offer.gpus_per_node)
+        return next((one for one in self.sightings if (one.cloud, one.accelerator, one.gpus_per_node) == kind), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """Of simulated runs of a plan, the share that trained all tokens in budget and time."""
+
+    finished_share: float
+    num_runs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Every offer, either ranked best first or rejected. `best` is None where nothing can run the workload."""
 
@@ -153,6 +180,7 @@ class Plan:
     emulation: Emulation | None
     ranked: tuple[Estimate, ...]
     rejected: tuple[Rejected, ...]
+    seen: Seen = field(default_factory=Seen)
 
     @property
     def best(self) -> Estimate | None:
@@ -176,3 +204,5 @@ class Market:
     calibration: Calibration = field(default_factory=default_calibration)
     software: Software = field(default_factory=our_trainer)
     """Our trainer as the recipe sets it: compiled or not, and its optimizer."""
+    precisions: tuple[Precision, ...] = ()
+    """Each offer gets the fastest of these; without any, all offers get the workload's own."""

@@ -16,14 +16,14 @@ from cost.bill import MICRO, Bill, Rhythm, make_bill, rhythm
 from cost.clouds import Cloud, cloud_terms
 from cost.errors import UserError
 from cost.hardware import accelerator, canonical_name, local_cpu
-from cost.layout import Layout
-from cost.layouts import Cluster, NoLayout, Placement, emulated_layout, fastest_layout
+from cost.layout import Layout, Precision
+from cost.layouts import Cluster, NoLayout, Placement, emulated_layout, fastest_precision
 from cost.offers import Offer
-from cost.plan import OBJECTIVES, Emulation, Estimate, Market, Objective, Plan, Rejected
+from cost.plan import OBJECTIVES, Emulation, Estimate, Market, Objective, Plan, Rejected, Seen
 from cost.preemption import SECONDS_PER_HOUR
 from cost.workload import Workload
 
-__all__ = ["OBJECTIVES", "Emulation", "Estimate", "Market", "Objective", "Plan", "Rejected", "make_plan"]
+__all__ = ["OBJECTIVES", "Emulation", "Estimate", "Market", "Objective", "Plan", "Rejected", "Seen", "make_plan"]
 
 EMULATED_STARTUP_SECONDS = 15.0
 """Real seconds from start to the first step of a raylet and its worker; assumed until a run has measured it."""
@@ -81,7 +81,7 @@ def make_plan(
             ranked.append(found)
     ranked.sort(key=task.rank)
     return Plan(
-        workload=workload,
+        workload=ranked[0].workload if ranked else workload,
         objective=objective,
         budget_usd=budget_usd,
         deadline_hours=deadline_hours,
@@ -146,6 +146,7 @@ class _Task:
         self.rank = _ranking(objective)
         self._placements: dict[tuple[object, ...], Placement | NoLayout] = {}
         self._paces: dict[tuple[str, int, int], Rhythm] = {}
+        self._works: dict[Precision, Workload] = {workload.precision: workload}
 
     def estimate(self, offer: Offer) -> Estimate | str:
         """The best number of nodes for one offer, or why there is none."""
@@ -171,14 +172,15 @@ class _Task:
         return self._placements[key]
 
     def _place(self, offer: Offer, memory_gib: float, num_nodes: int, network: float) -> Placement | NoLayout:
-        calibration, program = self.market.calibration, self.market.software
+        calibration, program, precisions = self.market.calibration, self.market.software, self.market.precisions
         if self.emulation is not None:
             device = local_cpu(self.emulation.num_cores / num_nodes)
             cluster = Cluster(device, 1, num_nodes, device.pcie_bytes_per_second)
-            return emulated_layout(self.workload, cluster, self.emulation.micro_batch_size, calibration, program)
+            micro = self.emulation.micro_batch_size
+            return emulated_layout(self.workload, cluster, micro, calibration, program, precisions=precisions)
         device = replace(accelerator(offer.accelerator), memory_gib=memory_gib)
         cluster = Cluster(device, offer.gpus_per_node, num_nodes, network)
-        return fastest_layout(self.workload, cluster, calibration, program)
+        return fastest_precision(self.workload, cluster, calibration, program, precisions=precisions)
 
     def _pace(self, offer: Offer, layout: Layout) -> Rhythm:
         key = (offer.cloud, layout.num_nodes, layout.world_size)
@@ -203,7 +205,7 @@ class _Task:
         scale = 1.0 if self.emulation is None else self.emulation.time_scale
         measured = None if self.emulation is None else self.emulation.tokens_per_second
         speed = placed.tokens_per_second * self.speed if measured is None else measured
-        work = self.workload
+        work = self._in(placed.layout.precision)
         bill = make_bill(
             offer,
             cloud_terms(offer.cloud),
@@ -232,6 +234,12 @@ class _Task:
             law=self.market.law,
             unique_tokens=self.market.unique_tokens,
         )
+
+    def _in(self, precision: Precision) -> Workload:
+        """The workload in a precision; one object for all offers."""
+        if precision not in self._works:
+            self._works[precision] = replace(self.workload, precision=precision)
+        return self._works[precision]
 
     def _tokens_bought(self, bill: Bill) -> int:
         """Tokens that budget and deadline pay for; what does not grow with training is paid first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,25 @@ from typing import Any
 from cost.errors import UserError
 from cost.frontier import Point, frontier, ladder, shape_of
 from cost.hardware import accelerator
-from cost.layouts import Cluster, NoLayout, Placement, fastest_layout
+from cost.layout import Precision
+from cost.layouts import Cluster, NoLayout, Placement, fastest_precision
 from cost.offers import Offer
-from cost.plan import Estimate
-from cost.policy import Traces, read_traces
+from cost.plan import Chance, Estimate
+from cost.policy import DEFAULT, POLICIES, Traces, read_traces
 from cost.preemption import SECONDS_PER_HOUR, Hazard
 from cost.simulate import Simulation, simulate
 from cost.software import Software, our_trainer
-from cost.throughput import NODE_NETWORK_BYTES_PER_SECOND, default_calibration
+from cost.throughput import NODE_NETWORK_BYTES_PER_SECOND
 from cost.workload import Workload
 from orchestrator import planning
+from orchestrator.experience import Experience
 from orchestrator.planning import USUAL_OPTIMIZER, Planned
 from orchestrator.prices import Prices
 
 FRONTIER_SIZES = (1e8, 1e10)
+CHANCE_RUNS = 100
+"""Draws beside a plan: enough to tell a coin from a safe bet, and quick."""
+ON_DEMAND = "on_demand"
 RUNGS_PER_POINT = 6
 """The frontier shows every so many sizes of the ladder: each a third larger than the one before."""
 
@@ -44,6 +49,8 @@ class MachineEstimate:
     placement: Placement
     cheapest: tuple[Offer, ...]
     """Of this very machine, the cheapest spot and the cheapest on-demand offer, where there is one."""
+    measured_by: str | None = None
+    """The run of ours whose speed on this GPU is believed."""
 
     @property
     def hours(self) -> float:
@@ -56,9 +63,18 @@ class MachineEstimate:
 
 
 def estimate_machine(
-    name: str, work: Workload, software: Software, prices: Prices, *, gpu: str, gpus: int, nodes: int
+    name: str,
+    work: Workload,
+    software: Software,
+    prices: Prices,
+    *,
+    gpu: str,
+    gpus: int,
+    nodes: int,
+    precisions: Sequence[Precision] = (),
+    experience: Experience | None = None,
 ) -> MachineEstimate:
-    """The fastest layout on one kind of machine.
+    """The fastest layout on one kind of machine, in the fastest of `precisions` where there are any.
 
     Raises:
         UserError: No such GPU, or the model does not fit.
@@ -68,13 +84,15 @@ def estimate_machine(
         raise UserError(f"{gpu} is a family; choose one of {', '.join(names)}.")
     (card,) = names
     cluster = Cluster(accelerator(card), gpus, nodes, NODE_NETWORK_BYTES_PER_SECOND)
-    placed = fastest_layout(work, cluster, default_calibration(), software)
+    known = experience or Experience()
+    placed = fastest_precision(work, cluster, known.calibrated(), software, precisions=precisions)
     if isinstance(placed, NoLayout):
         raise UserError(f"{name} does not run on {nodes} x {gpus}x{card}: {placed.reason}.")
     same = [one for one in prices.offers if one.accelerator == card and one.gpus_per_node == gpus]
     kinds = ([one for one in same if one.spot], [one for one in same if not one.spot])
     cheapest = tuple(min(kind, key=lambda one: one.usd_per_hour) for kind in kinds if kind)
-    return MachineEstimate(name, work, card, gpus, nodes, placed, cheapest)
+    work = replace(work, precision=placed.layout.precision)
+    return MachineEstimate(name, work, card, gpus, nodes, placed, cheapest, known.seen.measured_by.get(card))
 
 
 def work_of_size(num_params: float, tokens_per_param: float) -> tuple[Workload, Software]:
@@ -110,6 +128,24 @@ def frontier_points(
 
 
 # ---------------------------------------------------------------- simulation
+
+
+def chance_of(planned: Planned) -> Chance | None:
+    """How often the best offer trains everything under the cap and the deadline; None for the local cloud."""
+    if planned.plan.emulation is not None:
+        return None
+    plan, best = planned.plan, planning.winner(planned.plan)
+    policy = DEFAULT if best.offer.spot else ON_DEMAND
+    done = simulate(
+        best,
+        num_tokens=plan.workload.num_tokens,
+        hazard=planned.hazards.of(best.offer),
+        budget_usd=float(plan.budget_usd),
+        deadline_hours=plan.deadline_hours,
+        runs=CHANCE_RUNS,
+        policies={policy: POLICIES[policy]},
+    )
+    return Chance(done.policies[policy].finished_share, done.num_runs)
 
 
 @dataclass(frozen=True, slots=True)

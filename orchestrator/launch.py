@@ -67,6 +67,7 @@ def launch(
     """
     home.create()
     require_backend(recipe.backend or "local")
+    recipe.concrete_precision()  # a run is never created with one that is still open
     cap_usd = recipe.budget_usd if budget_usd is None else budget_usd
     with books(home) as runs:
         known = unfinished(runs, recipe, home)

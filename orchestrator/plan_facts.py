@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from cost.layouts import Placement
     from cost.offers import Offer
-    from cost.planner import Estimate, Plan
+    from cost.plan import Chance, Estimate, Plan, Seen
     from cost.quality import Prediction
     from cost.workload import Workload
     from orchestrator.prices import Prices
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 def plan_facts(
-    plan: Plan, prices: Prices, recipe: Recipe, belief: Belief | None = None, *, top: int, next_command: str
+    plan: Plan,
+    prices: Prices,
+    recipe: Recipe,
+    belief: Belief | None = None,
+    chance: Chance | None = None,
+    *,
+    top: int,
+    next_command: str,
 ) -> dict[str, Any]:
     """What `slm plan RECIPE --json` prints."""
     best = winner(plan)
@@ -44,6 +51,8 @@ def plan_facts(
         "law": {"name": plan.law.name, "source": plan.law.source},
         "prices": price_facts(prices),
         "best": estimate_facts(best),
+        "chance": chance,
+        "experience": experience_facts(plan.seen),
         "scores": score_facts(best, belief or Belief()),
         "ranked": [estimate_facts(one) for one in plan.ranked[:top]],
         "num_ranked": len(plan.ranked),
@@ -66,6 +75,15 @@ def price_facts(prices: Prices) -> dict[str, Any]:
         "unread": prices.unread,
         "enabled_clouds": prices.enabled,
         "problem": prices.problem,
+    }
+
+
+def experience_facts(seen: Seen) -> dict[str, Any]:
+    """What our own runs told the plan."""
+    return {
+        "measured": [{"accelerator": name, "run_id": run} for name, run in sorted(seen.measured_by.items())],
+        "sightings": seen.sightings,
+        "problem": seen.problem,
     }
 
 

@@ -22,12 +22,14 @@ from cost.planner import Emulation, Estimate, Market, Objective, Plan, Rejected,
 from cost.preemption import SECONDS_PER_HOUR, Hazards
 from cost.quality import LossLaw, law_for, laws
 from cost.software import our_trainer
+from cost.throughput import Calibration, default_calibration
+from orchestrator.experience import Experience, begun_precision
 from orchestrator.figures import plural
 from orchestrator.market import schedule
 from orchestrator.measured import measured_tokens_per_second
 from orchestrator.prices import Prices
 from orchestrator.settings import Home
-from tasks.recipe import Recipe
+from tasks.recipe import AUTO, PRECISIONS, ConcretePrecision, Recipe
 
 NOT_ASKED_FOR = "was not asked for"
 SHOWN_REASONS = 3
@@ -78,15 +80,19 @@ def planned_for(
     all_clouds: bool = False,
     belief: Belief | None = None,
     measured_tokens_per_second: float | None = None,
+    experience: Experience | None = None,
 ) -> Planned:
     """Rank the offers for a recipe; what is None here is as the recipe says.
 
-    `measured_tokens_per_second` is what this machine was seen to do for a recipe like this (`orchestrator.measured`).
+    `measured_tokens_per_second` is what this machine was seen to do for a recipe like this (`orchestrator.measured`),
+    `experience` what our runs on clouds saw, which says nothing about the local cloud.
 
     Raises:
         UserError: A cloud or a GPU that no offer has, or a market that cannot be played.
     """
     emulation = emulation_of(recipe, measured_tokens_per_second)
+    known = Experience() if experience is None or emulation is not None else experience
+    calibration = known.calibrated()
     # The local cloud starts with all nodes that the recipe wants; elsewhere fewer may be the better buy.
     fewest = recipe.nodes.max if emulation is not None else recipe.nodes.min
     asked = recipe.offers.clouds if clouds is None else clouds
@@ -105,13 +111,13 @@ def planned_for(
             spot=recipe.offers.spot if spot is None else spot,
             deadline_hours=deadline_hours,
             emulation=emulation,
-            market=market_of(recipe, hazards, belief or Belief()),
+            market=market_of(recipe, hazards, belief or Belief(), calibration),
             speed=1.0 if emulation is None else EMULATED_SPEED,
         )
-        return Planned(replace(plan, rejected=(*plan.rejected, *locked)), hazards)
+        return Planned(replace(plan, rejected=(*plan.rejected, *locked), seen=known.seen), hazards)
 
     if emulation is None:
-        return planned(Hazards())
+        return planned(Hazards(known.sightings))
     played = schedule.load(recipe.local.market, seed=recipe.local.seed, time_scale=recipe.local.time_scale)
     if isinstance(played, schedule.Hazard):
         return planned(Hazards(fixed_per_node_hour=played.per_hour))
@@ -131,10 +137,12 @@ def options_without_recipe(
     deadline_hours: float | None = None,
     all_clouds: bool = False,
     belief: Belief | None = None,
+    precision: str | None = None,
+    experience: Experience | None = None,
 ) -> tuple[tuple[Offer, ...], dict[str, Any], tuple[Rejected, ...]]:
     """Offers, options of `make_plan`, and offers without credentials, for models that no recipe describes.
 
-    They are trained as the recipes of their size are: compiled, with Muon.
+    They are trained as the recipes of their size are: compiled, with Muon, in bf16 where no `precision` is asked for.
     """
     offered, locked = usable(prices, everywhere=all_clouds or clouds is not None)
     if not offered:
@@ -142,6 +150,7 @@ def options_without_recipe(
             f"no offer is of a cloud that SkyPilot has credentials for ({', '.join(prices.enabled or ())}); "
             "--all-clouds ranks the others too."
         )
+    known = experience or Experience()
     options = {
         "spot": spot,
         "clouds": known_clouds(clouds, prices.offers),
@@ -150,6 +159,9 @@ def options_without_recipe(
         "max_nodes": nodes or 1,
         "deadline_hours": deadline_hours,
         "market": Market(
+            hazards=Hazards(known.sightings),
+            calibration=known.calibrated(),
+            precisions=precisions_of(precision),
             law=(belief or Belief()).law(USUAL_OPTIMIZER),
             unique_tokens=None if belief is None else belief.unique_tokens,
             software=our_trainer(optimizer=USUAL_OPTIMIZER, compiled=True),
@@ -221,7 +233,34 @@ def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tupl
     return offered, locked
 
 
-def market_of(recipe: Recipe, hazards: Hazards, belief: Belief) -> Market:
+def precisions_of(name: str | None) -> tuple[ConcretePrecision, ...]:
+    """What the planner may choose from; nothing where the workload's own stays."""
+    return PRECISIONS if name == AUTO else tuple(one for one in PRECISIONS if one == name)
+
+
+def fixed(recipe: Recipe, plan: Plan) -> tuple[Recipe, list[Offer]]:
+    """What a launch trains, and on which offers, best first.
+
+    A recipe that leaves its precision to the planner gets the winner's, from the first step to the last; offers that
+    would compute in another are not rented.
+
+    Raises:
+        UserError: No offer can run the recipe.
+    """
+    if recipe.precision != AUTO:
+        return recipe, offers_in_order(plan)
+    precision = winner(plan).layout.precision
+    chosen = next(one for one in PRECISIONS if one == precision)
+    return recipe.in_precision(chosen), [one.offer for one in plan.ranked if one.layout.precision == precision]
+
+
+def as_begun(home: Home, recipe: Recipe) -> Recipe:
+    """A recipe whose run was cut off keeps the precision that the run began with."""
+    begun = begun_precision(home, recipe)
+    return recipe if begun is None else recipe.in_precision(begun)
+
+
+def market_of(recipe: Recipe, hazards: Hazards, belief: Belief, calibration: Calibration | None = None) -> Market:
     """What the planner believes for a recipe: its way of training decides the law and the kernels."""
     optimizer = recipe.optimizer.name
     return Market(
@@ -229,6 +268,8 @@ def market_of(recipe: Recipe, hazards: Hazards, belief: Belief) -> Market:
         law=belief.law(optimizer),
         unique_tokens=belief.unique_tokens,
         software=our_trainer(optimizer=optimizer, compiled=recipe.training.compile),
+        calibration=default_calibration() if calibration is None else calibration,
+        precisions=precisions_of(recipe.precision),
     )
 
 

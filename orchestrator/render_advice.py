@@ -64,7 +64,8 @@ def machine(made: MachineEstimate, prices: Prices, console: Console, *, now: dat
     lines = [
         f"layout: {layout.sharding}, micro-batch {layout.micro_batch_size}, {layout.grad_accumulation} passes a step, "
         f"{layout.precision}{recompute}: the fastest that surely fits",
-        render_plan.BASIS[placed.throughput.basis],
+        render_plan.BASIS[placed.throughput.basis]
+        + ("" if made.measured_by is None else f", by run {made.measured_by}"),
     ]
     for offer in made.cheapest:
         cost = f"{dollars(offer.usd_per_hour * made.num_nodes)}/h, {dollars(made.usd(offer))} for these hours"
@@ -106,6 +107,7 @@ def machine_facts(made: MachineEstimate, prices: Prices) -> dict[str, Any]:
         "capacity_gib": placed.memory.capacity_bytes / BYTES_PER_GIB,
         "train_hours": made.hours,
         "prices": price_facts(prices),
+        "measured_by": made.measured_by,
         "cheapest": [{"offer": offer_facts(offer), "train_usd": made.usd(offer)} for offer in made.cheapest],
     }
 

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cost.offers import Offer
-    from cost.planner import Estimate, Plan
+    from cost.plan import Chance, Estimate, Plan
     from cost.scores import ScoreBand
 
 SECONDS_PER_HOUR = 3600
 BASIS = {
-    "measured": "measured with this program on this GPU",
+    "measured": "this program was measured on this GPU",
     "framework": "this program was measured, but not on this GPU",
     "pooled": "our trainer is not measured on this GPU yet, so constants pooled over other programs",
 }
+UNSURE_SPEED = "the speed of {gpu} is not measured but pooled over other programs: {low} to {high} tokens/s"
 """What a speed rests on."""
 ANYWHERE = "any"
 """The region of an offer whose source names none."""
@@ -52,6 +53,7 @@ def full(
     prices: Prices,
     console: Console,
     belief: Belief | None = None,
+    chance: Chance | None = None,
     *,
     top: int,
     now: datetime,
@@ -60,6 +62,7 @@ def full(
     """The answer, the best offers, why the first wins, what was rejected, the worst case, the next command."""
     best = winner(plan)
     tell(console, answer(plan, best, prices, now))
+    say_chance(plan, best, chance, console)
     say(console, "")
     say(console, offers_table(plan, top, console), "")
     bullets(console, [*reasons(plan), *outlook(plan, best, belief or Belief()), *footnotes(plan, prices, top)])
@@ -88,6 +91,23 @@ def answer(plan: Plan, best: Estimate, prices: Prices, now: datetime) -> str:
     if plan.objective == "hours":
         cost = f"{duration(best.hours * SECONDS_PER_HOUR)}, {cost}"
     return f"{BEST[plan.objective]}: {cluster(best)}: {cost} (prices: {age(prices, best.offer, now)})"
+
+
+def say_chance(plan: Plan, best: Estimate, chance: Chance | None, console: Console) -> None:
+    """Next to the answer, how likely it is to come true; nothing where nobody drew."""
+    if chance is not None:
+        say(console, chance_text(plan, best, chance))
+
+
+def chance_text(plan: Plan, best: Estimate, chance: Chance) -> str:
+    """How many simulated runs finish under the cap, and why that is not all or none."""
+    limits = f"the cap of {dollars(plan.budget_usd)}"
+    if plan.deadline_hours is not None:
+        limits += f" and the deadline of {duration(plan.deadline_hours * SECONDS_PER_HOUR)}"
+    share = f"{100 * chance.finished_share:.0f} % of {plural(chance.num_runs, 'simulated run')}"
+    low, high = best.tokens_per_second_interval
+    doubt = UNSURE_SPEED.format(gpu=best.offer.accelerator, low=count(low), high=count(high))
+    return f"{share} train all tokens under {limits}" + ("." if best.throughput.basis == "measured" else f"; {doubt}.")
 
 
 def cluster(estimate: Estimate) -> str:
@@ -241,7 +261,9 @@ def outlook(plan: Plan, best: Estimate, belief: Belief) -> list[str]:
     low, high = best.tokens_per_second_interval
     basis = BASIS[best.throughput.basis] if plan.emulation is None else "a model of this machine's processor"
     spread = "as a run on this machine was measured" if low == high else f"({count(low)} to {count(high)}); {basis}"
-    notes = [f"{count(best.tokens_per_second)} tokens/s {spread}"]
+    own = plan.seen.measured_by.get(best.offer.accelerator) if plan.emulation is None else None
+    by_run = "" if own is None else f", by run {own}"
+    notes = [f"{count(best.tokens_per_second)} tokens/s {spread}{by_run}", layout(best), *lessons(plan, best)]
     predicted = known_loss(best)
     if predicted is None:
         work = best.workload.with_tokens(max(1, best.num_tokens))
@@ -251,6 +273,30 @@ def outlook(plan: Plan, best: Estimate, belief: Belief) -> list[str]:
     notes.append(f"predicted loss {predicted.nats_per_token:.2f} nats per token ({band}){bits}; law {predicted.law}")
     bands = score_bands(best.workload.with_tokens(best.num_tokens), predicted, belief.corpus)
     return [*notes, *(score(one) for one in bands)]
+
+
+def layout(best: Estimate) -> str:
+    """How the run is spread over its devices, and in which precision it computes."""
+    one = best.layout
+    recomputed = ", activations recomputed" if one.activation_checkpointing else ""
+    return (
+        f"layout: {one.sharding}, {plural(one.world_size, 'device')}, micro-batch {one.micro_batch_size}, "
+        f"{one.grad_accumulation} pass{'' if one.grad_accumulation == 1 else 'es'} a step, {one.precision}{recomputed}"
+    )
+
+
+def lessons(plan: Plan, best: Estimate) -> list[str]:
+    """What our own runs say about losing such nodes, and why they say nothing."""
+    if plan.emulation is not None:
+        return []
+    notes = [] if plan.seen.problem is None else [plan.seen.problem]
+    seen = plan.seen.losses_on(best.offer)
+    if seen is not None:
+        notes.append(
+            f"own runs lost {seen.losses} of such nodes in {seen.node_hours:.1f} node-hours, which corrects the "
+            "published rate"
+        )
+    return notes
 
 
 def score(band: ScoreBand) -> str:

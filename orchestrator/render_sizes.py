@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 from cost.law_range import known_loss
 from orchestrator import render_plan
 from orchestrator.figures import UNKNOWN, count, dollars, usd_per_param
-from orchestrator.plan_facts import estimate_facts, model_facts, price_facts, rejected_facts, score_facts
+from orchestrator.plan_facts import (
+    estimate_facts,
+    experience_facts,
+    model_facts,
+    price_facts,
+    rejected_facts,
+    score_facts,
+)
 from orchestrator.planning import winner
 from orchestrator.prices import age
 from orchestrator.render import bullets, say, table, tell
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cost.frontier import ModelChoice
-    from cost.planner import Estimate, Plan
+    from cost.plan import Chance, Estimate, Plan
     from orchestrator.planning import Belief
     from orchestrator.prices import Prices
 
@@ -42,6 +49,7 @@ def full(
     console: Console,
     chosen_by: str,
     belief: Belief,
+    chance: Chance | None = None,
     *,
     top: int,
     now: datetime,
@@ -49,6 +57,7 @@ def full(
     """The answer, the sizes, the best offers for the chosen one, what it rests on."""
     best = winner(plan)
     tell(console, answer(best, prices, chosen_by, now))
+    render_plan.say_chance(plan, best, chance, console)
     say(console, "", sizes_table(plan, choice), "")
     say(console, f"Offers for {count(plan.workload.num_params)} parameters:", "")
     say(console, render_plan.offers_table(plan, top, console), "")
@@ -112,7 +121,7 @@ def sizes_table(plan: Plan, choice: ModelChoice) -> Table:
 def some_of(plans: Sequence[Plan], chosen: Plan) -> list[Plan]:
     """At most about `MOST_SIZES`, evenly, always with both ends, the chosen one and its neighbour above."""
     stride = max(1, round(len(plans) / MOST_SIZES))
-    place = next(index for index, one in enumerate(plans) if one.workload == chosen.workload)
+    place = next(index for index, one in enumerate(plans) if one.workload.num_params == chosen.workload.num_params)
     kept = {0, len(plans) - 1, place, min(place + 1, len(plans) - 1), *range(place % stride, len(plans), stride)}
     return [plans[index] for index in sorted(kept)]
 
@@ -124,6 +133,7 @@ def facts(
     tokens_per_param: float,
     chosen_by: str,
     belief: Belief,
+    chance: Chance | None = None,
     *,
     top: int,
 ) -> dict[str, Any]:
@@ -138,6 +148,8 @@ def facts(
         "prices": price_facts(prices),
         "model": model_facts(plan.workload),
         "best": estimate_facts(best),
+        "chance": chance,
+        "experience": experience_facts(plan.seen),
         "scores": score_facts(best, belief),
         "sizes": [size_facts(one) for one in choice.plans],
         "ranked": [estimate_facts(one) for one in plan.ranked[:top]],

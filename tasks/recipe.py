@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -33,6 +33,10 @@ MAX_VOCAB_SIZE = 65_536
 """Token shards hold unsigned 16-bit ids."""
 PLAIN_SOURCES = ("text", "code")
 """Source names of a corpus that names none: told apart by file suffix."""
+
+ConcretePrecision = Literal["bf16", "fp32"]
+PRECISIONS: tuple[ConcretePrecision, ...] = get_args(ConcretePrecision)
+AUTO: Final = "auto"
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -143,7 +147,8 @@ class Recipe(_Part):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     description: str = ""
     backend: Literal["local", "sky"] | None = None
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"
+    """auto: the faster of the others on what is rented; a launch fixes it for the whole run."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -194,7 +199,7 @@ class Recipe(_Part):
             num_steps=self.num_steps(),
             global_batch_size=self.training.global_batch_size,
             micro_batch_size=self.training.micro_batch_size,
-            precision=self.precision,
+            precision=self.concrete_precision(),
             seed=self.seed,
             eval_every_steps=self.training.eval_every_steps,
             eval_sequences=self.training.eval_sequences,
@@ -204,6 +209,23 @@ class Recipe(_Part):
             compile=self.training.compile,
             num_threads=self.training.num_threads,
         )
+
+    def concrete_precision(self) -> ConcretePrecision:
+        """What the trainer computes in.
+
+        Raises:
+            UserError: It was left to the planner, and no plan has fixed it.
+        """
+        if self.precision == AUTO:
+            raise UserError(
+                f"recipe {self.name} leaves precision {AUTO} to the planner, so it cannot be trained as it is; "
+                "`slm launch` fixes it, or say --set precision=bf16 or --set precision=fp32."
+            )
+        return self.precision
+
+    def in_precision(self, precision: ConcretePrecision) -> Recipe:
+        """The same run, computed in this precision from the first step to the last."""
+        return self.model_copy(update={"precision": precision})
 
     def canonical_json(self) -> str:
         """One text for one recipe: keys sorted, defaults written out."""
@@ -226,7 +248,7 @@ class Recipe(_Part):
             global_batch_size=self.training.global_batch_size,
             tied_embeddings=self.model.tied_embeddings,
             qk_norm=self.model.qk_norm,
-            precision=self.precision,
+            precision=PRECISIONS[0] if self.precision == AUTO else self.precision,
         )
 
 

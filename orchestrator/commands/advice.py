@@ -15,6 +15,7 @@ from orchestrator.commands.planning import prices_now, recipe_with
 from orchestrator.settings import home_from
 
 if TYPE_CHECKING:
+    from cost.layout import Precision
     from cost.software import Software
     from cost.workload import Workload
 
@@ -45,10 +46,21 @@ def estimate(
       slm estimate --model 3e9 --gpu A100-80GB-SXM --gpus 8 --nodes 2 --json
     """
     from orchestrator import advice, render, render_advice
+    from orchestrator.experience import experience_of
 
-    name, work, software = model_of(model, tokens_per_param, sets)
+    name, work, software, precisions = model_of(model, tokens_per_param, sets)
     prices = prices_now()
-    made = advice.estimate_machine(name, work, software, prices, gpu=gpu, gpus=gpus, nodes=nodes)
+    made = advice.estimate_machine(
+        name,
+        work,
+        software,
+        prices,
+        gpu=gpu,
+        gpus=gpus,
+        nodes=nodes,
+        precisions=precisions,
+        experience=experience_of(home_from(os.environ)),
+    )
     if as_json:
         render.as_json(render_advice.machine_facts(made, prices))
         return
@@ -85,6 +97,7 @@ def frontier(
     """
     from orchestrator import advice, planning, plots, render, render_advice
     from orchestrator.commands.sizing import BUDGET_USD
+    from orchestrator.experience import experience_of
 
     if plot is not None:
         plots.check(plot)
@@ -96,6 +109,7 @@ def frontier(
         "deadline_hours": deadline,
         "all_clouds": all_clouds,
         "belief": planning.belief_of(corpus, unique_tokens),
+        "experience": experience_of(home_from(os.environ)),
     }
     prices = prices_now()
     cap = budget or BUDGET_USD
@@ -144,6 +158,7 @@ def simulate(
       slm simulate 350m --market trace:traces/aws-v100 --deadline 120h --json
     """
     from orchestrator import advice, planning, plots, render, render_advice
+    from orchestrator.experience import experience_of
 
     if plot is not None:
         plots.check(plot)
@@ -161,6 +176,7 @@ def simulate(
         deadline_hours=deadline,
         all_clouds=all_clouds,
         measured_tokens_per_second=planning.measured_here(home_from(os.environ), chosen),
+        experience=experience_of(home_from(os.environ)),
     )
     done = advice.simulate_plan(planned, market=market, num_zones=zones, runs=runs, seed=seed, deadline_hours=deadline)
     if plot is not None:
@@ -172,11 +188,13 @@ def simulate(
     render_advice.simulation(done, planned.plan, chosen.name, prices, console, now=datetime.now(UTC), plot=plot)
 
 
-def model_of(model: str, tokens_per_param: float | None, sets: list[str] | None) -> tuple[str, Workload, Software]:
-    """A recipe by name or path, or a model that only its size describes."""
+def model_of(
+    model: str, tokens_per_param: float | None, sets: list[str] | None
+) -> tuple[str, Workload, Software, tuple[Precision, ...]]:
+    """A recipe by name or path, or a model that only its size describes; and the precisions to choose from."""
     from cost.errors import UserError
     from cost.software import our_trainer
-    from orchestrator import advice
+    from orchestrator import advice, planning
     from orchestrator.commands.sizing import TOKENS_PER_PARAM
     from orchestrator.figures import count
     from tasks.recipe import list_recipes, load_recipe
@@ -193,8 +211,9 @@ def model_of(model: str, tokens_per_param: float | None, sets: list[str] | None)
             recipe.name,
             recipe.workload(),
             our_trainer(optimizer=recipe.optimizer.name, compiled=recipe.training.compile),
+            planning.precisions_of(recipe.precision),
         )
     if sets:
         raise UserError(f"--set changes a recipe, but {model} is a size; name a recipe, or leave --set out.")
     work, software = advice.work_of_size(size, tokens_per_param or TOKENS_PER_PARAM)
-    return f"{count(work.num_params)} parameters", work, software
+    return f"{count(work.num_params)} parameters", work, software, ()

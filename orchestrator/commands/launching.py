@@ -40,6 +40,7 @@ def launch(
     gpus: options.GpusOption = None,
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
+    precision: options.PrecisionOption = None,
     sets: options.SetOption = None,
     yes: options.YesOption = False,
     detach: options.DetachOption = False,
@@ -57,10 +58,13 @@ def launch(
       slm launch my.yaml --budget 100 --set model.num_layers=12 --detach
     """
     from orchestrator import background, planning, render, render_plan
+    from orchestrator.experience import experience_of
 
-    chosen = recipe_with(recipe, options.overrides(sets, backend=backend, market=market, time_scale=time_scale), nodes)
+    home = home_from(os.environ)
+    fields = options.overrides(sets, backend=backend, market=market, time_scale=time_scale, precision=precision)
+    chosen = planning.as_begun(home, recipe_with(recipe, fields, nodes))
     refuse_unasked_spending(chosen, budget, yes=yes)
-    prices, home = prices_now(chosen), home_from(os.environ)
+    prices = prices_now(chosen)
     plan = planning.make_plan_for(
         chosen,
         prices,
@@ -73,6 +77,7 @@ def launch(
         deadline_hours=deadline,
         all_clouds=all_clouds,
         measured_tokens_per_second=planning.measured_here(home, chosen),
+        experience=experience_of(home),
     )
     best = planning.winner(plan)
     console = render.console_on(sys.stderr if as_json else sys.stdout)
@@ -83,10 +88,11 @@ def launch(
         in_background(context, as_json=as_json)
         return
     actions = actions_of(context)
+    trained, offers = planning.fixed(chosen, plan)
     watched(
         lambda emit, switch: actions.launch(
-            chosen,
-            planning.offers_in_order(plan),
+            trained,
+            offers,
             home=home.create(),
             budget_usd=budget,
             on_event=emit,

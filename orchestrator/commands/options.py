@@ -31,6 +31,14 @@ class ObjectiveName(StrEnum):
     HOURS = "hours"
 
 
+class PrecisionName(StrEnum):
+    """Of the arithmetic; auto is the faster of the two on each offer."""
+
+    AUTO = "auto"
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
 class BackendName(StrEnum):
     """Where nodes come from: a spot market on this machine, or any cloud that SkyPilot serves."""
 
@@ -109,6 +117,7 @@ def overrides(
     backend: BackendName | None = None,
     market: str | None = None,
     time_scale: float | None = None,
+    precision: PrecisionName | None = None,
 ) -> list[str]:
     """Options that stand for a recipe's field, as `--set` would say them; `--set` itself has the last word.
 
@@ -120,6 +129,7 @@ def overrides(
         "backend": backend and backend.value,
         "local.market": market and json.dumps(schedule.resolve(market)),
         "local.time_scale": time_scale,
+        "precision": precision and precision.value,
     }
     return [f"{key}={value}" for key, value in named.items() if value is not None] + list(sets or ())
 
@@ -175,6 +185,10 @@ TokensPerParamOption = Annotated[
 ]
 BackendOption = Annotated[
     BackendName | None, typer.Option("--backend", help="Where nodes come from. [default: the recipe's]")
+]
+PrecisionOption = Annotated[
+    PrecisionName | None,
+    typer.Option("--precision", help="Of the arithmetic; auto: the cheaper on each offer. [default: the recipe's]"),
 ]
 MarketOption = Annotated[
     str | None,

@@ -52,6 +52,7 @@ def plan(
     backend: options.BackendOption = None,
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
+    precision: options.PrecisionOption = None,
     sets: options.SetOption = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show formula, inputs and source of every number of the best offer.")
@@ -71,6 +72,7 @@ def plan(
       slm plan --budget 100 --params max --json
     """
     from orchestrator import planning
+    from orchestrator.experience import experience_of
 
     home = home_from(os.environ)
     belief = planning.belief_of(corpus, unique_tokens)
@@ -82,6 +84,7 @@ def plan(
         "deadline_hours": deadline,
         "all_clouds": all_clouds,
         "belief": belief,
+        "experience": experience_of(home),
     }
     if params is not None:
         if recipe is not None or sets:
@@ -91,13 +94,15 @@ def plan(
         from orchestrator.commands.sizing import BUDGET_USD, TOKENS_PER_PARAM, Asked, plan_sizes
 
         asked = Asked(options.parse_range(params), tokens_per_param or TOKENS_PER_PARAM, budget or BUDGET_USD)
+        wishes["precision"] = precision and precision.value
         plan_sizes(asked, objective, wishes, prices_now(), top=top, explain=explain, as_json=as_json)
         return
     if recipe is None:
         raise UserError("name a recipe (`slm recipes` lists them), or let slm choose the size: --params max.")
     if tokens_per_param is not None:
         raise UserError("--tokens-per-param goes with --params; for a recipe: --set training.tokens_per_param=20.")
-    chosen = recipe_with(recipe, options.overrides(sets, backend=backend, market=market, time_scale=time_scale), nodes)
+    fields = options.overrides(sets, backend=backend, market=market, time_scale=time_scale, precision=precision)
+    chosen = recipe_with(recipe, fields, nodes)
     prices = prices_now(chosen)
     planned = planning.planned_for(
         chosen,
@@ -122,18 +127,19 @@ def show_plan(
     as_json: bool,
 ) -> None:
     """A recipe's plan as tables or as JSON."""
-    from orchestrator import plan_facts, planning, render, render_explain, render_plan
+    from orchestrator import advice, plan_facts, planning, render, render_explain, render_plan
 
     best = planning.winner(planned.plan)
     following = launch_like(invocation_of(context).arguments)
     explanations = planning.explained(planned, best) if explain else None
+    chance = advice.chance_of(planned)
     if as_json:
-        facts = plan_facts.plan_facts(planned.plan, prices, recipe, belief, top=top, next_command=following)
+        facts = plan_facts.plan_facts(planned.plan, prices, recipe, belief, chance, top=top, next_command=following)
         render.as_json({**facts, "explanations": explanations})
         return
     console, now = render.console_on(sys.stdout), datetime.now(UTC)
     ending = None if explain else following
-    render_plan.full(planned.plan, prices, console, belief, top=top, now=now, next_command=ending)
+    render_plan.full(planned.plan, prices, console, belief, chance, top=top, now=now, next_command=ending)
     if explanations is not None:
         render_explain.explanations(explanations, console)
         render.following(console, following)

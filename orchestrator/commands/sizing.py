@@ -46,22 +46,23 @@ def plan_sizes(
     as_json: bool,
 ) -> None:
     """Choose the model, and show it with the sizes around it and the offers for it."""
-    from orchestrator import planning, render, render_explain, render_sizes
+    from orchestrator import advice, planning, render, render_explain, render_sizes
 
     chosen_by = objective.value if objective else LARGEST
     planned, choice = choose(asked, chosen_by, wishes, prices)
     best = planning.winner(planned.plan)
     following = next_command(planned.plan.workload, asked, wishes)
     explanations = planning.explained(planned, best) if explain else None
+    chance = advice.chance_of(planned)
     if as_json:
         facts = render_sizes.facts(
-            planned.plan, choice, prices, asked.tokens_per_param, chosen_by, wishes["belief"], top=top
+            planned.plan, choice, prices, asked.tokens_per_param, chosen_by, wishes["belief"], chance, top=top
         )
         render.as_json({**facts, "explanations": explanations, "next": following})
         return
     console = render.console_on(sys.stdout)
     render_sizes.full(
-        planned.plan, choice, prices, console, chosen_by, wishes["belief"], top=top, now=datetime.now(UTC)
+        planned.plan, choice, prices, console, chosen_by, wishes["belief"], chance, top=top, now=datetime.now(UTC)
     )
     if explanations is not None:
         render_explain.explanations(explanations, console)
@@ -78,9 +79,9 @@ def choose(asked: Asked, chosen_by: str, wishes: dict[str, Any], prices: Prices)
 
     from cost.frontier import choose_model
     from cost.planner import make_plan
-    from cost.preemption import Hazards
     from cost.sizes import largest_range
     from orchestrator import planning
+    from orchestrator.experience import Experience
 
     offers, options, locked = planning.options_without_recipe(prices, **wishes)
     wanted = planning.offers_wanted(offers, options)
@@ -103,7 +104,9 @@ def choose(asked: Asked, chosen_by: str, wishes: dict[str, Any], prices: Prices)
         raise UserError(none_affordable(choice, asked))
     by: Any = "usd_per_param" if chosen_by == LARGEST else chosen_by
     plan = make_plan(choice.chosen.workload, offers, budget_usd=asked.budget_usd, objective=by, **options)
-    return planning.Planned(replace(plan, rejected=(*plan.rejected, *locked)), Hazards()), choice
+    experience = wishes.get("experience") or Experience()
+    plan = replace(plan, rejected=(*plan.rejected, *locked), seen=experience.seen)
+    return planning.Planned(plan, options["market"].hazards), choice
 
 
 def none_affordable(choice: ModelChoice, asked: Asked) -> str:
@@ -138,5 +141,6 @@ def next_command(work: Workload, asked: Asked, wishes: dict[str, Any]) -> str:
     sets = [part for key, value in shape.items() for part in ("--set", f"{key}={value}")]
     kinds = {None: [], True: ["--spot"], False: ["--on-demand"]}[wishes["spot"]]
     deadline = ["--deadline", f"{wishes['deadline_hours']:g}h"] if wishes["deadline_hours"] is not None else []
-    command = ["slm", "plan", NEAREST_RECIPE, "--budget", f"{asked.budget_usd}", *kinds, *deadline, *sets]
+    precision = ["--precision", wishes["precision"]] if wishes.get("precision") else []
+    command = ["slm", "plan", NEAREST_RECIPE, "--budget", f"{asked.budget_usd}", *kinds, *deadline, *precision, *sets]
     return shlex.join(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from decimal import Decimal
 
 import pytest
@@ -10,14 +9,10 @@ import pytest
 from cost.bill import make_bill, rhythm, worst_usd_per_hour
 from cost.clouds import cloud_terms
 from cost.errors import UserError
-from cost.explain import explain
-from cost.frontier import choose_model, frontier
 from cost.layouts import NoLayout, Placement, fastest_layout, machine, placed
 from cost.offers import Offer, load_reference_offers
-from cost.plan_json import as_json, choice_json, explanations_json, frontier_json, simulation_json
 from cost.planner import Emulation, Market, Plan, make_plan
 from cost.preemption import Hazard, Hazards
-from cost.simulate import simulate
 from cost.throughput import default_calibration
 from cost.workload import Workload
 
@@ -128,10 +123,9 @@ def test_every_offer_is_ranked_or_rejected_with_a_reason() -> None:
 
 def test_dollars_are_the_sum_of_the_lines_shown() -> None:
     found = make_plan(small(), load_reference_offers().offers, budget_usd=HUNDRED)
-    document = json.loads(json.dumps(as_json(found)))
-    assert document["num_ranked"] == len(document["ranked"]) > 100
-    for one in document["ranked"]:
-        assert sum(Decimal(line["usd"]) for line in one["lines"]) == Decimal(one["total_usd"])
+    assert len(found.ranked) > 100
+    for one in found.ranked:
+        assert sum((line.usd for line in one.lines), Decimal(0)) == one.total_usd
 
 
 def test_a_model_too_large_for_a_device_is_refused_with_the_numbers() -> None:
@@ -217,18 +211,29 @@ def test_a_machine_without_an_offer_is_estimated_too() -> None:
     assert "of 2 on H100-SXM, 1.8 can be counted on" in tight.reason
 
 
-def test_every_document_has_a_schema_and_a_version() -> None:
-    offers = [offer("2", spot=True, on_demand="5")]
-    found = plan(*offers)
-    assert found.best is not None
-    hazard = Hazards().of(offers[0])
-    documents = [
-        as_json(found),
-        explanations_json(explain(found, found.best, hazard)),
-        frontier_json(frontier(offers, budget_usd=HUNDRED, sizes=[1e8, 2e8], mixtures=False), HUNDRED),
-        choice_json(choose_model(offers, low=1e8, high=1.1e8, budget_usd=HUNDRED)),
-        simulation_json(simulate(found.best, num_tokens=10**9, hazard=hazard, budget_usd=100.0, runs=3)),
-    ]
-    assert len({document["schema"] for document in documents}) == len(documents)
-    assert all(json.loads(json.dumps(document))["version"] == 1 for document in documents)
-    assert documents[3]["chosen"] == len(documents[3]["models"]) - 1
+def test_each_offer_gets_the_faster_precision_that_its_card_has() -> None:
+    both = Market(precisions=("bf16", "fp32"))
+    new, old = offer("2"), offer("0.3", accelerator="V100", memory=16.0)
+    found = plan(new, old, market=both)
+    chosen = {one.offer.accelerator: one for one in found.ranked}
+    assert {name: one.layout.precision for name, one in chosen.items()} == {"H100-SXM": "bf16", "V100": "fp32"}
+    for one in found.ranked:
+        (alone,) = plan(one.offer, work=small(precision=one.layout.precision)).ranked
+        assert (alone.total_usd, alone.placement) == (one.total_usd, one.placement)
+        assert one.workload.precision == one.layout.precision
+    assert found.workload is found.ranked[0].workload
+
+
+def test_where_no_precision_fits_the_reason_is_the_memory() -> None:
+    huge = small(num_layers=96, width=12288, num_heads=96, hidden_size=4 * 12288)
+    found = plan(offer("0.3", accelerator="V100", memory=16.0), work=huge, market=Market(precisions=("bf16", "fp32")))
+    assert "GiB per device at least; of 16 on V100" in found.rejected[0].reason
+
+
+def test_the_local_cloud_is_planned_in_the_faster_precision_too() -> None:
+    emulation = Emulation(num_cores=2.0, micro_batch_size=4)
+    speed = {
+        name: plan(offer("2"), emulation=emulation, market=Market(precisions=names)).ranked[0].tokens_per_second
+        for name, names in {"bf16": ("bf16",), "fp32": ("fp32",), "both": ("bf16", "fp32")}.items()
+    }
+    assert speed["both"] == max(speed["bf16"], speed["fp32"]) > min(speed["bf16"], speed["fp32"])

@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 
-from cost.offers import Offer
+from cost.errors import UserError
+from cost.offers import Offer, load_reference_offers
 from orchestrator import cli
 from orchestrator.commands.launching import finite
 from orchestrator.events import Emit, Event
+from orchestrator.launch import launch as real_launch
 from orchestrator.report import RunStatus, RunSummary
 from orchestrator.runs import RunState
 from orchestrator.settings import Home
 from orchestrator.watch import StopSwitch
-from tasks.recipe import Recipe
+from tasks.recipe import Recipe, load_recipe
+from tests.orchestrator.cloud_runs import ran_on
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 FINISHED = RunStatus(
@@ -299,3 +302,42 @@ def test_prepare_says_where_the_data_lies(capsys: pytest.CaptureFixture[str], ho
     assert actions.called["recipe"].data.max_bytes == 1_000_000
     slm("prepare", "demo", "--json")
     assert json.loads(capsys.readouterr().out)["data_dir"] == str(home.data_root / "abc")
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(("gpus", "precision"), [("H100-SXM,V100", "bf16"), ("V100", "fp32")])
+def test_a_launch_fixes_the_precision_that_the_plan_left_open(gpus: str, precision: str) -> None:
+    actions = FakeActions()
+    wishes = ("--precision", "auto", "--gpus", gpus, "--backend", "sky", "--budget", "100", "--yes")
+    assert slm("launch", "350m", *wishes, actions=actions) == 0
+    assert actions.called["recipe"].precision == precision
+    kinds = {offer.accelerator for offer in actions.called["offers"]}
+    assert kinds == ({"H100-SXM"} if precision == "bf16" else {"V100"})
+
+
+def test_a_launch_after_a_crash_goes_on_in_the_precision_that_its_run_began_with(home: Home) -> None:
+    auto = load_recipe("350m", ["backend=sky", "precision=auto"])
+    (v100,) = [one for one in load_reference_offers().offers if one.accelerator == "V100"][:1]
+    ran_on(home, v100, recipe=auto.in_precision("fp32"))
+    actions = FakeActions()
+    wishes = ("--precision", "auto", "--gpus", "H100-SXM", "--backend", "sky", "--budget", "100", "--yes")
+    slm("launch", "350m", *wishes, actions=actions)
+    assert actions.called["recipe"] == auto.in_precision("fp32")
+
+
+def test_no_run_is_created_with_an_open_precision(home: Home) -> None:
+    auto = load_recipe("demo", ["precision=auto"])
+    with pytest.raises(UserError, match="leaves precision auto to the planner"):
+        real_launch(auto, [], home=home, budget_usd=None, on_event=lambda event: None)
+    assert not home.database.exists()
+
+
+def test_the_plan_names_the_launch_with_the_same_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    slm("plan", "350m", "--precision", "auto", "--gpus", "V100", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["next"] == "slm launch 350m --precision auto --gpus V100"
+    assert facts["best"]["layout"]["precision"] == facts["model"]["precision"] == "fp32"
+    assert slm("plan", "350m", "--precision", "bf16", "--gpus", "V100") == 2
+    assert "V100 has no bf16 units" in capsys.readouterr().err

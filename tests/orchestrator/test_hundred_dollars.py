@@ -35,6 +35,8 @@ def test_the_page_answers_architecture_data_compute_hardware_and_doubt(made: str
     committed = (ROOT / "docs" / "hundred-dollars.md").read_text(encoding="utf-8")
     assert headings(made)[1:] == headings(committed)[1:]
     assert "**The best model** is a dense one of " in made
+    assert "**How likely:** " in made.partition("## ")[0]
+    assert "simulated runs of the best model train all its tokens under the cap of $40" in made
     for scenario in ("spot, no deadline", "spot, 48h", "on-demand, no deadline", "on-demand, 48h"):
         assert made.count(f"| {scenario} |") == 3
 

@@ -22,6 +22,7 @@ from orchestrator.prices import Prices, Unread
 from orchestrator.runs import Runs
 from orchestrator.settings import Home
 from tasks.recipe import load_recipe
+from tests.orchestrator.cloud_runs import ran_on
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 ROW = re.compile(r"^\| (?P<key>[^|]+) \| (?P<type>[^|]+) \| (?P<meaning>[^|]*)\|$")
@@ -36,7 +37,7 @@ COMMANDS = {
     "slm gpus": (["gpus"],),
     "slm recipes": (["recipes"],),
     "slm status": (["status"],),
-    "slm ledger": (["ledger"],),
+    "slm ledger": (["ledger", "demo-1"],),
 }
 
 
@@ -125,6 +126,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     ledger = Ledger(db, run.run_id, epoch=run.epoch)
     ledger.reserve(lease, expires_ms=1_800_000_060_000, latency_ms=0, at_ms=1_800_000_000_000)
     db.close()
+    ran_on(home, next(one for one in offers if one.spot and one.accelerator == "H100-SXM"))
     return home
 
 

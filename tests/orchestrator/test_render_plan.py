@@ -6,6 +6,7 @@ import io
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,15 @@ from rich.console import Console
 
 from cost.law_range import known_loss
 from cost.offers import Offer
+from cost.plan import Chance
 from cost.planner import Plan
-from orchestrator import plan_facts, planning, render, render_plan
+from cost.preemption import Sighting
+from orchestrator import advice, plan_facts, planning, render, render_plan
+from orchestrator.experience import Experience, experience_of
 from orchestrator.prices import Prices, Unread
+from orchestrator.settings import Home
 from tasks.recipe import load_recipe
+from tests.orchestrator.cloud_runs import ran_on
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 SPOT = Offer(
@@ -43,10 +49,12 @@ def plan_of(*overrides: str, prices: Prices = PRICES, budget: int = 100, **asked
     return planning.make_plan_for(recipe, prices, budget_usd=Decimal(budget), **asked)
 
 
-def full(plan: Plan, prices: Prices = PRICES, *, width: int = 100, top: int = 10) -> list[str]:
+def full(
+    plan: Plan, prices: Prices = PRICES, *, width: int = 100, top: int = 10, chance: Chance | None = None
+) -> list[str]:
     stream = io.StringIO()
     console = Console(file=stream, width=width, highlight=False)
-    render_plan.full(plan, prices, console, top=top, now=NOW, next_command="slm launch x")
+    render_plan.full(plan, prices, console, chance=chance, top=top, now=NOW, next_command="slm launch x")
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
@@ -226,3 +234,61 @@ def test_facts_are_the_numbers_of_the_table() -> None:
     assert facts["best"]["total_usd"] == pytest.approx(sum(line["usd"] for line in facts["best"]["lines"]))
     assert facts["prices"]["newest"] == "2026-11-13"
     assert facts["next"] == "slm launch x"
+
+
+def test_under_the_answer_stands_how_likely_it_is_and_why_nobody_is_sure() -> None:
+    plan = plan_of(deadline_hours=48.0)
+    best = planning.winner(plan)
+    second = full(plan, width=300, chance=Chance(0.49, 100))[1]
+    limits = "the cap of $100.00 and the deadline of 2 d"
+    assert second.startswith(f"49 % of 100 simulated runs train all tokens under {limits}")
+    assert "; the speed of H100-SXM is not measured but pooled over other programs: " in second
+    sure = replace(best, placement=replace(best.placement, throughput=replace(best.throughput, basis="measured")))
+    assert "is not measured" not in render_plan.chance_text(plan, sure, Chance(0.49, 100))
+
+
+def test_the_chance_falls_with_the_budget() -> None:
+    recipe = load_recipe("gpt2-124m")
+
+    def share(budget: Decimal) -> float:
+        found = advice.chance_of(planning.planned_for(recipe, PRICES, budget_usd=budget))
+        assert found is not None
+        return found.finished_share
+
+    bill = planning.winner(plan_of()).total_usd
+    assert share(bill * 3) > 0.9
+    assert 0.1 < share(bill) < 0.9
+    assert share(bill / 3) < 0.1
+
+
+def test_an_on_demand_offer_and_the_local_cloud_have_the_chance_that_they_have() -> None:
+    on_demand = planning.planned_for(load_recipe("gpt2-124m"), PRICES, budget_usd=Decimal(1000), spot=False)
+    assert advice.chance_of(on_demand) == Chance(1.0, advice.CHANCE_RUNS)
+    local = planning.planned_for(load_recipe("demo", ["local.market=calm"]), PRICES, budget_usd=Decimal(100))
+    assert advice.chance_of(local) is None
+
+
+def test_the_layout_and_what_own_runs_saw_are_said() -> None:
+    seen = Experience((Sighting("aws", "H100-SXM", 8, 3, 12.0),), problem="nothing was learned from x")
+    text = "\n".join(full(plan_of(experience=seen), width=300))
+    assert "own runs lost 3 of such nodes in 12.0 node-hours, which corrects the published rate" in text
+    assert "- nothing was learned from x" in text
+    assert ", 8 devices, micro-batch " in text.partition("- layout: ")[2]
+    assert " a step, bf16" in text
+    on_demand = "\n".join(full(plan_of(experience=seen, spot=False), width=300))
+    assert "own runs lost" not in on_demand
+
+
+def test_a_plan_names_the_run_that_measured_its_speed(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    run = ran_on(home, SPOT)
+    prices = Prices((SPOT, ON_DEMAND), "test table")
+    found = planning.planned_for(
+        load_recipe("gpt2-124m"), prices, budget_usd=Decimal(100), experience=experience_of(home)
+    )
+    best = planning.winner(found.plan)
+    low, high = (render_plan.count(one) for one in best.tokens_per_second_interval)
+    shown = render_plan.outlook(found.plan, best, planning.Belief())[0]
+    assert shown.endswith(f"({low} to {high}); this program was measured on this GPU, by run {run.run_id}")
+    speed = next(one for one in planning.explained(found, best) if one.name == "tokens_per_second")
+    assert speed.source.endswith(f"basis: measured, all scaled to what run {run.run_id} measured on H100-SXM")

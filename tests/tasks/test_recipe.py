@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cost.errors import UserError
 from tasks.recipe import (
     RECIPE_FOLDER,
     Recipe,
@@ -201,3 +202,14 @@ def test_reading_recipes_loads_no_numpy_torch_or_ray() -> None:
     folder = RECIPE_FOLDER.parent.parent
     ran = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_a_precision_that_is_left_open_is_never_trained() -> None:
+    auto = load_recipe("demo", ["precision=auto"])
+    with pytest.raises(UserError, match="recipe demo leaves precision auto to the planner, so it cannot be trained"):
+        auto.train_config()
+    settled = auto.in_precision("fp32")
+    assert settled.train_config().precision == "fp32"
+    assert settled == load_recipe("demo", ["precision=fp32"])
+    assert settled.digest() != auto.digest()
+    assert auto.workload() == load_recipe("demo", ["precision=bf16"]).workload()

@@ -29,7 +29,7 @@ from tasks.recipe import load_recipe, recipe_from_json
             "model.vocab_size = 70000: should be 257 (all bytes and the special tokens) to 65536",
         ),
         ("model.vocab_size=256", "model.vocab_size = 256: should be 257"),
-        ("precision=bf61", "precision = 'bf61': should be 'bf16' or 'fp32'; did you mean bf16?"),
+        ("precision=bf61", "precision = 'bf61': should be 'bf16', 'fp32' or 'auto'; did you mean bf16?"),
         ("backend=loco", "backend = 'loco': should be 'local' or 'sky'; did you mean local?"),
         ("optimizer.name=adam", "optimizer.name = 'adam': should be 'muon' or 'adamw'; did you mean adamw?"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate = 0: should be greater than 0"),
@@ -128,7 +128,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(path)
     assert str(caught.value).splitlines() == [
-        f"{path}:3: precision = 'fp16': should be 'bf16' or 'fp32'; did you mean bf16?",
+        f"{path}:3: precision = 'fp16': should be 'bf16', 'fp32' or 'auto'; did you mean bf16?",
         f"{path}:2: sede = 4: no such key; did you mean seed?",
     ]
 
