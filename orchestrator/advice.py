@@ -17,7 +17,7 @@ from cost.offers import Offer
 from cost.plan import Chance, Estimate
 from cost.policy import DEFAULT, POLICIES, Traces, read_traces
 from cost.preemption import SECONDS_PER_HOUR, Hazard
-from cost.simulate import Simulation, simulate
+from cost.simulate import PATIENCE, Simulation, simulate
 from cost.software import Software, our_trainer
 from cost.throughput import NODE_NETWORK_BYTES_PER_SECOND
 from cost.workload import Workload
@@ -28,7 +28,10 @@ from orchestrator.prices import Prices
 
 FRONTIER_SIZES = (1e8, 1e10)
 CHANCE_RUNS = 100
-"""Draws beside a plan: enough to tell a coin from a safe bet, and quick."""
+"""Draws beside a plan: enough to tell a coin from a safe bet."""
+FEWEST_CHANCE_RUNS = 20
+MOST_CHANCE_HOURS = 100_000
+"""Simulated hours of all draws beside a plan together, about a third of a second; a plan of months is drawn less."""
 ON_DEMAND = "on_demand"
 RUNGS_PER_POINT = 6
 """The frontier shows every so many sizes of the ladder: each a third larger than the one before."""
@@ -136,13 +139,18 @@ def chance_of(planned: Planned) -> Chance | None:
         return None
     plan, best = planned.plan, planning.winner(planned.plan)
     policy = DEFAULT if best.offer.spot else ON_DEMAND
+    paid_hours = float(plan.budget_usd / best.usd_per_hour)
+    # A plan that is far too dear ends with its money, not with its tokens.
+    patience = max(24.0, PATIENCE * min(best.hours, paid_hours))
+    limit = plan.deadline_hours if plan.deadline_hours is not None or paid_hours >= best.hours else patience
+    runs = max(FEWEST_CHANCE_RUNS, min(CHANCE_RUNS, int(MOST_CHANCE_HOURS / patience)))
     done = simulate(
         best,
         num_tokens=plan.workload.num_tokens,
         hazard=planned.hazards.of(best.offer),
         budget_usd=float(plan.budget_usd),
-        deadline_hours=plan.deadline_hours,
-        runs=CHANCE_RUNS,
+        deadline_hours=limit,
+        runs=runs,
         policies={policy: POLICIES[policy]},
     )
     return Chance(done.policies[policy].finished_share, done.num_runs)

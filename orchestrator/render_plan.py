@@ -71,10 +71,11 @@ def full(
         following(console, next_command)
 
 
-def short(plan: Plan, prices: Prices, console: Console, *, now: datetime) -> None:
+def short(plan: Plan, prices: Prices, console: Console, chance: Chance | None = None, *, now: datetime) -> None:
     """What `launch` shows before it asks: the choice, its bill, the worst case, what the budget does not cover."""
     best = winner(plan)
     tell(console, answer(plan, best, prices, now))
+    say_chance(plan, best, chance, console)
     lines = [bill(best), as_played(plan, best), worst_case(plan, best)]
     bullets(console, [line for line in lines if line is not None])
     missing = shortfall(plan, best)

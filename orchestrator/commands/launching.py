@@ -57,7 +57,7 @@ def launch(
       slm launch demo --budget 30 --market hazard:0.5 --nodes 2
       slm launch my.yaml --budget 100 --set model.num_layers=12 --detach
     """
-    from orchestrator import background, planning, render, render_plan
+    from orchestrator import advice, background, planning, render, render_plan
     from orchestrator.experience import experience_of
 
     home = home_from(os.environ)
@@ -65,7 +65,7 @@ def launch(
     chosen = planning.as_begun(home, recipe_with(recipe, fields, nodes))
     refuse_unasked_spending(chosen, budget, yes=yes)
     prices = prices_now(chosen)
-    plan = planning.make_plan_for(
+    planned = planning.planned_for(
         chosen,
         prices,
         budget_usd=budget or chosen.budget_usd,
@@ -79,9 +79,10 @@ def launch(
         measured_tokens_per_second=planning.measured_here(home, chosen),
         experience=experience_of(home),
     )
+    plan = planned.plan
     best = planning.winner(plan)
     console = render.console_on(sys.stderr if as_json else sys.stdout)
-    render_plan.short(plan, prices, console, now=datetime.now(UTC))
+    render_plan.short(plan, prices, console, advice.chance_of(planned), now=datetime.now(UTC))
     is_child = background.is_child()
     ask(f"Launch {chosen.name} with a cap of {plan.budget_usd} dollars?", yes=yes or is_child)
     if detach and not is_child:

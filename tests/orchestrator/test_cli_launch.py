@@ -307,6 +307,13 @@ def test_prepare_says_where_the_data_lies(capsys: pytest.CaptureFixture[str], ho
 # ---------------------------------------------------------------- precision
 
 
+def test_a_launch_that_costs_money_says_how_likely_it_finishes(capsys: pytest.CaptureFixture[str]) -> None:
+    slm("launch", "350m", "--backend", "sky", "--budget", "100", "--yes")
+    assert " simulated runs train all tokens under the cap of $100.00" in " ".join(capsys.readouterr().out.split())
+    slm("launch", "demo", "--market", "calm", "--yes")
+    assert "simulated runs" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("gpus", "precision"), [("H100-SXM,V100", "bf16"), ("V100", "fp32")])
 def test_a_launch_fixes_the_precision_that_the_plan_left_open(gpus: str, precision: str) -> None:
     actions = FakeActions()

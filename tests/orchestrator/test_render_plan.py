@@ -261,6 +261,15 @@ def test_the_chance_falls_with_the_budget() -> None:
     assert share(bill / 3) < 0.1
 
 
+def test_a_plan_of_years_is_drawn_less_often_and_ends_with_its_money() -> None:
+    endless = load_recipe("gpt2-124m", ["training.tokens_per_param=200000"])
+    found = advice.chance_of(planning.planned_for(endless, PRICES, budget_usd=Decimal(100)))
+    assert found == Chance(0.0, advice.CHANCE_RUNS)  # twelve hours are paid for, so its hundred draws stay short
+    rich = advice.chance_of(planning.planned_for(endless, PRICES, budget_usd=Decimal(10**6)))
+    assert rich is not None
+    assert rich.num_runs == advice.FEWEST_CHANCE_RUNS
+
+
 def test_an_on_demand_offer_and_the_local_cloud_have_the_chance_that_they_have() -> None:
     on_demand = planning.planned_for(load_recipe("gpt2-124m"), PRICES, budget_usd=Decimal(1000), spot=False)
     assert advice.chance_of(on_demand) == Chance(1.0, advice.CHANCE_RUNS)
