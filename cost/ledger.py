@@ -159,6 +159,21 @@ class Ledger:
     def open_accounts(self) -> list[LeaseAccount]:
         return [account for account in self.accounts() if account.is_open]
 
+    def open_leases_of_all_runs(self) -> set[str]:
+        """Every lease that these books pay for: other runs' nodes are no strangers."""
+        rows = self._db.execute("SELECT lease_id FROM leases WHERE state = 'open'")
+        return {row["lease_id"] for row in rows}
+
+    def newest_ms(self) -> int:
+        """The newest moment in the books; 0 for empty ones."""
+        row = self._db.execute("SELECT MAX(at_ms) AS newest FROM entries WHERE run_id = ?", (self.run_id,)).fetchone()
+        return row["newest"] or 0
+
+    def last_moment_ms(self) -> int:
+        """Until when anything in the books can have lived: the newest entry, or an open lease's K + kappa."""
+        open_until = (account.expires_ms + account.latency_ms for account in self.open_accounts())
+        return max(self.newest_ms(), *open_until, 0)
+
     # -- the four verbs --------------------------------------------------------------------------
 
     def reserve(self, lease: Lease, *, expires_ms: int, latency_ms: int, at_ms: int) -> LeaseAccount:
@@ -207,16 +222,16 @@ class Ledger:
                 return before
             return self._change(before, replace(before, expires_ms=expires_ms), EntryKind.RESERVE, at_ms, "renewed")
 
-    def resize(self, lease_id: str, *, num_nodes: int, at_ms: int) -> LeaseAccount:
+    def resize(self, lease_id: str, *, num_nodes: int, at_ms: int, usd_per_hour: Decimal | None = None) -> LeaseAccount:
         """Say how many nodes may be alive from now on: more is a reservation of its own, fewer releases.
 
-        Elapsed time is accrued with the number that was.
+        Elapsed time is accrued with the number that was, as `accrue` does.
 
         Raises:
             BudgetExceeded: Growing would pass the cap; nothing is written.
         """
         with transaction(self._db):
-            before = self.accrue(lease_id, at_ms=at_ms)
+            before = self.accrue(lease_id, at_ms=at_ms, usd_per_hour=usd_per_hour)
             if num_nodes == before.num_nodes:
                 return before
             kind = EntryKind.RESERVE if num_nodes > before.num_nodes else EntryKind.RELEASE
@@ -224,21 +239,23 @@ class Ledger:
             return self._change(before, replace(before, num_nodes=num_nodes), kind, at_ms, note)
 
     def accrue(self, lease_id: str, *, at_ms: int, usd_per_hour: Decimal | None = None) -> LeaseAccount:
-        """Move the confirmed moment to `at_ms` at the confirmed price; never past expiry + kill latency.
+        """Move the confirmed moment to `at_ms`; never past expiry + kill latency.
 
-        `usd_per_hour` is the price as read back from the provider; it counts for the time since the last accrual.
+        `usd_per_hour` is the price as read back from the provider. The time since the last accrual is charged at the
+        higher of the prices at its two ends; without a price it is unconfirmed and charged at the worst one.
         """
         with transaction(self._db):
             before = self._open(lease_id)
             until = min(at_ms, before.expires_ms + before.latency_ms)
             price = before.price_micro_usd if usd_per_hour is None else micro_usd(usd_per_hour)
+            charged = max(before.price_micro_usd, before.worst_micro_usd if usd_per_hour is None else price)
             elapsed = until - before.accrued_until_ms
             if elapsed <= 0 and price == before.price_micro_usd:
                 return before
             after = replace(
                 before,
                 accrued_until_ms=max(until, before.accrued_until_ms),
-                accrued_units=before.accrued_units + cost_units(price, before.num_nodes, elapsed),
+                accrued_units=before.accrued_units + cost_units(charged, before.num_nodes, elapsed),
                 price_micro_usd=price,
             )
             return self._change(before, after, EntryKind.ACCRUE, at_ms, f"{max(0, elapsed) / 1000:.1f} s")

@@ -103,7 +103,8 @@ STOPS: Mapping[Cause, StopReason] = {
 def decide(situation: Situation) -> Decision:
     """What comes after a lease that ended.
 
-    Finished, asked, out of money and a bug end the run. Everything else goes on with the first candidate in plan order
+    Finished, asked, out of money and a bug end the run, and so do prices that are above their bound everywhere, since
+    each try would cost money that nothing bounds. Everything else goes on with the first candidate in plan order
     that is affordable and not blocked; where all affordable ones are blocked, with the one that is free soonest, after
     a wait that costs nothing. Waits grow twofold up to MAX_DELAY_SECONDS.
     """
@@ -125,6 +126,8 @@ def decide(situation: Situation) -> Decision:
     if situation.cause is Cause.TTL:
         return Rollover(affordable[0].offer, affordable[0].num_nodes)
     free = [one for one in affordable if not is_blocked(one, situation)]
+    if situation.cause is Cause.TOO_DEAR and not free:
+        return Stop(StopReason.GAVE_UP, f"every offer costs more than it may; last: {situation.detail}")
     chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.key])
     return Relaunch(chosen.offer, chosen.num_nodes, delay_seconds(situation, waiting=not free))
 

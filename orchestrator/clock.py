@@ -33,21 +33,24 @@ class Clock(Protocol):
 class SystemClock:
     """Billed time that started at `origin_ms` and runs `scale` times as fast as the wall clock.
 
-    `went_back_ms` tells how far the wall clock stands before the newest moment in the books (0 when it does not).
+    `went_back_ms` tells how far the wall clock stands before the newest moment in the books (0 when it does not). Then
+    nobody knows how much time has passed, and it goes on from `last_moment_ms`, up to which all that lived is paid for.
     """
 
-    def __init__(self, *, origin_ms: int, scale: float = 1.0, floor_ms: int = 0) -> None:
+    def __init__(
+        self, *, origin_ms: int, scale: float = 1.0, floor_ms: int = 0, last_moment_ms: int | None = None
+    ) -> None:
         self.scale = scale
-        self._started = time.monotonic()
+        self._started = seconds_since_boot()
         wall_ms = origin_ms + (time.time() * 1000 - origin_ms) * scale
         self.went_back_ms = max(0, int(floor_ms - wall_ms))
-        self._start_ms = max(wall_ms, float(floor_ms))
+        self._start_ms = float(start_ms(int(wall_ms), floor_ms, last_moment_ms))
 
     def now_ms(self) -> int:
-        return int(self._start_ms + (time.monotonic() - self._started) * 1000 * self.scale)
+        return int(self._start_ms + (seconds_since_boot() - self._started) * 1000 * self.scale)
 
     def real_seconds(self) -> float:
-        return time.monotonic()
+        return seconds_since_boot()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -70,6 +73,21 @@ class ManualClock:
     def sleep(self, seconds: float) -> None:
         self._real += seconds
         self._now_ms += seconds * 1000 * self.scale
+
+
+def start_ms(wall_ms: int, floor_ms: int, last_moment_ms: int | None = None) -> int:
+    """Where billed time begins: at the wall clock, unless the books show that it was set back."""
+    if wall_ms >= floor_ms:
+        return wall_ms
+    return max(floor_ms, last_moment_ms or 0)
+
+
+def seconds_since_boot() -> float:
+    """Monotonic seconds that also pass while a laptop sleeps, as they do for the nodes and their bill.
+
+    `time.monotonic` stands still in suspend on both systems: a lease would outlive what the books count.
+    """
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def wall_ms() -> int:

@@ -37,6 +37,14 @@ class Terms:
     """Without a new step for so long, the cluster counts as broken."""
     grow_delay_seconds: float = 4.0
     """First wait before a lost node is rented again; doubles with every refusal."""
+    confirm_seconds: float = 0.0
+    """How long the provider's lists may lie or lag: only what is absent for so long counts as gone."""
+    create_seconds: float = 0.0
+    """How long after it was asked for a node may still come into being when nobody heard the reply."""
+    price_gap_seconds: float = 120.0
+    """Between two looks at a price no further apart, it was at most the higher of both; else it is unconfirmed."""
+    reconcile_seconds: float = 300.0
+    """How often everything that carries our name is compared with the books."""
     poll_seconds: float = 1.0
     accrue_seconds: float = 5.0
     """How often elapsed time becomes an entry of the books; what is not yet accrued stays set aside at p-hat."""

@@ -244,9 +244,10 @@ def backend_of(recipe: Recipe, run: Run, *, store: Store, home: Home, offers: Se
 
 def clock_of(run: Run, recipe: Recipe, ledger: Ledger, emit: Emit) -> SystemClock:
     """Billed time of the run, never before the newest entry of its books."""
-    newest = max((entry.at_ms for entry in ledger.entries()), default=0)
     scale = recipe.local.time_scale if run.options["backend"] == "local" else 1.0
-    clock = SystemClock(origin_ms=run.created_ms, scale=scale, floor_ms=newest)
+    clock = SystemClock(
+        origin_ms=run.created_ms, scale=scale, floor_ms=ledger.newest_ms(), last_moment_ms=ledger.last_moment_ms()
+    )
     if clock.went_back_ms > 1000:
         seconds = clock.went_back_ms / 1000
         message = (

@@ -10,10 +10,14 @@ from cost.offers import Offer
 from orchestrator.backends.base import Backend, BackendError, Instance
 
 
-def end_unknown_instances(backend: Backend, known_leases: Collection[str]) -> list[str]:
-    """End every instance that carries our name but belongs to no open lease; say what was done."""
+def end_unknown_instances(backend: Backend, known_leases: Collection[str], *, owner: str) -> list[str]:
+    """End every instance that carries our name but belongs to no open lease; say what was done.
+
+    Whatever does not carry the name of `owner` is somebody else's and is never touched.
+    """
     try:
-        strangers = [one for one in backend.list_alive() if one.lease_id not in known_leases]
+        ours = [one for one in backend.list_alive() if one.lease_id.startswith(f"slm-{owner}-")]
+        strangers = [one for one in ours if one.lease_id not in known_leases]
     except BackendError as error:
         return [f"cannot list what is alive: {error}"]
     messages = []

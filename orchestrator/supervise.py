@@ -49,6 +49,8 @@ FINAL_STATES = {
     StopReason.BUG: RunState.FAILED,
     StopReason.GAVE_UP: RunState.FAILED,
 }
+RENT_SLACK_SECONDS = 5.0
+"""What an otherwise exhausted budget keeps, so that it still pays when the rent comes so long after the reservation."""
 CONFIRM_SECONDS = 5.0
 """Pause between tries to end a lease that the provider does not confirm as gone."""
 
@@ -76,6 +78,8 @@ class Supervisor:
     _waits: int = 0
     _last_step: int = -1
     _lost_at: float | None = None
+    _surely_over_at: dict[str, float] = field(default_factory=dict)
+    """By lease that was taken over: real seconds at which, by our own clock alone, its last killer has fired."""
 
     def __post_init__(self) -> None:
         self._grants = Grants(
@@ -113,20 +117,40 @@ class Supervisor:
         except BudgetExceeded as error:
             return Stop(StopReason.BUDGET, str(error))
         try:
+            account = self._pay_from_now(account)
             self.backend.start(account.lease, self.command)
+        except BudgetExceeded as error:
+            self._settle_unrented(account)
+            return Stop(StopReason.BUDGET, str(error))
         except NoCapacity as error:
-            # Nothing was rented, so nothing is owed.
-            self.ledger.settle(
-                account.lease.lease_id,
-                ended_ms=account.started_ms,
-                at_ms=self.clock.now_ms(),
-                outcome=Cause.NO_CAPACITY.value,
-            )
+            self._settle_unrented(account)
             return self._decide(Cause.NO_CAPACITY, str(error), account)
         except BackendError as error:
-            self._close(account, Cause.BROKEN)
+            self._close(account, Cause.BROKEN, asked_at=self.clock.real_seconds())
             return self._decide(Cause.BROKEN, str(error), account)
         return self._watch_and_decide(account)
+
+    def _pay_from_now(self, account: LeaseAccount) -> LeaseAccount:
+        """Pay up to the first deadline as counted from this moment, and learn here if the run was taken over.
+
+        Between the reservation and the rent this process may have stood still for any time.
+
+        Raises:
+            BudgetExceeded: The later end is not affordable; nothing was rented.
+            Fenced: Another supervisor holds the run and may have settled this lease.
+        """
+        now = self.clock.now_ms()
+        first = self.terms.boot_allowance_seconds + account.lease.first_grant_seconds
+        return self.ledger.renew(account.lease.lease_id, expires_ms=now + self._grants.billed_ms(first), at_ms=now)
+
+    def _settle_unrented(self, account: LeaseAccount) -> None:
+        """Nothing was rented, so nothing is owed."""
+        self.ledger.settle(
+            account.lease.lease_id,
+            ended_ms=account.started_ms,
+            at_ms=self.clock.now_ms(),
+            outcome=Cause.NO_CAPACITY.value,
+        )
 
     def _watch_and_decide(self, account: LeaseAccount) -> Decision:
         watch = Watch(
@@ -143,6 +167,7 @@ class Supervisor:
             command=self.command,
             tell=self._tell,
             on_running=lambda: self._move(RunState.RUNNING, ""),
+            reconcile=self._end_strangers,
             lost_at=self._lost_at,
         )
         try:
@@ -154,7 +179,7 @@ class Supervisor:
         if cause in (Cause.ASKED, Cause.CAP):
             self._move(RunState.STOPPING, detail)
         account = self.ledger.account(account.lease.lease_id)
-        self._close(account, cause)
+        self._close(account, cause, asked_at=watch.asked_at)
         if watch.step is not None and watch.step > self._last_step:
             self._last_step = watch.step
             self._failures = self._waits = 0
@@ -165,9 +190,11 @@ class Supervisor:
     def _repair(self) -> LeaseAccount | None:
         """Settle what an earlier supervisor left behind, end what nobody knows, adopt a lease that still lives."""
         open_accounts = self.ledger.open_accounts()
-        known = {account.lease.lease_id for account in open_accounts}
-        for message in end_unknown_instances(self.backend, known):
-            self._tell("warning", message)
+        now = self.clock.real_seconds()
+        for account in open_accounts:
+            left_ms = account.expires_ms + account.latency_ms - account.accrued_until_ms
+            self._surely_over_at[account.lease.lease_id] = now + left_ms / 1000 / self.clock.scale
+        self._end_strangers()
         adopted: LeaseAccount | None = None
         for account in reversed(open_accounts):
             state = self._poll(account.lease)
@@ -176,15 +203,19 @@ class Supervisor:
                 adopted = account
                 self._tell("start", f"took over {account.lease.lease_id}, {len(state.alive_ranks)} nodes alive")
             else:
-                self._close(account, Cause.EXPIRED)
+                self._close(account, Cause.EXPIRED, asked_at=now)
         return adopted
+
+    def _end_strangers(self) -> None:
+        for message in end_unknown_instances(self.backend, self.ledger.open_leases_of_all_runs(), owner=self.owner):
+            self._tell("warning", message)
 
     def _open(self, decision: Relaunch | Rollover) -> LeaseAccount:
         """Write the intent and set its cost aside; the first term shrinks to what is affordable."""
         attempt = 1 + max((account.lease.attempt for account in self.ledger.accounts()), default=0)
         offer, num_nodes = decision.offer, decision.num_nodes
         worst = worst_price(offer, price_is_fixed=self.backend.price_is_fixed)
-        fixed = self.terms.boot_allowance_seconds + self.terms.kill_latency_seconds
+        fixed = self.terms.boot_allowance_seconds + self.terms.kill_latency_seconds + RENT_SLACK_SECONDS
         free = self.ledger.balance().free_usd
         affordable = float(free / (worst * num_nodes)) * 3600 / self.clock.scale - fixed
         term = min(max(self.terms.term_seconds, self.terms.startup_seconds + self.terms.drain_seconds), affordable)
@@ -213,31 +244,55 @@ class Supervisor:
         self._tell("start", f"renting {num_nodes} x {offer.offer_id} at {price} as {lease.lease_id}")
         return account
 
-    def _close(self, account: LeaseAccount, cause: Cause) -> None:
-        """End the lease, wait until the provider says that it is gone, then settle real time."""
+    def _close(self, account: LeaseAccount, cause: Cause, *, asked_at: float | None = None) -> None:
+        """End the lease, wait until it is surely gone, then settle.
+
+        Gone is what the provider's lists no longer showed for `confirm_seconds`. Where a node was asked for at
+        `asked_at` (real seconds) and no reply came, the silence begins only when that can no longer take effect.
+        """
         lease = account.lease
+        silent_since: float | None = None
+        earliest = 0.0 if asked_at is None else asked_at + self.terms.create_seconds
         while True:
             try:
                 self.backend.stop(lease)
-                gone = self.backend.poll(lease).phase is LeasePhase.GONE
+                state = self.backend.poll(lease)
             except BackendError as error:
                 self._tell("warning", f"{lease.lease_id} could not be ended: {error}")
-                gone = False
-            now = self.clock.now_ms()
-            if gone or now > account.expires_ms + account.latency_ms:
-                break  # past the last killer's time it cannot be alive, whatever the provider's interface says
+                silent_since = None
+            else:
+                if state.phase is not LeasePhase.GONE:
+                    silent_since = None
+                elif silent_since is None:
+                    silent_since = max(self.clock.real_seconds(), earliest)
+            real = self.clock.real_seconds()
+            gone = silent_since is not None and real >= silent_since + self.terms.confirm_seconds
+            if gone or self._surely_over(account):
+                break
             self.clock.sleep(CONFIRM_SECONDS)
+        now = self.clock.now_ms()
         settled = self.ledger.settle(lease.lease_id, ended_ms=now, at_ms=now, outcome=cause.value)
         balance = self.ledger.balance()
         message = f"{lease.lease_id} settled: {cause.value}; ${balance.spent_usd:.2f} of ${balance.cap_usd:.2f} spent"
         self._tell("settled", message, spent_micro_usd=settled.spent_micro_usd, cause=cause.value)
+
+    def _surely_over(self, account: LeaseAccount) -> bool:
+        """Past the last killer's time it cannot be alive, whatever the provider's interface says.
+
+        Of a lease that was taken over only our own waiting counts: the wall clock may have jumped ahead.
+        """
+        over_at = self._surely_over_at.get(account.lease.lease_id)
+        if over_at is not None and self.clock.real_seconds() <= over_at:
+            return False
+        return self.clock.now_ms() > account.expires_ms + account.latency_ms
 
     def _end_without_books(self, account: LeaseAccount, error: SlmError) -> None:
         """The run store or the books fail: nothing more can be granted, so end the nodes while we still can."""
         with contextlib.suppress(BackendError):
             self.backend.stop(account.lease)
         with contextlib.suppress(DatabaseError):  # where even this fails, the next supervisor settles
-            self._close(account, Cause.BROKEN)
+            # As the books stand now: by the account of its start, its last killer would seem to have fired long ago.
+            self._close(self.ledger.account(account.lease.lease_id), Cause.BROKEN)
             self._move(RunState.FAILED, str(error))
 
     def _decide(self, cause: Cause, detail: str, account: LeaseAccount | None = None) -> Decision:
@@ -246,8 +301,9 @@ class Supervisor:
             offer_id, until = account.lease.offer.offer_id, self.clock.now_ms() + BLOCK_MS
             if cause is Cause.NO_CAPACITY:
                 self._blocked[(offer_id, account.lease.num_nodes)] = until
-            if cause is Cause.PREEMPTED:
+            if cause in (Cause.PREEMPTED, Cause.TOO_DEAR):
                 self._blocked |= {(offer_id, count): until for count in range(1, account.lease.num_nodes + 1)}
+            if cause is Cause.PREEMPTED:
                 self.runs.count(run_id, preemptions=1)
             if cause in (Cause.BROKEN, Cause.EXPIRED):
                 self._failures += 1

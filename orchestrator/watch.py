@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from cost.errors import BudgetExceeded
@@ -53,12 +54,19 @@ class Watch:
     command: list[str]
     tell: Callable[..., None]
     on_running: Callable[[], None]
+    reconcile: Callable[[], None]
     step: int | None = None
     _stopping: Cause | None = None
     _stop_detail: str = ""
     _stop_asked_at: float = 0.0
     _running: bool = False
+    asked_at: float | None = None
+    """When nodes were asked for without a reply; real seconds."""
     _seen: set[int] = field(default_factory=set)
+    _absent_since: dict[int, float] = field(default_factory=dict)
+    _priced: tuple[int, Decimal] | None = None
+    """The newest look at the price: billed milliseconds, dollars per node-hour."""
+    _reconcile_at: float = 0.0
     _awaited_until: float = 0.0
     _last_new_step_at: float = 0.0
     _grow_at: float | None = None
@@ -72,11 +80,13 @@ class Watch:
     def until_it_ends(self) -> tuple[Cause, str]:
         """Block until the lease has ended or must be ended; the caller closes it."""
         self._last_new_step_at = self.clock.real_seconds()
-        self._awaited_until = self.clock.real_seconds() + self.terms.boot_allowance_seconds
+        self._await_nodes()
+        self._reconcile_at = self.clock.real_seconds() + self.terms.reconcile_seconds
         self._take_up()
         while True:
             ended = self._turn()
             if ended is not None:
+                self._charge_to_last_look()
                 return ended
             self.clock.sleep(self.terms.poll_seconds)
 
@@ -87,11 +97,17 @@ class Watch:
             return self._unseen(error)
         self._unseen_since = None
         account = self._accrue(state)
+        if state.usd_per_hour is not None and micro_usd(state.usd_per_hour) > account.worst_micro_usd:
+            price, worst = state.usd_per_hour, account.lease.worst_usd_per_hour
+            return Cause.TOO_DEAR, f"a node costs ${price:.2f}/h now, and at most ${worst:.2f}/h was set aside"
         self._read_progress(account)
         ended = self._ended(state, account)
         if ended is not None:
             return ended
-        account = self._count_nodes(state, account)
+        try:
+            account = self._count_nodes(state, account)
+        except BudgetExceeded as error:
+            return Cause.CAP, f"more nodes live than are paid for: {error}"
         self._ask_to_stop_if_told()
         if self.switch.level >= 2 or self._grace_is_over():
             return self._stopping or Cause.ASKED, self._stop_detail or "ended at once, as asked"
@@ -101,16 +117,35 @@ class Watch:
         for rank in self.grants.answer(account, state.alive_ranks):
             self.tell("notice", f"the cloud will take node {rank} of {self.lease.lease_id}", rank=rank)
         self._grow(account)
+        if self.clock.real_seconds() >= self._reconcile_at:
+            self._reconcile_at = self.clock.real_seconds() + self.terms.reconcile_seconds
+            self.reconcile()
         return None
 
     def _accrue(self, state: LeaseState) -> LeaseAccount:
-        """Charge elapsed time now and then; at once when the price has changed."""
-        account = self.ledger.account(self.lease.lease_id)
-        now_ms = self.clock.now_ms()
-        dearer = state.usd_per_hour is not None and micro_usd(state.usd_per_hour) != account.price_micro_usd
-        if not dearer and now_ms - account.accrued_until_ms < self.grants.billed_ms(self.terms.accrue_seconds):
+        """Charge elapsed time now and then; at once when the price has changed, or was not seen for long."""
+        lease_id, now_ms, price = self.lease.lease_id, self.clock.now_ms(), state.usd_per_hour
+        account = self.ledger.account(lease_id)
+        if price is None:
             return account
-        return self.ledger.accrue(self.lease.lease_id, at_ms=now_ms, usd_per_hour=state.usd_per_hour)
+        last_ms = account.started_ms if self._priced is None else self._priced[0]
+        if now_ms - last_ms > self.grants.billed_ms(self.terms.price_gap_seconds):
+            self._charge_to_last_look()
+            account = self.ledger.accrue(lease_id, at_ms=now_ms)
+        self._priced = (now_ms, price)
+        changed = micro_usd(price) != account.price_micro_usd
+        if not changed and now_ms - account.accrued_until_ms < self.grants.billed_ms(self.terms.accrue_seconds):
+            return account
+        return self.ledger.accrue(lease_id, at_ms=now_ms, usd_per_hour=price)
+
+    def _charge_to_last_look(self) -> None:
+        """What is certain is charged at its price, so that only the rest counts at p-hat."""
+        if self._priced is not None:
+            self.ledger.accrue(self.lease.lease_id, at_ms=self._priced[0], usd_per_hour=self._priced[1])
+
+    def _resize(self, num_nodes: int) -> LeaseAccount:
+        self._charge_to_last_look()
+        return self.ledger.resize(self.lease.lease_id, num_nodes=num_nodes, at_ms=self.clock.now_ms())
 
     # -- seeing ----------------------------------------------------------------------------------
 
@@ -169,23 +204,40 @@ class Watch:
         return f"training failed twice at step {failure.get('step')}: {failure.get('message')}"
 
     def _count_nodes(self, state: LeaseState, account: LeaseAccount) -> LeaseAccount:
-        """Release what a lost node had set aside, and plan to rent it again."""
-        alive = set(state.alive_ranks)
-        lost = sorted(self._seen - alive)
-        self._seen = alive
-        overdue = account.num_nodes > len(alive) and self.clock.real_seconds() > self._awaited_until
+        """Release what a lost node had set aside, and plan to rent it again; pay for one that came after all.
+
+        Raises:
+            BudgetExceeded: More nodes live than the cap can pay for.
+        """
+        alive, now = set(state.alive_ranks), self.clock.real_seconds()
+        self._seen |= alive
+        if len(self._seen) > account.num_nodes:
+            account = self._resize(len(self._seen))
+        lost = self._absent_for_long(alive)
+        self._seen -= set(lost)
+        overdue = account.num_nodes > len(self._seen) and now > self._awaited_until
         if not lost and overdue:
-            lost = sorted(set(range(self.lease.num_nodes)) - alive)  # paid for, and never seen alive
+            lost = sorted(set(range(self.lease.num_nodes)) - self._seen)  # paid for, and never seen alive
         if not lost:
             return account
-        account = self.ledger.resize(self.lease.lease_id, num_nodes=max(1, len(alive)), at_ms=self.clock.now_ms())
+        account = self._resize(max(1, len(self._seen)))
         self.runs.count(self.run_id, preemptions=len(lost))
         names = ", ".join(str(rank) for rank in lost)
-        self.tell("lost", f"node {names} of {self.lease.lease_id} is gone, {len(alive)} left", ranks=lost)
-        now = self.clock.real_seconds()
+        self.tell("lost", f"node {names} of {self.lease.lease_id} is gone, {len(self._seen)} left", ranks=lost)
         self.lost_at = now
         self._grow_at, self._grow_tries = now + self.terms.grow_delay_seconds, 0
         return account
+
+    def _absent_for_long(self, alive: set[int]) -> list[int]:
+        """Nodes that no list has shown for `confirm_seconds`; a list that lies once proves nothing."""
+        now = self.clock.real_seconds()
+        self._absent_since = {rank: self._absent_since.get(rank, now) for rank in self._seen - alive}
+        return sorted(rank for rank, since in self._absent_since.items() if now - since >= self.terms.confirm_seconds)
+
+    def _await_nodes(self) -> None:
+        """Until when a node that was asked for may stay unseen, and keeps what is set aside for it."""
+        allowed = max(self.terms.boot_allowance_seconds, self.terms.create_seconds) + self.terms.confirm_seconds
+        self._awaited_until = self.clock.real_seconds() + allowed
 
     def _take_up(self) -> None:
         """Begin where the run stands: its newest step, and a stop that an earlier supervisor has asked for."""
@@ -278,29 +330,35 @@ class Watch:
         except BudgetExceeded:
             self._grow_at = None
         except NoCapacity as error:
-            self.ledger.resize(self.lease.lease_id, num_nodes=len(self._seen), at_ms=self.clock.now_ms())
+            if self.clock.real_seconds() > self._awaited_until:  # else an earlier try may still bring a node
+                self._resize(len(self._seen))
             self._grow_tries += 1
             self._grow_at = now + min(60.0, self.terms.grow_delay_seconds * 2**self._grow_tries)
             if self._grow_tries == 1:
                 self.tell("warning", f"no node to grow back with yet: {error}")
         except BackendError as error:
             self._grow_at = now + 60.0  # maybe alive: it stays paid for until the provider lists it or not
+            self.asked_at = self.clock.real_seconds()
+            self._await_nodes()
             self.tell("warning", f"growing back: {error}")
         else:
             self._grow_at = None
-            self._awaited_until = now + self.terms.boot_allowance_seconds
+            self._await_nodes()
             self.tell("grown", f"rented again, {wanted} nodes in {self.lease.lease_id}", num_nodes=wanted)
 
     def _rent_missing(self, account: LeaseAccount, wanted: int) -> None:
         """Pay for all nodes up to the new node's own first deadline, then ask for it."""
+        self._resize(wanted)
+        try:
+            account = self._pay_first_deadline()
+            self.grants.extend(account)  # the others' limit moves too: their next renewal is due only later now
+            self._pay_first_deadline()  # again from this moment: the call before may have taken any time
+        except BudgetExceeded:
+            self._resize(len(self._seen))
+            raise
+        self.backend.start(self.lease, self.command)
+
+    def _pay_first_deadline(self) -> LeaseAccount:
         now_ms = self.clock.now_ms()
         first = self.terms.boot_allowance_seconds + self.lease.first_grant_seconds
-        self.ledger.resize(account.lease.lease_id, num_nodes=wanted, at_ms=now_ms)
-        expires_ms = now_ms + self.grants.billed_ms(first)
-        try:
-            account = self.ledger.renew(account.lease.lease_id, expires_ms=expires_ms, at_ms=now_ms)
-        except BudgetExceeded:
-            self.ledger.resize(account.lease.lease_id, num_nodes=len(self._seen), at_ms=now_ms)
-            raise
-        self.grants.extend(account)  # the others' limit moves too: their next renewal is due only later now
-        self.backend.start(self.lease, self.command)
+        return self.ledger.renew(self.lease.lease_id, expires_ms=now_ms + self.grants.billed_ms(first), at_ms=now_ms)

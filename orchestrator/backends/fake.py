@@ -40,6 +40,11 @@ class FakeBackend:
     price_is_fixed: bool = True
     fail_next: int = 0
     """So many of the next calls raise BackendError, after having done what they were asked."""
+    hidden: set[int] = field(default_factory=set)
+    """Ranks that live and are not listed."""
+    deaf_to_stop: bool = False
+    usd_per_hour: Decimal | None = None
+    """The price as read back, where it is not the offer's."""
     starts: list[Lease] = field(default_factory=list)
     commands: list[tuple[str, ...]] = field(default_factory=list)
     _nodes: list[FakeNode] = field(default_factory=list)
@@ -71,20 +76,20 @@ class FakeBackend:
     def poll(self, lease: Lease) -> LeaseState:
         self._maybe_fail()
         self._expire()
-        alive = self._alive(lease.lease_id)
+        alive = [node for node in self._alive(lease.lease_id) if node.rank not in self.hidden]
         if not alive:
             return LeaseState(LeasePhase.GONE)
         exit_code = self._exit_codes.get(lease.lease_id)
         phase = LeasePhase.RUNNING if exit_code is None else LeasePhase.ENDED
         ranks = tuple(sorted(node.rank for node in alive))
-        return LeaseState(phase, ranks, exit_code, lease.offer.usd_per_hour)
+        return LeaseState(phase, ranks, exit_code, self.usd_per_hour or lease.offer.usd_per_hour)
 
     def extend(self, lease: Lease, seconds: float) -> None:
         for node in self._alive(lease.lease_id):
             node.deadline = self.clock.real_seconds() + seconds
 
     def stop(self, lease: Lease) -> None:
-        for node in self._alive(lease.lease_id):
+        for node in [] if self.deaf_to_stop else self._alive(lease.lease_id):
             node.ended_ms = self.clock.now_ms()
         self._maybe_fail()
 

@@ -93,9 +93,35 @@ def test_what_the_cap_cannot_pay_is_refused_and_leaves_no_trace(ledger: Ledger) 
 
 def test_elapsed_time_is_charged_at_the_price_and_only_the_future_at_the_worst(ledger: Ledger) -> None:
     reserve(ledger, a_lease(nodes=1, price="1.00", worst="3.00"), hours=2)
-    ledger.accrue("slm-abc123-run-1-1", at_ms=START_MS + HOUR_MS)
+    ledger.accrue("slm-abc123-run-1-1", at_ms=START_MS + HOUR_MS, usd_per_hour=Decimal("1.00"))
     balance = ledger.balance()
     assert (balance.spent_usd, balance.held_usd) == (Decimal("1.00"), Decimal("3.00"))
+
+
+def test_time_whose_price_nobody_confirmed_is_charged_at_the_worst(ledger: Ledger) -> None:
+    reserve(ledger, a_lease(nodes=1, price="1.00", worst="3.00"), hours=2)
+    ledger.accrue("slm-abc123-run-1-1", at_ms=START_MS + HOUR_MS)
+    assert ledger.balance().spent_usd == Decimal("3.00")
+    end = START_MS + 2 * HOUR_MS
+    ledger.settle("slm-abc123-run-1-1", ended_ms=end, at_ms=end, outcome="expired")
+    assert ledger.balance().spent_usd == Decimal("6.00")
+
+
+def test_time_between_two_prices_is_charged_at_the_higher(ledger: Ledger) -> None:
+    reserve(ledger, a_lease(nodes=1, price="1.00", worst="3.00"), hours=4)
+    spent = []
+    for hour, price in ((1, "2.00"), (2, "1.50"), (3, "1.50")):
+        ledger.accrue("slm-abc123-run-1-1", at_ms=START_MS + hour * HOUR_MS, usd_per_hour=Decimal(price))
+        spent.append(ledger.balance().spent_usd)
+    assert spent == [Decimal("2.00"), Decimal("4.00"), Decimal("5.50")]
+
+
+def test_the_last_moment_is_that_of_the_last_killer_of_what_is_open(ledger: Ledger) -> None:
+    assert (ledger.newest_ms(), ledger.last_moment_ms()) == (0, 0)
+    ledger.reserve(a_lease(), expires_ms=START_MS + HOUR_MS, latency_ms=500, at_ms=START_MS)
+    assert (ledger.newest_ms(), ledger.last_moment_ms()) == (START_MS, START_MS + HOUR_MS + 500)
+    ledger.settle("slm-abc123-run-1-1", ended_ms=START_MS + 9, at_ms=START_MS + 10, outcome="finished")
+    assert ledger.last_moment_ms() == START_MS + 10
 
 
 def test_settling_charges_real_time_and_frees_the_rest(ledger: Ledger) -> None:

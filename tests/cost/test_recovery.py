@@ -103,3 +103,11 @@ def test_a_cluster_that_keeps_breaking_is_given_up_but_not_the_first_time() -> N
 
 def test_a_time_limit_that_ended_is_a_rollover_and_no_preemption() -> None:
     assert decide(replace(PREEMPTED, cause=Cause.TTL)) == Rollover(NEAR, 2)
+
+
+def test_an_offer_above_its_bound_is_left_for_the_next_and_the_last_one_ends_the_run() -> None:
+    one_blocked = replace(PREEMPTED, cause=Cause.TOO_DEAR, blocked_until_ms={(NEAR.offer_id, 2): 2000})
+    assert decide(one_blocked) == Relaunch(FAR, 2, delay_seconds=0.0)
+    both = replace(one_blocked, blocked_until_ms={(NEAR.offer_id, 2): 2000, (FAR.offer_id, 2): 2000}, detail="$9/h")
+    stop = decide(both)
+    assert stop == Stop(StopReason.GAVE_UP, "every offer costs more than it may; last: $9/h")

@@ -95,7 +95,7 @@ class World:
             recipe_name="tiny", recipe_digest="d", recipe_json="{}", options={}, cap_usd=self.cap
         )
 
-    def supervisor(self, offers: int = 2, nodes: int = 2) -> Supervisor:
+    def supervisor(self, offers: int = 2, nodes: int = 2, terms: Terms | None = None) -> Supervisor:
         run = self.runs.take_over(self.run.run_id)
         self.ledger = Ledger(self.db, run.run_id, epoch=run.epoch)
         candidates = [Candidate(an_offer(f"zone-{i}"), nodes, Decimal("0.50")) for i in range(offers)]
@@ -106,7 +106,7 @@ class World:
             backend=self.backend,
             store=self.store,
             clock=self.clock,
-            terms=Terms(),
+            terms=terms or Terms(),
             candidates=lambda _: candidates,
             command=["train"],
             owner="abc123",
@@ -431,3 +431,126 @@ def test_the_worst_price_is_on_demand_unless_the_price_is_fixed() -> None:
 def test_an_offer_whose_price_nothing_bounds_is_not_rented() -> None:
     with pytest.raises(SlmError, match="nothing bounds the future price"):
         worst_price(replace(an_offer("zone-0"), on_demand_usd_per_hour=None), price_is_fixed=False)
+
+
+def test_a_list_that_lies_once_frees_nothing(world: World) -> None:
+    """A node that is missing from a list for less than `confirm_seconds` may live, and stays paid for."""
+    world.clock.after(30.0, lambda: world.backend.hidden.add(1))
+    world.clock.after(34.0, world.backend.hidden.clear)
+    assert world.supervisor(terms=Terms(confirm_seconds=6.0)).run() is RunState.SUCCEEDED
+    assert "lost" not in world.kinds()
+    check_books(world)
+
+
+def test_a_node_that_comes_back_after_it_was_given_up_is_paid_for(world: World) -> None:
+    world.clock.after(30.0, lambda: (world.backend.hidden.add(1), setattr(world.backend, "capacity", 0))[0])
+    world.clock.after(50.0, world.backend.hidden.clear)
+    assert world.supervisor(terms=Terms(confirm_seconds=3.0, grow_delay_seconds=60.0)).run() is RunState.SUCCEEDED
+    sizes = [entry.note for entry in world.ledger.entries() if "nodes" in entry.note]
+    assert sizes == ["2 -> 1 nodes", "1 -> 2 nodes"]
+
+
+def test_a_lease_that_is_gone_by_a_lie_is_waited_for_before_it_is_settled(world: World) -> None:
+    """The interface hides both nodes and does not end them: only after the silence is the lease settled."""
+    world.clock.after(30.0, lambda: (world.backend.hidden.update({0, 1}), setattr(world.backend, "deaf_to_stop", True)))
+    world.clock.after(33.0, lambda: (world.backend.hidden.clear(), setattr(world.backend, "deaf_to_stop", False)))
+    assert world.supervisor(terms=Terms(confirm_seconds=6.0)).run() is RunState.SUCCEEDED
+    check_books(world)
+
+
+def test_a_price_above_the_bound_ends_the_node_before_its_first_grant(world: World) -> None:
+    def prices(backend: FakeBackend, lease: Lease) -> None:
+        backend.usd_per_hour = PRICE * 3 if lease.attempt == 1 else None
+        if lease.attempt > 1:
+            world.trainer_starts(backend, lease)
+
+    world.backend.on_start = prices
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    first, second = world.ledger.accounts()[:2]
+    assert (first.outcome, second.lease.offer.region) == ("too_dear", "zone-1")
+    assert not world.store.list(f"grants/{first.lease.lease_id}/")
+    assert any("a node costs $1.80/h now, and at most $0.60/h" in message for message in world.told("relaunch"))
+
+
+def test_prices_above_their_bound_everywhere_end_the_run(world: World) -> None:
+    world.backend.usd_per_hour = PRICE * 3
+    assert world.supervisor().run() is RunState.FAILED
+    assert "every offer costs more than it may" in world.runs.get(world.run.run_id).reason
+    assert len(world.backend.starts) == 2 and world.backend.list_alive() == []
+
+
+def test_a_rent_that_comes_late_after_its_reservation_is_paid_anew(world: World) -> None:
+    supervisor = world.supervisor()
+    supervisor.write_spec = lambda lease: world.clock.sleep(100.0)
+    left: list[float] = []
+
+    def look(backend: FakeBackend, lease: Lease) -> None:
+        left.append((world.ledger.account(lease.lease_id).expires_ms - world.clock.now_ms()) / 1000 / SCALE)
+        world.trainer_starts(backend, lease)
+
+    world.backend.on_start = look
+    assert supervisor.run() is RunState.SUCCEEDED
+    assert left == [47.0]  # 10 s to boot and 37 s first grant, from the rent and not from the reservation
+    check_books(world)
+
+
+def test_a_late_rent_that_the_cap_can_no_longer_pay_is_not_made(tmp_path: Path) -> None:
+    world = World(tmp_path, cap=Decimal("1.06"))
+    supervisor = world.supervisor()
+    supervisor.write_spec = lambda lease: world.clock.sleep(100.0)
+    assert supervisor.run() is RunState.OUT_OF_BUDGET
+    assert world.backend.starts == [] and world.ledger.balance().spent_usd == 0
+
+
+def test_a_supervisor_held_up_before_the_rent_learns_there_that_it_was_replaced(world: World) -> None:
+    """Its successor finds nothing alive and settles; nodes rented now would be paid for by nobody."""
+    old = world.supervisor()
+
+    def taken_over(lease: Lease) -> None:
+        new = world.supervisor()
+        new.ledger.settle(lease.lease_id, ended_ms=world.clock.now_ms(), at_ms=world.clock.now_ms(), outcome="expired")
+
+    old.write_spec = taken_over
+    with pytest.raises(Fenced, match="taken over"):
+        old.run()
+    assert world.backend.starts == []
+
+
+def test_a_wall_clock_ahead_does_not_settle_what_still_lives(world: World) -> None:
+    """The next supervisor's clock says that the last killer has fired; only its own waiting proves that."""
+
+    def kill() -> None:
+        raise Killed
+
+    world.clock.after(30.0, kill)
+    with pytest.raises(Killed):
+        world.supervisor().run()
+    lease_id = world.backend.starts[0].lease_id
+    world.clock._now_ms += 7_200_000
+    world.backend.fail_next = 4
+    open_while_alive: list[bool] = []
+    world.clock.after(3.0, lambda: open_while_alive.append(world.ledger.account(lease_id).is_open))
+    assert world.supervisor().run() is RunState.SUCCEEDED
+    assert open_while_alive == [True]
+    assert world.backend.list_alive() == []
+
+
+def test_the_books_are_settled_by_their_newest_expiry_when_the_store_fails(world: World) -> None:
+    """The interface does not end the nodes, so they cost money until the provider's limit: so long it stays open."""
+    world.num_steps = 10_000
+
+    def fail() -> None:
+        world.backend.deaf_to_stop = True
+        shutil.rmtree(world.path / "store")
+
+    world.clock.after(120.0, fail)
+    with pytest.raises(StoreError):
+        world.supervisor().run()
+    check_books(world)
+
+
+def test_strangers_are_looked_for_while_a_run_goes_on(world: World) -> None:
+    stray = Lease("slm-abc123-other-1", "other", 1, an_offer("zone-9"), 1, PRICE, 600.0, 5.0, 1)
+    world.clock.after(22.0, lambda: (setattr(world.backend, "on_start", None), world.backend.start(stray, ["x"]))[0])
+    assert world.supervisor(terms=Terms(reconcile_seconds=10.0)).run() is RunState.SUCCEEDED
+    assert any("slm-abc123-other-1" in message for message in world.told("warning"))
