@@ -1,0 +1,83 @@
+"""Thousands of schedules of faults against the real books and supervisor: is the true bill ever above the cap?
+
+`python bench/cap_faults.py --schedules N --seed S [--faults NAME,...] [--price-ratio R] [--workers W] [--json]`
+`python bench/cap_faults.py --replay SEED` tells one schedule line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from faults.schedule import Result, run_schedule
+
+SEEDS_APART = 1_000_003
+EXAMPLES = 5
+
+
+def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
+    """The figures over all schedules; usd columns are scaled to a cap of $100."""
+    held = [one for one in results if not one.broken]
+    shares = sorted(100 * one.bill_usd / one.cap_usd for one in held)
+    kinds = Counter(name for one in results for name in one.faults)
+    wrong = [one for one in held if one.violation]
+    short = [one for one in held if one.shortfall_usd > 0]
+    spent = sum(one.bill_usd for one in results)
+    return {
+        "schedules": len(results),
+        "violations": len(wrong),
+        "books_short": len(short),
+        "overshoot_beyond_bound": sum(one.violation for one in results if one.broken),
+        "max_usd": round(shares[-1], 2) if shares else 0.0,
+        "p99_usd": round(shares[int(0.99 * (len(shares) - 1))], 2) if shares else 0.0,
+        "kept_share": round(sum(one.kept_usd for one in results) / spent, 4) if spent else 0.0,
+        "use": round(sum(shares) / 100 / len(shares), 4) if shares else 0.0,
+        "invariant_checks": sum(one.checks for one in results),
+        "rarest_fault_share": round(min(kinds.values()) / len(results), 4) if kinds else 0.0,
+        "seeds_of_violations": [one.seed for one in wrong[:EXAMPLES]],
+        "seeds_of_short_books": [one.seed for one in short[:EXAMPLES]],
+        "faults_of_short_books": dict(Counter(name for one in short for name in one.faults).most_common(8)),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--schedules", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", help="exactly these kinds, by comma; '' for none")
+    parser.add_argument("--price-ratio", type=float, help="price over p-hat, instead of the table's")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--replay", type=int, metavar="SEED")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    faults = None if arguments.faults is None else [name for name in arguments.faults.split(",") if name]
+    play = partial(run_schedule, faults=faults, price_ratio=arguments.price_ratio)
+    if arguments.replay is not None:
+        print(play(arguments.replay, log=print))
+        return 0
+    started = time.monotonic()
+    seeds = range(arguments.seed * SEEDS_APART, arguments.seed * SEEDS_APART + arguments.schedules)
+    if arguments.workers == 1:
+        results = [play(seed) for seed in seeds]
+    else:
+        with multiprocessing.Pool(arguments.workers) as pool:
+            results = pool.map(play, seeds, chunksize=20)
+    found = report(results, time.monotonic() - started)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for name, value in found.items():
+            print(f"{name:24} {value}")
+    return 1 if found["violations"] or found["overshoot_beyond_bound"] or found["books_short"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

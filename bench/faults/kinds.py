@@ -1,0 +1,269 @@
+"""The kinds of faults, each installed at a random time of one schedule.
+
+HELD: whatever of these happens together, the promise stands. BROKEN: an assumption of the promise is broken on purpose,
+and the bill may pass the cap by what `bound` says. Limits of what is assumed stand beside the terms in `machine.py`:
+lists lie for less than CONFIRM, calls are late by less than the kill latency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from faults.machine import Machine
+from faults.nodes import SAVE_SECONDS, Node
+from faults.world import Killed
+
+Install = Callable[[Machine, float], None]
+
+CALLS = ("reserve", "renew", "resize", "settle", "spec.json", "start", "poll", "extend", "stop", "list", "grants")
+MAX_LIE_SECONDS = 25.0
+MAX_LAG_SECONDS = 20.0
+SLOW_SECONDS = 20.0
+AWAY_SECONDS = (2.0, 1500.0)
+
+
+def kill(machine: Machine, away_seconds: float | None) -> None:
+    if machine.depth:
+        machine.away_seconds = away_seconds
+        machine.tell(f"FAULT killed, back after {away_seconds}")
+        raise Killed
+
+
+def at_time_or_call(machine: Machine, t: float, act: Callable[[], None]) -> None:
+    """Half of the times at `t`, half at the next boundary of a random call after `t`."""
+    rng = machine.world.rng
+    if rng.random() < 0.5:
+        machine.world.at(t, act)
+    else:
+        name = f"{rng.choice(CALLS)}:{rng.choice(('before', 'after'))}"
+        machine.world.at(t, lambda: machine.world.traps.update({name: act}))
+
+
+def supervisor_killed(machine: Machine, t: float) -> None:
+    away = machine.world.rng.uniform(*AWAY_SECONDS)
+    at_time_or_call(machine, t, lambda: kill(machine, away))
+
+
+def supervisor_lost(machine: Machine, t: float) -> None:
+    at_time_or_call(machine, t, lambda: kill(machine, None))
+
+
+def supervisor_held_up(machine: Machine, t: float) -> None:
+    seconds = machine.world.rng.uniform(10.0, 1500.0)
+
+    def hold() -> None:
+        if machine.depth:
+            machine.tell(f"FAULT held up for {seconds:.0f} s")
+            machine.world.advance(seconds)
+
+    held_between_calls(machine, t, hold)
+
+
+def two_supervisors(machine: Machine, t: float) -> None:
+    seconds = machine.world.rng.uniform(60.0, 1500.0)
+
+    def hold() -> None:
+        if machine.depth:
+            machine.tell(f"FAULT another supervisor for {seconds:.0f} s")
+            machine.takes_over_for(seconds)
+            machine.tell("FAULT the first supervisor goes on")
+
+    held_between_calls(machine, t, hold)
+
+
+def held_between_calls(machine: Machine, t: float, hold: Callable[[], None]) -> None:
+    """A process stands still in a wait, or right after a call; a call already sent is not held back."""
+    rng = machine.world.rng
+    if rng.random() < 0.4:
+        machine.world.at(t, hold)
+    else:
+        name = f"{rng.choice(CALLS)}:after"
+        machine.world.at(t, lambda: machine.world.traps.update({name: hold}))
+
+
+def interval(machine: Machine, t: float, seconds: float, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    machine.world.at(t, begin)
+    machine.world.at(t + seconds, end)
+
+
+def counted(where: Callable[[Machine], object], name: str, shortest: float, longest: float) -> Install:
+    """A trouble that begins at t and lasts a random time."""
+
+    def install(machine: Machine, t: float) -> None:
+        target = where(machine)
+
+        def change(by: int) -> None:
+            setattr(target, name, getattr(target, name) + by)
+            machine.tell(f"FAULT {name} {'begins' if by > 0 else 'ends'}")
+
+        seconds = machine.world.rng.uniform(shortest, longest)
+        interval(machine, t, seconds, lambda: change(1), lambda: change(-1))
+
+    return install
+
+
+def network_cut(machine: Machine, t: float) -> None:
+    """The supervisor reaches neither the provider nor the store."""
+    seconds = machine.world.rng.uniform(20.0, 1200.0)
+
+    def change(by: int) -> None:
+        machine.cloud.trouble.down += by
+        machine.door.down += by
+
+    interval(machine, t, seconds, lambda: change(1), lambda: change(-1))
+
+
+def slow(machine: Machine, t: float) -> None:
+    seconds = machine.world.rng.uniform(60.0, 900.0)
+    trouble = machine.cloud.trouble
+    interval(
+        machine,
+        t,
+        seconds,
+        lambda: setattr(trouble, "slow_seconds", SLOW_SECONDS),
+        lambda: setattr(trouble, "slow_seconds", 0.0),
+    )
+
+
+def list_lags(machine: Machine, t: float) -> None:
+    seconds = machine.world.rng.uniform(60.0, 900.0)
+    trouble = machine.cloud.trouble
+    lag = machine.world.rng.uniform(1.0, MAX_LAG_SECONDS)
+    interval(
+        machine,
+        t,
+        seconds,
+        lambda: setattr(trouble, "lag_seconds", lag),
+        lambda: setattr(trouble, "lag_seconds", 0.0),
+    )
+
+
+def reply_lost(machine: Machine, t: float) -> None:
+    machine.world.at(t, lambda: setattr(machine.cloud.trouble, "lose_reply", 1))
+
+
+def on_node(act: Callable[[Machine, Node], None]) -> Install:
+    """Do it to a random living node at t, or to the next that lives."""
+
+    def install(machine: Machine, t: float) -> None:
+        def look() -> None:
+            alive = machine.cloud.alive()
+            if alive:
+                node = machine.world.rng.choice(alive)
+                machine.tell(f"FAULT {act.__name__} {node.lease.lease_id} {node.rank}")
+                act(machine, node)
+            else:
+                machine.world.after(30.0, look)
+
+        machine.world.at(t, look)
+
+    return install
+
+
+def preempted(machine: Machine, node: Node) -> None:
+    machine.cloud.end(node)
+
+
+def preempted_with_notice(machine: Machine, node: Node) -> None:
+    def save() -> None:
+        for one in machine.cloud.alive():
+            if one.lease.lease_id == node.lease.lease_id:
+                one.save()
+
+    machine.world.after(SAVE_SECONDS, save)
+    machine.world.after(30.0, lambda: machine.cloud.end(node))
+
+
+def guest_hangs(_: Machine, node: Node) -> None:
+    node.hung = True
+
+
+def guard_killed(_: Machine, node: Node) -> None:
+    node.lose_guard()
+
+
+def guest_reboots(_: Machine, node: Node) -> None:
+    node.reboot()
+
+
+def node_cut_off(machine: Machine, node: Node) -> None:
+    node.cut = True
+    machine.world.after(machine.world.rng.uniform(30.0, 1500.0), lambda: setattr(node, "cut", False))
+
+
+def provider_timer_fails(_: Machine, node: Node) -> None:
+    """One of the two killers fails; the other is assumed sound, so this is not combined with a hung guest."""
+    node.ttl_works = False
+
+
+def wall_clock_jumps(machine: Machine, t: float) -> None:
+    """Ahead by any time, or back so far that the books' newest entry shows it; counts at the next start."""
+    rng = machine.world.rng
+    jump = rng.uniform(10.0, 7200.0) if rng.random() < 0.5 else -t - rng.uniform(3600.0, 86_400.0)
+    machine.world.at(t, lambda: setattr(machine, "skew_seconds", jump))
+
+
+def price_moves(machine: Machine, t: float) -> None:
+    """Up to p-hat and down again, where the price is not fixed at rent."""
+    if machine.cloud.price_is_fixed:
+        return
+    rng = machine.world.rng
+    for offer in machine.offers:
+        low, high = float(offer.usd_per_hour), float(offer.on_demand_usd_per_hour or offer.usd_per_hour)
+        set_price(machine, t, offer.offer_id, rng.uniform(low, high))
+        set_price(machine, t + rng.uniform(60.0, 3600.0), offer.offer_id, rng.uniform(low, high))
+
+
+def price_above_bound(machine: Machine, t: float) -> None:
+    for offer in machine.offers:
+        worst = float(machine._worst(offer))
+        set_price(machine, t, offer.offer_id, worst * machine.world.rng.uniform(1.1, 3.0))
+
+
+def set_price(machine: Machine, t: float, offer_id: str, price: float) -> None:
+    changes = machine.cloud.prices[offer_id]
+    changes.append((t, price))
+    changes.sort()
+
+
+HELD: dict[str, Install] = {
+    "supervisor killed": supervisor_killed,
+    "supervisor lost": supervisor_lost,
+    "supervisor held up": supervisor_held_up,
+    "two supervisors": two_supervisors,
+    "network cut": network_cut,
+    "node cut off": on_node(node_cut_off),
+    "provider down": counted(lambda one: one.cloud.trouble, "down", 20.0, 1200.0),
+    "provider slow": slow,
+    "provider hides nodes": counted(lambda one: one.cloud.trouble, "hides", 5.0, MAX_LIE_SECONDS),
+    "provider lags": list_lags,
+    "create's reply lost": reply_lost,
+    "create doubled": counted(lambda one: one.cloud.trouble, "doubled", 60.0, 2400.0),
+    "terminate does not take": counted(lambda one: one.cloud.trouble, "deaf_to_stop", 30.0, 1800.0),
+    "no capacity": counted(lambda one: one.cloud.trouble, "full", 30.0, 900.0),
+    "preempted": on_node(preempted),
+    "preempted with notice": on_node(preempted_with_notice),
+    "guest hangs": on_node(guest_hangs),
+    "guest reboots": on_node(guest_reboots),
+    "guard killed": on_node(guard_killed),
+    "provider timer fails": on_node(provider_timer_fails),
+    "wall clock jumps": wall_clock_jumps,
+    "price moves": price_moves,
+    "store down": counted(lambda one: one.door, "down", 10.0, 900.0),
+    "store loses writes": counted(lambda one: one.door, "losing_writes", 10.0, 900.0),
+    "store reads stale": counted(lambda one: one.store, "stale_reads", 10.0, 900.0),
+}
+BROKEN: dict[str, Install] = {"price above bound": price_above_bound}
+NEVER_TOGETHER = {frozenset({"guest hangs", "provider timer fails"})}
+
+
+def disk_full(machine: Machine, t: float) -> None:
+    seconds = machine.world.rng.uniform(30.0, 900.0)
+
+    def pages(count: int) -> None:
+        machine.db.execute(f"PRAGMA max_page_count = {count}")
+
+    interval(machine, t, seconds, lambda: pages(1), lambda: pages(1_000_000))
+
+
+HELD["disk full"] = disk_full

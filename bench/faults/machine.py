@@ -1,0 +1,202 @@
+"""One run of the real supervisor on a machine that can be killed, held up, misled about time, and fill its disk."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from cost.database import migrate
+from cost.errors import SlmError
+from cost.leases import Lease
+from cost.ledger import LeaseAccount, Ledger
+from cost.offers import Offer
+from cost.recovery import Candidate
+from faults.cloud import FakeCloud
+from faults.storage import MemoryStore, SupervisorsDoor
+from faults.world import ORIGIN_MS, Killed, SkewedClock, World
+from orchestrator import supervise
+from orchestrator.clock import start_ms
+from orchestrator.events import Event
+from orchestrator.grants import Terms
+from orchestrator.runs import TERMINAL, Run, Runs, RunState
+from orchestrator.watch import StopSwitch
+
+TERMS = Terms(
+    term_seconds=600.0,
+    boot_allowance_seconds=120.0,
+    startup_seconds=120.0,
+    kill_latency_seconds=60.0,
+    drain_seconds=90.0,
+    stop_grace_seconds=180.0,
+    stall_seconds=900.0,
+    grow_delay_seconds=30.0,
+    confirm_seconds=60.0,
+    create_seconds=30.0,
+    poll_seconds=15.0,
+    accrue_seconds=60.0,
+)
+OWNER = "abc123"
+RESTART_SECONDS = 60.0
+"""When a person runs the command again after it ended with an error."""
+MAX_STARTS = 12
+DOLLAR_TOLERANCE = 1e-5
+"""Clocks count whole milliseconds."""
+
+
+class WatchedLedger(Ledger):
+    """The real books; before and after each write the process may be killed or held up."""
+
+    world: World
+
+    def reserve(self, *arguments: Any, **named: Any) -> LeaseAccount:
+        return self._between("reserve", super().reserve, *arguments, **named)
+
+    def renew(self, *arguments: Any, **named: Any) -> LeaseAccount:
+        return self._between("renew", super().renew, *arguments, **named)
+
+    def resize(self, *arguments: Any, **named: Any) -> LeaseAccount:
+        return self._between("resize", super().resize, *arguments, **named)
+
+    def settle(self, *arguments: Any, **named: Any) -> LeaseAccount:
+        return self._between("settle", super().settle, *arguments, **named)
+
+    def _between(self, name: str, write: Callable[..., LeaseAccount], *arguments: Any, **named: Any) -> LeaseAccount:
+        self.world.boundary(f"{name}:before")
+        account = write(*arguments, **named)
+        self.world.boundary(f"{name}:after")
+        return account
+
+
+@dataclass(slots=True)
+class Machine:
+    """Books, store, cloud and as many supervisors after one another (or at once) as the faults make."""
+
+    world: World
+    cloud: FakeCloud
+    store: MemoryStore
+    offers: list[Offer]
+    num_nodes: int
+    cap_usd: float
+    skew_seconds: float = 0.0
+    away_seconds: float | None = 0.0
+    """After a kill: until somebody starts the command again; None: nobody ever does."""
+    depth: int = 0
+    checks: int = 0
+    shortfall_usd: float = 0.0
+    """The most by which the true bill was ever above what the books had spent and set aside."""
+    log: Callable[[str], None] | None = None
+    db: sqlite3.Connection = field(init=False)
+    runs: Runs = field(init=False)
+    run: Run = field(init=False)
+    door: SupervisorsDoor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        self.db.row_factory = sqlite3.Row
+        migrate(self.db)
+        self.runs = Runs(self.db)
+        self.door = SupervisorsDoor(self.store, self.world)
+        cap = Decimal(int(self.cap_usd * 1_000_000)) / 1_000_000
+        self.run = self.runs.create(recipe_name="r", recipe_digest="d", recipe_json="{}", options={}, cap_usd=cap)
+
+    def live(self) -> None:
+        """Supervise, and start again after each end that is not final, as a careful person would."""
+        for _ in range(MAX_STARTS):
+            try:
+                state = self.supervise()
+            except Killed:
+                if self.away_seconds is None:
+                    return
+                self.world.advance(self.away_seconds)
+                continue
+            except SlmError as error:
+                self.tell(f"ended with: {error}")
+                self.world.advance(RESTART_SECONDS)
+                continue
+            if state in TERMINAL and state is not RunState.FAILED:
+                return
+            self.world.advance(RESTART_SECONDS)
+
+    def supervise(self) -> RunState:
+        self.depth += 1
+        try:
+            return self._supervisor().run()
+        finally:
+            self.depth -= 1
+
+    def takes_over_for(self, seconds: float) -> None:
+        """A second supervisor, while the first is held up; it is killed after so long."""
+        mine = self.depth + 1
+
+        def kill() -> None:
+            if self.depth == mine:
+                raise Killed
+
+        self.world.after(seconds, kill)
+        with suppress(Killed, SlmError):
+            self.supervise()
+
+    def _supervisor(self) -> supervise.Supervisor:
+        run = self.runs.take_over(self.run.run_id)
+        ledger = WatchedLedger(self.db, run.run_id, epoch=run.epoch)
+        ledger.world = self.world
+        clock = self._clock(ledger)
+        return supervise.Supervisor(
+            run_record=run,
+            runs=self.runs,
+            ledger=ledger,
+            backend=self.cloud,
+            store=self.door,
+            clock=clock,
+            terms=TERMS,
+            candidates=lambda _: self._candidates(),
+            command=["train"],
+            owner=OWNER,
+            write_spec=self._write_spec,
+            emit=self._heard,
+            switch=StopSwitch(),
+        )
+
+    def _clock(self, ledger: Ledger) -> SkewedClock:
+        wall_ms = ORIGIN_MS + int((self.world.t + self.skew_seconds) * 1000)
+        return SkewedClock(self.world, start_ms(wall_ms, ledger.newest_ms(), ledger.last_moment_ms()))
+
+    def _candidates(self) -> list[Candidate]:
+        hours = Decimal(TERMS.smallest_seconds) / 3600
+        counts = dict.fromkeys((self.num_nodes, 1))
+        return [
+            Candidate(offer, count, self._worst(offer) * count * hours) for count in counts for offer in self.offers
+        ]
+
+    def _worst(self, offer: Offer) -> Decimal:
+        return supervise.worst_price(offer, price_is_fixed=self.cloud.price_is_fixed)
+
+    def _write_spec(self, lease: Lease) -> None:
+        self.door.write("spec.json", lease.lease_id.encode())
+
+    def _heard(self, event: Event) -> None:
+        self.check()
+        if event.kind != "progress":
+            self.tell(event.message)
+
+    def tell(self, text: str) -> None:
+        if self.log is not None:
+            self.log(f"{self.world.t:9.1f} {text}")
+
+    def check(self) -> None:
+        """The books' promise at this moment: what was billed so far is spent or set aside."""
+        row = self.db.execute("SELECT SUM(spent_micro_usd) + SUM(held_micro_usd) AS sum FROM entries").fetchone()
+        self.checks += 1
+        missing = self.cloud.true_bill_usd() - (row["sum"] or 0) / 1e6
+        if missing > max(self.shortfall_usd, DOLLAR_TOLERANCE):
+            self.tell(f"SHORTFALL: the true bill is ${missing:.4f} above spent and held")
+            self.shortfall_usd = missing
+
+
+def rng_of(seed: int) -> random.Random:
+    return random.Random(f"cap-{seed}")

@@ -1,0 +1,135 @@
+"""One schedule: a run that would use its whole cap, some faults, and what came of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from functools import cache
+
+from cost.ledger import Ledger
+from cost.offers import Offer, load_reference_offers
+from faults.cloud import FakeCloud
+from faults.kinds import BROKEN, HELD, NEVER_TOGETHER
+from faults.machine import DOLLAR_TOLERANCE, Machine, rng_of
+from faults.storage import MemoryStore
+from faults.world import World
+
+MAX_FAULTS = 5
+CAP_NODE_HOURS = (1.0, 2.0)
+"""The cap, in hours of the whole cluster at the first offer's price."""
+AFTERWARDS_SECONDS = 86_400.0
+PROFILES = ("price fixed at rent", "price moves")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one schedule showed, in dollars."""
+
+    seed: int
+    faults: tuple[str, ...]
+    profile: str
+    cap_usd: float
+    bill_usd: float
+    shortfall_usd: float
+    excess_usd: float
+    """Billed above p-hat: what a broken price assumption explains."""
+    kept_usd: float
+    left_usd: float
+    held_usd: float
+    checks: int
+
+    @property
+    def violation(self) -> bool:
+        return self.bill_usd > self.cap_usd + self.excess_usd + DOLLAR_TOLERANCE
+
+    @property
+    def broken(self) -> bool:
+        return any(name in BROKEN for name in self.faults)
+
+
+@cache
+def spot_offers() -> tuple[Offer, ...]:
+    """Spot offers of the reference table whose on-demand price is known."""
+    return tuple(
+        one
+        for one in load_reference_offers().offers
+        if one.spot and one.on_demand_usd_per_hour is not None and one.on_demand_usd_per_hour > one.usd_per_hour
+    )
+
+
+def choose_faults(rng: random.Random, allowed: Sequence[str]) -> tuple[str, ...]:
+    """One to MAX_FAULTS distinct kinds that may happen together."""
+    chosen = rng.sample(list(allowed), min(len(allowed), rng.randint(1, MAX_FAULTS)))
+    while any(pair <= set(chosen) for pair in NEVER_TOGETHER):
+        chosen.pop()
+    return tuple(chosen)
+
+
+def build(
+    seed: int, *, price_ratio: float | None, log: Callable[[str], None] | None, break_layer: Callable[[Machine], None]
+) -> Machine:
+    rng = rng_of(seed)
+    profile = PROFILES[seed % len(PROFILES)]
+    offers = rng.sample(spot_offers(), 3)
+    if price_ratio is not None:
+        offers = [
+            replace(
+                one, on_demand_usd_per_hour=(one.usd_per_hour / Decimal(str(price_ratio))).quantize(Decimal("1e-6"))
+            )
+            for one in offers
+        ]
+    num_nodes = rng.randint(1, 3)
+    world, store = World(rng), MemoryStore()
+    cloud = FakeCloud(
+        world,
+        store,
+        price_is_fixed=profile == PROFILES[0],
+        prices={one.offer_id: [(0.0, float(one.usd_per_hour))] for one in offers},
+    )
+    cap = float(offers[0].usd_per_hour) * num_nodes * rng.uniform(*CAP_NODE_HOURS)
+    if profile == PROFILES[1]:  # enough for a useful lease at p-hat
+        cap = max(cap, 0.5 * num_nodes * float(offers[0].on_demand_usd_per_hour or 0))
+    machine = Machine(world, cloud, store, offers, num_nodes, cap, log=log)
+    break_layer(machine)
+    return machine
+
+
+def nothing(machine: Machine) -> None:
+    """All layers stand."""
+
+
+def run_schedule(
+    seed: int,
+    *,
+    faults: Sequence[str] | None = None,
+    price_ratio: float | None = None,
+    log: Callable[[str], None] | None = None,
+    break_layer: Callable[[Machine], None] = nothing,
+) -> Result:
+    """Play it to its end; `faults` names exactly the kinds to install, none: the default mix."""
+    machine = build(seed, price_ratio=price_ratio, log=log, break_layer=break_layer)
+    rng = machine.world.rng
+    chosen = choose_faults(rng, tuple(HELD) + tuple(BROKEN)) if faults is None else tuple(faults)
+    length = 3600 * machine.cap_usd / float(machine.num_nodes * machine.offers[0].usd_per_hour)
+    for name in chosen:
+        t = rng.uniform(0.0, length)
+        machine.tell(f"fault {name} at {t:.0f} s of {length:.0f} s")
+        (HELD | BROKEN)[name](machine, t)
+    machine.live()
+    machine.world.advance(AFTERWARDS_SECONDS)
+    balance = Ledger(machine.db, machine.run.run_id, epoch=0).balance()
+    return Result(
+        seed=seed,
+        faults=chosen,
+        profile=PROFILES[seed % len(PROFILES)],
+        cap_usd=machine.cap_usd,
+        bill_usd=machine.cloud.true_bill_usd(),
+        shortfall_usd=machine.shortfall_usd,
+        excess_usd=machine.cloud.excess_usd(),
+        kept_usd=sum(node.kept_usd for node in machine.cloud.nodes),
+        left_usd=float(balance.free_usd),
+        held_usd=float(balance.held_usd),
+        checks=machine.checks,
+    )

@@ -1,0 +1,80 @@
+"""A run store in memory with two doors: the supervisor's, which can fail, and the nodes'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from faults.world import World
+from trainer.store import StoreError, StoreKeyMissing
+
+
+class MemoryStore:
+    """The nodes' door: always there; a node whose network is cut does not come here."""
+
+    uri = "memory://run"
+
+    def __init__(self) -> None:
+        self.data: dict[str, list[bytes]] = {}
+        self.stale_reads = False
+
+    def read(self, key: str) -> bytes:
+        versions = self.data.get(key)
+        if not versions:
+            raise StoreKeyMissing(key, self.uri)
+        return versions[-2] if self.stale_reads and len(versions) > 1 else versions[-1]
+
+    def write(self, key: str, data: bytes) -> None:
+        versions = self.data.setdefault(key, [])
+        versions.append(data)
+        del versions[:-3]
+
+    def create(self, key: str, data: bytes) -> bool:
+        if key in self.data:
+            return False
+        self.write(key, data)
+        return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        return sorted(key for key in self.data if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        self.data.pop(key, None)
+
+    def upload(self, key: str, source: Path) -> None:
+        self.write(key, source.read_bytes())
+
+    def download(self, key: str, target: Path) -> None:
+        target.write_bytes(self.read(key))
+
+
+class SupervisorsDoor(MemoryStore):
+    """The same data over a connection that takes time, may be cut, and may lose what was written."""
+
+    def __init__(self, behind: MemoryStore, world: World) -> None:
+        super().__init__()
+        self.data = behind.data
+        self.world = world
+        self.down = 0
+        self.losing_writes = 0
+
+    def _reach(self, action: str, key: str) -> None:
+        if self.down:
+            self.world.call(1.0)
+            raise StoreError(f"cannot {action} {key}: the store does not answer; run the command again.")
+
+    def read(self, key: str) -> bytes:
+        self._reach("read", key)
+        return super().read(key)
+
+    def write(self, key: str, data: bytes) -> None:
+        name = key.split("/")[0]
+        self.world.boundary(f"{name}:before")
+        self._reach("write", key)
+        self.world.call()
+        if not self.losing_writes:
+            super().write(key, data)
+        self.world.boundary(f"{name}:after")
+
+    def list(self, prefix: str = "") -> list[str]:
+        self._reach("list", prefix)
+        return super().list(prefix)
