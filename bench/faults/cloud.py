@@ -30,6 +30,7 @@ class Trouble:
     deaf_to_stop: int = 0
     full: int = 0
     lose_reply: int = 0
+    create_late_seconds: float = 0.0
     doubled: int = 0
 
 
@@ -49,10 +50,12 @@ class FakeCloud:
     ttl_exists: bool = True
     ttl_slack: float = 0.0
     ttl_latency: tuple[float, float] = TTL_LATENCY_SECONDS
+    stray_seconds: float = 0.0
+    """How long a stray may live until it counts as beyond the bound."""
     steps: int = 0
     command: Sequence[str] = ()
     _exit_codes: dict[str, int] = field(default_factory=dict)
-    _ended_usd: float = 0.0
+    _ended_usd: dict[str, float] = field(default_factory=dict)
     _alive: list[Node] = field(default_factory=list)
 
     # -- the contract
@@ -63,6 +66,11 @@ class FakeCloud:
     def start(self, lease: Lease, command: Sequence[str]) -> None:
         self._request("start")
         self.command = command
+        late, self.trouble.create_late_seconds = self.trouble.create_late_seconds, 0.0
+        if late:
+            for rank in range(lease.num_nodes):
+                self.world.after(late, lambda rank=rank: self._create(lease, rank, is_stray=True))  # type: ignore[misc]
+            self._reply("start", lost=True)
         for _ in range(2 if self.trouble.doubled else 1):
             have = {node.rank for node in self._alive if node.lease.lease_id == lease.lease_id}
             missing = [rank for rank in range(lease.num_nodes) if rank not in have]
@@ -122,7 +130,8 @@ class FakeCloud:
         if node.alive:
             node.ended = self.world.t
             self._alive.remove(node)
-            self._ended_usd += self._cost(node)
+            lease_id = node.lease.lease_id
+            self._ended_usd[lease_id] = self._ended_usd.get(lease_id, 0.0) + self._cost(node)
 
     def alive(self) -> list[Node]:
         return list(self._alive)
@@ -132,7 +141,14 @@ class FakeCloud:
 
     def true_bill_usd(self) -> float:
         """Real node time at the price of each moment."""
-        return self._ended_usd + sum(self._cost(node) for node in self._alive)
+        return sum(self.bills().values())
+
+    def bills(self) -> dict[str, float]:
+        """The same by lease."""
+        bills = dict(self._ended_usd)
+        for node in self._alive:
+            bills[node.lease.lease_id] = bills.get(node.lease.lease_id, 0.0) + self._cost(node)
+        return bills
 
     def _cost(self, node: Node, above: float = 0.0) -> float:
         """Integral of the price over the node's life; `above`: only of what exceeds that price."""
@@ -145,10 +161,17 @@ class FakeCloud:
         return total
 
     def excess_usd(self) -> float:
-        """What was billed above p-hat: the overshoot that a broken price assumption may cause."""
-        return sum(self._cost(node, float(node.lease.worst_usd_per_hour)) for node in self.nodes)
+        """The overshoot that broken assumptions explain: prices above p-hat, late kills, strays for a while."""
+        return sum(self._excess(node) for node in self.nodes)
 
-    def _create(self, lease: Lease, rank: int) -> None:
+    def _excess(self, node: Node) -> float:
+        offer = node.lease.offer
+        worst = offer.usd_per_hour if self.price_is_fixed else offer.on_demand_usd_per_hour or offer.usd_per_hour
+        seconds = node.late_seconds + (self.stray_seconds if node.is_stray else 0.0)
+        highest = max(price for _, price in self.prices[offer.offer_id])
+        return self._cost(node, float(worst)) + seconds * highest / 3600
+
+    def _create(self, lease: Lease, rank: int, *, is_stray: bool = False) -> None:
         rng = self.world.rng
         node = Node(
             world=self.world,
@@ -164,6 +187,7 @@ class FakeCloud:
             guarded=self.guarded,
             ttl_works=self.ttl_exists,
             step=self._next_step,
+            is_stray=is_stray,
         )
         self.nodes.append(node)
         self._alive.append(node)

@@ -214,10 +214,42 @@ def price_moves(machine: Machine, t: float) -> None:
         set_price(machine, t + rng.uniform(60.0, 3600.0), offer.offer_id, rng.uniform(low, high))
 
 
+def price_peaks_unseen(machine: Machine, t: float) -> None:
+    """Up to p-hat just while the supervisor sees neither provider nor store."""
+    seconds = machine.world.rng.uniform(200.0, 500.0)
+
+    def change(by: int) -> None:
+        machine.cloud.trouble.down += by
+        machine.door.down += by
+
+    interval(machine, t, seconds, lambda: change(1), lambda: change(-1))
+    for offer in [] if machine.cloud.price_is_fixed else machine.offers:
+        set_price(machine, t + 1.0, offer.offer_id, float(offer.on_demand_usd_per_hour or offer.usd_per_hour))
+        set_price(machine, t + seconds - 1.0, offer.offer_id, float(offer.usd_per_hour))
+
+
 def price_above_bound(machine: Machine, t: float) -> None:
     for offer in machine.offers:
         worst = float(machine._worst(offer))
         set_price(machine, t, offer.offer_id, worst * machine.world.rng.uniform(1.1, 3.0))
+
+
+def kill_late(machine: Machine, node: Node) -> None:
+    """The guest hangs, and the provider's limit acts later than kappa."""
+    node.hung = True
+    node.kill_late(machine.world.rng.uniform(60.0, 600.0))
+
+
+def create_late(machine: Machine, t: float) -> None:
+    """What lives is taken, and the create that follows takes effect after everybody has given it up."""
+    seconds = machine.world.rng.uniform(150.0, 400.0)
+
+    def take() -> None:
+        machine.cloud.trouble.create_late_seconds = seconds
+        for node in machine.cloud.alive():
+            machine.cloud.end(node)
+
+    machine.world.at(t, take)
 
 
 def set_price(machine: Machine, t: float, offer_id: str, price: float) -> None:
@@ -249,12 +281,17 @@ HELD: dict[str, Install] = {
     "provider timer fails": on_node(provider_timer_fails),
     "wall clock jumps": wall_clock_jumps,
     "price moves": price_moves,
+    "price peaks unseen": price_peaks_unseen,
     "store down": counted(lambda one: one.door, "down", 10.0, 900.0),
     "store loses writes": counted(lambda one: one.door, "losing_writes", 10.0, 900.0),
     "store reads stale": counted(lambda one: one.store, "stale_reads", 10.0, 900.0),
 }
-BROKEN: dict[str, Install] = {"price above bound": price_above_bound}
-NEVER_TOGETHER = {frozenset({"guest hangs", "provider timer fails"})}
+BROKEN: dict[str, Install] = {
+    "price above bound": price_above_bound,
+    "kill late": on_node(kill_late),
+    "create late": create_late,
+}
+NEVER_TOGETHER = {frozenset({"guest hangs", "provider timer fails"}), frozenset({"kill late", "provider timer fails"})}
 
 
 def disk_full(machine: Machine, t: float) -> None:

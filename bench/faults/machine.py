@@ -19,7 +19,7 @@ from cost.recovery import Candidate
 from faults.cloud import FakeCloud
 from faults.storage import MemoryStore, SupervisorsDoor
 from faults.world import ORIGIN_MS, Killed, SkewedClock, World
-from orchestrator import supervise
+from orchestrator import supervise as loop
 from orchestrator.clock import start_ms
 from orchestrator.events import Event
 from orchestrator.grants import Terms
@@ -52,6 +52,7 @@ class WatchedLedger(Ledger):
     """The real books; before and after each write the process may be killed or held up."""
 
     world: World
+    written_unfenced: Callable[[], None]
 
     def reserve(self, *arguments: Any, **named: Any) -> LeaseAccount:
         return self._between("reserve", super().reserve, *arguments, **named)
@@ -68,6 +69,9 @@ class WatchedLedger(Ledger):
     def _between(self, name: str, write: Callable[..., LeaseAccount], *arguments: Any, **named: Any) -> LeaseAccount:
         self.world.boundary(f"{name}:before")
         account = write(*arguments, **named)
+        newest = self._db.execute("SELECT epoch FROM runs WHERE run_id = ?", (self.run_id,)).fetchone()["epoch"]
+        if newest != self.epoch:
+            self.written_unfenced()
         self.world.boundary(f"{name}:after")
         return account
 
@@ -88,7 +92,9 @@ class Machine:
     depth: int = 0
     checks: int = 0
     shortfall_usd: float = 0.0
-    """The most by which the true bill was ever above what the books had spent and set aside."""
+    """The most by which a lease's true bill was ever above what the books had spent and set aside for it."""
+    unfenced_writes: int = 0
+    """Writes by a supervisor after another had taken over."""
     log: Callable[[str], None] | None = None
     db: sqlite3.Connection = field(init=False)
     runs: Runs = field(init=False)
@@ -141,12 +147,13 @@ class Machine:
         with suppress(Killed, SlmError):
             self.supervise()
 
-    def _supervisor(self) -> supervise.Supervisor:
+    def _supervisor(self) -> loop.Supervisor:
         run = self.runs.take_over(self.run.run_id)
         ledger = WatchedLedger(self.db, run.run_id, epoch=run.epoch)
         ledger.world = self.world
+        ledger.written_unfenced = self._written_unfenced
         clock = self._clock(ledger)
-        return supervise.Supervisor(
+        return loop.Supervisor(
             run_record=run,
             runs=self.runs,
             ledger=ledger,
@@ -162,6 +169,9 @@ class Machine:
             switch=StopSwitch(),
         )
 
+    def _written_unfenced(self) -> None:
+        self.unfenced_writes += 1
+
     def _clock(self, ledger: Ledger) -> SkewedClock:
         wall_ms = ORIGIN_MS + int((self.world.t + self.skew_seconds) * 1000)
         return SkewedClock(self.world, start_ms(wall_ms, ledger.newest_ms(), ledger.last_moment_ms()))
@@ -174,7 +184,7 @@ class Machine:
         ]
 
     def _worst(self, offer: Offer) -> Decimal:
-        return supervise.worst_price(offer, price_is_fixed=self.cloud.price_is_fixed)
+        return loop.worst_price(offer, price_is_fixed=self.cloud.price_is_fixed)
 
     def _write_spec(self, lease: Lease) -> None:
         self.door.write("spec.json", lease.lease_id.encode())
@@ -189,10 +199,13 @@ class Machine:
             self.log(f"{self.world.t:9.1f} {text}")
 
     def check(self) -> None:
-        """The books' promise at this moment: what was billed so far is spent or set aside."""
-        row = self.db.execute("SELECT SUM(spent_micro_usd) + SUM(held_micro_usd) AS sum FROM entries").fetchone()
+        """The books' promise at this moment, lease by lease: what was billed so far is spent or set aside."""
+        rows = self.db.execute(
+            "SELECT lease_id, SUM(spent_micro_usd) + SUM(held_micro_usd) AS sum FROM entries GROUP BY lease_id"
+        )
+        books = {row["lease_id"]: row["sum"] / 1e6 for row in rows}
         self.checks += 1
-        missing = self.cloud.true_bill_usd() - (row["sum"] or 0) / 1e6
+        missing = max((bill - books.get(lease_id, 0.0) for lease_id, bill in self.cloud.bills().items()), default=0.0)
         if missing > max(self.shortfall_usd, DOLLAR_TOLERANCE):
             self.tell(f"SHORTFALL: the true bill is ${missing:.4f} above spent and held")
             self.shortfall_usd = missing

@@ -42,6 +42,10 @@ class Node:
     hung: bool = False
     cut: bool = False
     ttl_works: bool = True
+    late_seconds: float = 0.0
+    """How much longer than kappa its killers take: broken on purpose."""
+    is_stray: bool = False
+    """Created after its lease was settled: broken on purpose."""
     guard: State | None = None
     clock_offset: float = 0.0
     training_since: float | None = None
@@ -65,6 +69,11 @@ class Node:
     def move_ttl(self, until: float) -> None:
         self.ttl = until
         self.world.at(until + self.ttl_latency, self._ttl_fires)
+
+    def kill_late(self, seconds: float) -> None:
+        self.ttl_latency += seconds
+        self.late_seconds = seconds
+        self.move_ttl(self.ttl)
 
     def _ttl_fires(self) -> None:
         if self.alive and self.ttl_works and self.world.t >= self.ttl + self.ttl_latency - 1e-6:

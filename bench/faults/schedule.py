@@ -12,7 +12,7 @@ from cost.ledger import Ledger
 from cost.offers import Offer, load_reference_offers
 from faults.cloud import FakeCloud
 from faults.kinds import BROKEN, HELD, NEVER_TOGETHER
-from faults.machine import DOLLAR_TOLERANCE, Machine, rng_of
+from faults.machine import DOLLAR_TOLERANCE, TERMS, Machine, rng_of
 from faults.storage import MemoryStore
 from faults.world import World
 
@@ -20,6 +20,8 @@ MAX_FAULTS = 5
 CAP_NODE_HOURS = (1.0, 2.0)
 """The cap, in hours of the whole cluster at the first offer's price."""
 AFTERWARDS_SECONDS = 86_400.0
+RECONCILED_SECONDS = TERMS.reconcile_seconds + 60.0
+"""Within this a stray is found and ended, where nothing else is wrong."""
 PROFILES = ("price fixed at rent", "price moves")
 
 
@@ -39,10 +41,19 @@ class Result:
     left_usd: float
     held_usd: float
     checks: int
+    unfenced_writes: int
 
     @property
     def violation(self) -> bool:
         return self.bill_usd > self.cap_usd + self.excess_usd + DOLLAR_TOLERANCE
+
+    @property
+    def books_short(self) -> bool:
+        """At some moment more was billed than was spent and set aside, beyond what a broken assumption explains.
+
+        Or somebody wrote into the books after another supervisor had taken over.
+        """
+        return self.shortfall_usd > self.excess_usd + DOLLAR_TOLERANCE or self.unfenced_writes > 0
 
     @property
     def broken(self) -> bool:
@@ -117,8 +128,11 @@ def run_schedule(
         t = rng.uniform(0.0, length)
         machine.tell(f"fault {name} at {t:.0f} s of {length:.0f} s")
         (HELD | BROKEN)[name](machine, t)
+    alone = chosen == ("create late",)
+    machine.cloud.stray_seconds = RECONCILED_SECONDS if alone else TERMS.smallest_seconds + TERMS.term_seconds
     machine.live()
     machine.world.advance(AFTERWARDS_SECONDS)
+    machine.check()
     balance = Ledger(machine.db, machine.run.run_id, epoch=0).balance()
     return Result(
         seed=seed,
@@ -132,4 +146,5 @@ def run_schedule(
         left_usd=float(balance.free_usd),
         held_usd=float(balance.held_usd),
         checks=machine.checks,
+        unfenced_writes=machine.unfenced_writes,
     )
