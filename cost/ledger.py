@@ -119,12 +119,12 @@ class Ledger:
     def balance(self) -> Balance:
         """Cap, spent and held, summed over the entries."""
         row = self._db.execute(
-            "SELECT r.cap_micro_usd AS cap, COALESCE(SUM(e.spent_micro_usd), 0) AS spent, "
-            "COALESCE(SUM(e.held_micro_usd), 0) AS held "
-            "FROM runs r LEFT JOIN entries e ON e.run_id = r.run_id WHERE r.run_id = ? GROUP BY r.run_id",
-            (self.run_id,),
+            "SELECT (SELECT cap_micro_usd FROM runs WHERE run_id = ?) AS cap, "
+            "COALESCE(SUM(spent_micro_usd), 0) AS spent, COALESCE(SUM(held_micro_usd), 0) AS held "
+            "FROM entries INDEXED BY entries_sums WHERE run_id = ?",
+            (self.run_id, self.run_id),
         ).fetchone()
-        if row is None:
+        if row["cap"] is None:
             raise SlmError(f"there are no books for run {self.run_id}.")
         return Balance(usd(row["cap"]), usd(row["spent"]), usd(row["held"]))
 
