@@ -146,9 +146,11 @@ class Cloud:
             self._end(node, "", node.reason)
 
     def _ask_to_end(self, node: Node) -> bool:
-        """SIGTERM to the node's command, once; False when there is none that could end by itself."""
+        """SIGTERM to the node's command, once; False when it has ended. One not yet written down may just begin."""
         command = guard.recorded(str(node.path("command.json")))
-        if command is None or not guard.alive(command):
+        if command is None:
+            return True
+        if not guard.alive(command):
             return False
         if not node.told:
             node.told = self._unsaved = True
