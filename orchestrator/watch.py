@@ -270,6 +270,8 @@ class Watch:
         if epoch != self._trainer_epoch and self.lost_at is not None:
             self.tell("recovered", f"training again at step {step} after {now - self.lost_at:.1f} s", step=step)
             self.lost_at = None
+        if epoch != self._trainer_epoch:
+            self._tell_skipped_checkpoints(epoch)
         self._trainer_epoch, self.step, self._last_new_step_at = epoch, step, now
         if not self._running:
             self._running = True
@@ -290,6 +292,11 @@ class Watch:
             if percent >= threshold > self._warned:
                 self._warned = threshold
                 self.tell("warning", f"{threshold} % of the cap is spent: ${balance.spent_usd:.2f}")
+
+    def _tell_skipped_checkpoints(self, epoch: int) -> None:
+        """Say which damaged checkpoints the workers passed over when they began."""
+        for reason in (self._json(f"epochs/{epoch}.json") or {}).get("skipped", []):
+            self.tell("warning", f"a damaged checkpoint was passed over for the one before: {reason}")
 
     # -- stopping --------------------------------------------------------------------------------
 

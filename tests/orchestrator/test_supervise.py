@@ -228,6 +228,17 @@ def test_losing_the_head_ends_the_whole_lease(world: World) -> None:
     check_books(world)
 
 
+def test_a_damaged_checkpoint_that_the_workers_passed_over_is_told(world: World) -> None:
+    record = {"epoch": 1, "skipped": ["step 40 of epoch 0: part a.distcp has another checksum"]}
+    world.store.write("epochs/1.json", json.dumps(record).encode())
+    world.supervisor().run()
+    told = [message for message in world.told("warning") if "passed over" in message]
+    assert told == [
+        "a damaged checkpoint was passed over for the one before: "
+        "step 40 of epoch 0: part a.distcp has another checksum"
+    ]
+
+
 def test_a_head_that_leaves_as_announced_is_a_preemption(world: World) -> None:
     def leave() -> None:
         lease_id = world.backend.starts[0].lease_id
