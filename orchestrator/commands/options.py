@@ -181,7 +181,12 @@ UniqueTokensOption = Annotated[
 ]
 TokensPerParamOption = Annotated[
     float | None,
-    typer.Option("--tokens-per-param", parser=parse_positive, metavar="X", help="With --params. [default: 20]"),
+    typer.Option(
+        "--tokens-per-param",
+        parser=parse_positive,
+        metavar="X",
+        help="Where a size is given instead of a recipe. [default: 20]",
+    ),
 ]
 BackendOption = Annotated[
     BackendName | None, typer.Option("--backend", help="Where nodes come from. [default: the recipe's]")
