@@ -38,7 +38,7 @@ demo: $(STAMP)
 e2e: $(STAMP)
 	$(BIN)/python -m pytest -m e2e tests/e2e
 	$(BIN)/python bench/prove_demo.py
-	$(BIN)/python bench/prove_budget.py --steps 150
+	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 2
 	$(BIN)/python bench/prove_interrupts.py --moments 3
 	$(BIN)/python bench/prove_mutations.py

@@ -29,7 +29,7 @@ def main() -> int:
         stopped = cut.slm("launch", "demo", *CALM, *steps, "--budget", str(third), timeout=900)
         first = cut.status()
         cut.check(first.get("state") == "OUT_OF_BUDGET", f"the cap stops it: {first.get('state')} {stopped.stderr}")
-        cut.check(Decimal(str(first.get("spent_usd"))) <= third, f"${first.get('spent_usd')} <= ${third}")
+        cut.check(Decimal(str(first.get("spent_usd", "-1"))) <= third, f"${first.get('spent_usd')} <= ${third}")
         cut.check((first.get("checkpoint_step") or 0) > 0, f"a checkpoint at step {first.get('checkpoint_step')}")
         cut.check(not cut.wait_until_empty(10), "nothing runs after the cap")
         resumed = cut.slm("resume", "--budget", "100", timeout=1200)
