@@ -9,25 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-EVENT_KINDS = frozenset(
-    {
-        "state",
-        "prepare",
-        "start",
-        "lost",
-        "grown",
-        "notice",
-        "preempted",
-        "recovered",
-        "relaunch",
-        "rollover",
-        "progress",
-        "warning",
-        "settled",
-        "done",
-    }
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Event:

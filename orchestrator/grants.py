@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cost.leases import MILLISECONDS_PER_HOUR, micro_usd
+from cost.leases import MILLISECONDS_PER_HOUR, Lease, micro_usd
 from cost.ledger import Balance, LeaseAccount, Ledger
 from orchestrator.backends.base import Backend
 from orchestrator.clock import Clock
@@ -97,6 +97,21 @@ class Grants:
             account = self._ledger.renew(account.lease.lease_id, expires_ms=target, at_ms=now)
             self.extend(account)
         return account, reaches
+
+    def pay_first_deadline(self, lease: Lease) -> LeaseAccount:
+        """Pay up to the first deadline of a node that is asked for at this moment.
+
+        Raises:
+            BudgetExceeded: It is not affordable.
+            Fenced: Another supervisor holds the run and may have settled this lease.
+        """
+        now = self._clock.now_ms()
+        expires_ms = now + self.first_deadline_ms(lease.first_grant_seconds)
+        return self._ledger.renew(lease.lease_id, expires_ms=expires_ms, at_ms=now)
+
+    def first_deadline_ms(self, first_grant_seconds: float) -> int:
+        """Billed milliseconds from asking for a node to the end of its first grant, which counts from its boot."""
+        return self.billed_ms(self._terms.boot_allowance_seconds + first_grant_seconds)
 
     def extend(self, account: LeaseAccount) -> None:
         """Move the provider's own limit to the end of what is paid."""

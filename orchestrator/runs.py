@@ -41,7 +41,6 @@ class RunState(StrEnum):
 
 
 TERMINAL = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED, RunState.OUT_OF_BUDGET})
-RESUMABLE = TERMINAL - {RunState.SUCCEEDED}
 
 # Any live state may be found after a crash, so each can be entered again by LAUNCHING or RECOVERING.
 MOVES: Mapping[RunState, frozenset[RunState]] = {

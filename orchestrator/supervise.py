@@ -117,7 +117,8 @@ class Supervisor:
         except BudgetExceeded as error:
             return Stop(StopReason.BUDGET, str(error))
         try:
-            account = self._pay_from_now(account)
+            # Since the reservation this process may have stood still for any time, or lost the run.
+            account = self._grants.pay_first_deadline(account.lease)
             self.backend.start(account.lease, self.command)
         except BudgetExceeded as error:
             self._settle_unrented(account)
@@ -129,19 +130,6 @@ class Supervisor:
             self._close(account, Cause.BROKEN, asked_at=self.clock.real_seconds())
             return self._decide(Cause.BROKEN, str(error), account)
         return self._watch_and_decide(account)
-
-    def _pay_from_now(self, account: LeaseAccount) -> LeaseAccount:
-        """Pay up to the first deadline as counted from this moment, and learn here if the run was taken over.
-
-        Between the reservation and the rent this process may have stood still for any time.
-
-        Raises:
-            BudgetExceeded: The later end is not affordable; nothing was rented.
-            Fenced: Another supervisor holds the run and may have settled this lease.
-        """
-        now = self.clock.now_ms()
-        first = self.terms.boot_allowance_seconds + account.lease.first_grant_seconds
-        return self.ledger.renew(account.lease.lease_id, expires_ms=now + self._grants.billed_ms(first), at_ms=now)
 
     def _settle_unrented(self, account: LeaseAccount) -> None:
         """Nothing was rented, so nothing is owed."""
@@ -233,7 +221,7 @@ class Supervisor:
         now = self.clock.now_ms()
         account = self.ledger.reserve(
             lease,
-            expires_ms=now + self._grants.billed_ms(self.terms.boot_allowance_seconds + lease.first_grant_seconds),
+            expires_ms=now + self._grants.first_deadline_ms(lease.first_grant_seconds),
             latency_ms=self._grants.billed_ms(self.terms.kill_latency_seconds),
             at_ms=now,
         )

@@ -357,15 +357,12 @@ class Watch:
         """Pay for all nodes up to the new node's own first deadline, then ask for it."""
         self._resize(wanted)
         try:
-            account = self._pay_first_deadline()
+            account = self.grants.pay_first_deadline(self.lease)
             self.grants.extend(account)  # the others' limit moves too: their next renewal is due only later now
-            self._pay_first_deadline()  # again from this moment: the call before may have taken any time
+            self.grants.pay_first_deadline(
+                self.lease
+            )  # again from this moment: the call before may have taken any time
         except BudgetExceeded:
             self._resize(len(self._seen))
             raise
         self.backend.start(self.lease, self.command)
-
-    def _pay_first_deadline(self) -> LeaseAccount:
-        now_ms = self.clock.now_ms()
-        first = self.terms.boot_allowance_seconds + self.lease.first_grant_seconds
-        return self.ledger.renew(self.lease.lease_id, expires_ms=now_ms + self.grants.billed_ms(first), at_ms=now_ms)

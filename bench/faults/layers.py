@@ -16,6 +16,7 @@ from cost.ledger import LeaseAccount, Ledger
 from cost.offers import Offer
 from faults.machine import Machine, WatchedLedger
 from orchestrator import supervise
+from orchestrator.grants import Grants
 from orchestrator.runs import Runs
 
 TTL_SLACK_SECONDS = 1800.0
@@ -42,7 +43,7 @@ def reserve_nothing(_: Machine) -> None:
         return reserve(self, lease, expires_ms=at_ms, latency_ms=0, at_ms=at_ms)
 
     patch(WatchedLedger, "reserve", unreserved)
-    patch(supervise.Supervisor, "_pay_from_now", lambda _, account: account)
+    patch(Grants, "pay_first_deadline", lambda self, lease: self._ledger.account(lease.lease_id))
 
 
 def price_of_now(_: Machine) -> None:
