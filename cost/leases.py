@@ -33,6 +33,8 @@ class Lease:
     """Real seconds that the slowest killer assumed sound needs (kappa)."""
     epoch: int
     """Fencing number of the supervisor that wrote it."""
+    minimum_billed_seconds: float = 0.0
+    """Billed seconds that the provider charges for each node at least."""
 
 
 def micro_usd(usd: Decimal) -> int:

@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cost.accounts import LeaseAccount
 from cost.leases import MILLISECONDS_PER_HOUR, Lease, micro_usd
-from cost.ledger import Balance, LeaseAccount, Ledger
+from cost.ledger import Balance, Ledger
 from orchestrator.backends.base import Backend
 from orchestrator.clock import Clock
 from trainer.store import Store, StoreKeyMissing

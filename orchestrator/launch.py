@@ -25,6 +25,7 @@ from cost.leases import Lease
 from cost.ledger import Ledger
 from cost.offers import Offer
 from cost.recovery import Candidate
+from orchestrator import journal as journals
 from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
@@ -131,18 +132,17 @@ def supervise(
     started = time.monotonic()
     with SupervisorLock(lock_path(home, run_id), run_id), books(home) as runs, signals(switch):
         asked_to_stop = runs.get(run_id).stop_requested
-        run = runs.take_over(run_id)
+        store = store_of(runs.get(run_id), runs, home)
+        run, journal = journals.enter(runs, run_id, store, owner=home.owner_id())
         if asked_to_stop and not run.is_finished:
             switch.press()
         recipe = Recipe.model_validate_json(run.recipe_json)
         emit = EventLog(home.run_dir(run_id) / "events.jsonl", on_event)
-        ledger = Ledger(runs.db, run_id, epoch=run.epoch)
+        ledger = Ledger(runs.db, run_id, epoch=run.epoch, journal=journal)
         if budget_usd is not None and budget_usd != run.cap_usd:
             ledger.set_cap(budget_usd)
         clock = clock_of(run, recipe, ledger, emit)
         data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
-        # A store that vanished after the first lease held checkpoints: say so instead of starting from nothing.
-        store = open_store(str(home.store_dir(run_id)), create=not ledger.accounts())
         terms = terms_of(recipe)
         offers = [offer_of(content) for content in run.options["offers"]]
         backend = backend_of(recipe, run, store=store, home=home, offers=offers)
@@ -157,6 +157,7 @@ def supervise(
             candidates=lambda _: candidates_of(offers, recipe, terms, price_is_fixed=backend.price_is_fixed),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
+            owners=run.options.get(journals.OWNERS, ()),
             write_spec=lambda lease: write_spec(lease, run, recipe, store, data_dir),
             emit=emit,
             switch=switch,
@@ -166,6 +167,12 @@ def supervise(
             require_one_lease(supervisor.candidates(balance.free_usd), balance.free_usd, balance.spent_usd)
         supervisor.run()
         return summary_of(runs, run_id, home, wall_seconds=time.monotonic() - started)
+
+
+def store_of(run: Run, runs: Runs, home: Home) -> Store:
+    """The run's store. One that vanished after the first lease held checkpoints: that is told, not made anew."""
+    uri = run.options.get(journals.STORE) or str(home.store_dir(run.run_id))
+    return open_store(uri, create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts())
 
 
 def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_usd: Decimal) -> None:

@@ -7,16 +7,17 @@ memory: a supervisor killed at any instant is replaced by the next one, which se
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from cost.accounts import LeaseAccount
 from cost.database import DatabaseError
 from cost.errors import BudgetExceeded, SlmError
 from cost.leases import Lease
-from cost.ledger import LeaseAccount, Ledger
+from cost.ledger import Ledger
 from cost.offers import Offer
 from cost.recovery import (
     BLOCK_MS,
@@ -72,6 +73,8 @@ class Supervisor:
     write_spec: WriteSpec
     emit: Emit
     switch: StopSwitch
+    owners: Sequence[str] = ()
+    """Names under which other machines have rented for this run."""
     _grants: Grants = field(init=False)
     _blocked: dict[tuple[str, int], int] = field(default_factory=dict)
     _failures: int = 0
@@ -195,7 +198,13 @@ class Supervisor:
         return adopted
 
     def _end_strangers(self) -> None:
-        for message in end_unknown_instances(self.backend, self.ledger.open_leases_of_all_runs(), owner=self.owner):
+        for message in end_unknown_instances(
+            self.backend,
+            self.ledger.open_leases_of_all_runs(),
+            owner=self.owner,
+            run_id=self.run_record.run_id,
+            owners=self.owners,
+        ):
             self._tell("warning", message)
 
     def _open(self, decision: Relaunch | Rollover) -> LeaseAccount:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from cost.accounts import LeaseAccount
 from cost.errors import BudgetExceeded
 from cost.leases import Lease, micro_usd
-from cost.ledger import LeaseAccount, Ledger
+from cost.ledger import Ledger
 from cost.recovery import Cause
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock

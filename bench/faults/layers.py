@@ -12,7 +12,8 @@ from decimal import Decimal
 from typing import Any
 from unittest import mock
 
-from cost.ledger import LeaseAccount, Ledger
+from cost.accounts import LeaseAccount
+from cost.ledger import Ledger
 from cost.offers import Offer
 from faults.machine import Machine, WatchedLedger
 from orchestrator import supervise

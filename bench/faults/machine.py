@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from cost.accounts import LeaseAccount
 from cost.database import migrate
 from cost.errors import SlmError
 from cost.leases import Lease
-from cost.ledger import LeaseAccount, Ledger
+from cost.ledger import Ledger
 from cost.offers import Offer
 from cost.recovery import Candidate
 from faults.cloud import FakeCloud
