@@ -122,6 +122,7 @@ COLUMNS = (
     "outcome",
     "minimum_ms",
     "floor_ms",
+    "ttl_seconds",
 )
 _PUT = (
     f"INSERT INTO leases ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
@@ -159,6 +160,7 @@ def row_of(account: LeaseAccount) -> dict[str, Any]:
         "outcome": account.outcome,
         "minimum_ms": account.minimum_ms,
         "floor_ms": account.floor_ms,
+        "ttl_seconds": lease.ttl_seconds,
     }
 
 
@@ -178,6 +180,7 @@ def account_of(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAcco
         kill_latency_seconds=row["kill_latency_seconds"],
         epoch=epoch,
         minimum_billed_seconds=row["minimum_ms"] / 1000,
+        ttl_seconds=row["ttl_seconds"],
     )
     return LeaseAccount(
         lease=lease,

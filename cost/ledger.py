@@ -304,8 +304,14 @@ class Ledger:
         """Nothing more is stored or sent: release what the estimates were too high by."""
         with self._writing():
             for line in self.lines():
-                after = replace(line, reserved_micro_usd=min(line.reserved_micro_usd, line.spent_micro_usd))
-                self._change_line(line, after, EntryKind.RELEASE, at_ms, "unused")
+                self.release_line(line.name, at_ms=at_ms)
+
+    def release_line(self, name: str, *, at_ms: int) -> None:
+        """Hold no more of a line than it has come to; nothing for one that is not there."""
+        with self._writing():
+            line = self._line(name)
+            after = replace(line, reserved_micro_usd=min(line.reserved_micro_usd, line.spent_micro_usd))
+            self._change_line(line, after, EntryKind.RELEASE, at_ms, "unused")
 
     def set_cap(self, cap_usd: Decimal) -> None:
         """Change the cap; never below what is spent and held.

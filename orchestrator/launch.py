@@ -30,11 +30,11 @@ from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
-from orchestrator.grants import Terms
 from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
 from orchestrator.settings import Home
-from orchestrator.supervise import Supervisor, worst_price
+from orchestrator.supervise import Supervisor
+from orchestrator.terms import Terms, TermsOf, needed_usd, same_terms
 from orchestrator.watch import StopSwitch
 from tasks.recipe import Recipe
 from tasks.spec import RunSpec
@@ -74,7 +74,7 @@ def launch(
         known = unfinished(runs, recipe, home)
         if known is None:
             require_one_lease(
-                candidates_of(offers, recipe, terms_of(recipe), price_is_fixed=LocalBackend.price_is_fixed),
+                candidates_of(offers, recipe, terms_of(recipe)),
                 cap_usd,
                 Decimal(0),
             )
@@ -154,7 +154,7 @@ def supervise(
             store=store,
             clock=clock,
             terms=terms,
-            candidates=lambda _: candidates_of(offers, recipe, terms, price_is_fixed=backend.price_is_fixed),
+            candidates=lambda _: candidates_of(offers, recipe, terms),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
             owners=run.options.get(journals.OWNERS, ()),
@@ -200,16 +200,15 @@ def require_backend(name: str) -> None:
         )
 
 
-def terms_of(recipe: Recipe) -> Terms:
-    return Terms(term_seconds=recipe.local.lease_seconds)
+def terms_of(recipe: Recipe) -> TermsOf:
+    return same_terms(Terms(term_seconds=recipe.local.lease_seconds))
 
 
-def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: Terms, *, price_is_fixed: bool) -> list[Candidate]:
+def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: TermsOf) -> list[Candidate]:
     """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
     counts = dict.fromkeys((recipe.nodes.max, recipe.nodes.min))
-    hours = Decimal(terms.smallest_seconds * recipe.local.time_scale / 3600)
     return [
-        Candidate(offer, count, worst_price(offer, price_is_fixed=price_is_fixed) * count * hours)
+        Candidate(offer, count, needed_usd(offer, terms(offer), num_nodes=count, scale=recipe.local.time_scale))
         for count in counts
         for offer in offers
     ]
