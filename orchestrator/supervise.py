@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from cost.accounts import LeaseAccount
 from cost.database import DatabaseError
 from cost.errors import BudgetExceeded, SlmError
-from cost.leases import Lease
+from cost.leases import Lease, usd
 from cost.ledger import Ledger
+from cost.offers import Offer
 from cost.providers import Ttl
 from cost.recovery import (
     BLOCK_MS,
@@ -37,7 +38,7 @@ from orchestrator.events import Emit, Event
 from orchestrator.grants import Grants
 from orchestrator.reconcile import end_unknown_instances
 from orchestrator.runs import Run, Runs, RunState
-from orchestrator.terms import TermsOf, worst_price
+from orchestrator.terms import Terms, TermsOf, worst_price
 from orchestrator.watch import StopSwitch, Watch
 from trainer.store import Store, StoreError
 
@@ -180,7 +181,6 @@ class Supervisor:
             outcome=Cause.NO_CAPACITY.value,
             rented=False,
         )
-        self._release_balance(account)
 
     def _watch_and_decide(self, account: LeaseAccount) -> Decision:
         watch = Watch(
@@ -263,12 +263,12 @@ class Supervisor:
         offer, num_nodes = decision.offer, decision.num_nodes
         terms = self.terms(offer)
         worst = worst_price(offer, terms.price_bound)
-        if terms.balance_usd is not None:
-            self.ledger.set_aside(balance_line(offer.cloud), terms.balance_usd, at_ms=self.clock.now_ms())
         fixed = terms.first_seconds(terms.kill_latency_seconds) + RENT_SLACK_SECONDS
         free = self.ledger.balance().free_usd
-        affordable = float(free / (worst * num_nodes)) * 3600 / self.clock.scale - fixed
+        affordable = seconds_for(free, worst * num_nodes, self.clock.scale) - fixed
         ttl = min(terms.fixed_ttl_seconds, affordable) if terms.ttl is Ttl.FIXED else 0.0
+        if terms.balance_usd is not None:  # paid to the last cent of it: what a hung node would use up
+            ttl = seconds_for(self._balance_left(offer, terms), worst * num_nodes, self.clock.scale)
         term = min(max(terms.term_seconds, terms.startup_seconds + terms.drain_seconds), affordable)
         lease = Lease(
             lease_id=f"slm-{self.owner}-{self.run_record.run_id}-{attempt}",
@@ -281,7 +281,7 @@ class Supervisor:
             kill_latency_seconds=terms.kill_latency_seconds,
             epoch=self.ledger.epoch,
             minimum_billed_seconds=terms.minimum_billed_seconds,
-            ttl_seconds=max(ttl, 1.0) if terms.ttl is Ttl.FIXED else 0.0,
+            ttl_seconds=max(ttl, 1.0) if ttl else 0.0,
         )
         now, grants = self.clock.now_ms(), self._grants(lease)
         account = self.ledger.reserve(
@@ -301,9 +301,25 @@ class Supervisor:
         self._tell("start", f"renting {num_nodes} x {offer.offer_id} at {price} as {lease.lease_id}")
         return account
 
-    def _release_balance(self, account: LeaseAccount) -> None:
-        """Nothing is rented there any longer that could use the prepaid account up."""
-        self.ledger.release_line(balance_line(account.lease.offer.cloud), at_ms=self.clock.now_ms())
+    def _balance_left(self, offer: Offer, terms: Terms) -> Decimal:
+        """What is left on the prepaid account of that cloud, from which only this run pays."""
+        spent = sum(one.spent_micro_usd for one in self.ledger.accounts() if one.lease.offer.cloud == offer.cloud)
+        return max(Decimal(0), (terms.balance_usd or Decimal(0)) - usd(spent))
+
+    def _candidates(self, remaining_usd: Decimal) -> list[Candidate]:
+        """Candidates with all that renting them sets aside: of a prepaid account everything that is left on it."""
+        found = []
+        for one in self.candidates(remaining_usd):
+            terms = self.terms(one.offer)
+            if terms.balance_usd is None:
+                found.append(one)
+                continue
+            left = self._balance_left(one.offer, terms)
+            hours = Decimal(terms.first_seconds(terms.kill_latency_seconds) * self.clock.scale) / 3600
+            beyond = worst_price(one.offer, terms.price_bound) * one.num_nodes * hours
+            if left >= one.needed_usd:  # else the account is too empty for a lease that is of use
+                found.append(replace(one, needed_usd=left + beyond))
+        return found
 
     def _close(self, account: LeaseAccount, cause: Cause, *, asked_at: float | None = None) -> None:
         """End the lease, wait until it is surely gone, then settle.
@@ -334,7 +350,6 @@ class Supervisor:
             self.clock.sleep(CONFIRM_SECONDS)
         now = self.clock.now_ms()
         settled = self.ledger.settle(lease.lease_id, ended_ms=now, at_ms=now, outcome=cause.value)
-        self._release_balance(account)
         balance = self.ledger.balance()
         message = f"{lease.lease_id} settled: {cause.value}; ${balance.spent_usd:.2f} of ${balance.cap_usd:.2f} spent"
         self._tell("settled", message, spent_micro_usd=settled.spent_micro_usd, cause=cause.value)
@@ -376,7 +391,7 @@ class Supervisor:
         decision = decide(
             Situation(
                 cause=cause,
-                candidates=self.candidates(remaining),
+                candidates=self._candidates(remaining),
                 remaining_usd=remaining,
                 now_ms=self.clock.now_ms(),
                 blocked_until_ms=self._blocked,
@@ -424,6 +439,6 @@ class Supervisor:
         self.emit(Event(kind, message, datetime.now(UTC), data))
 
 
-def balance_line(cloud: str) -> str:
-    """The line of the books under which a prepaid account is set aside."""
-    return f"prepaid account on {cloud}"
+def seconds_for(amount_usd: Decimal, usd_per_hour: Decimal, scale: float) -> float:
+    """How many real seconds the money pays for, where `scale` billed seconds pass in each."""
+    return float(amount_usd / usd_per_hour) * 3600 / scale

@@ -63,7 +63,7 @@ class Terms:
     minimum_billed_seconds: float = 0.0
     """Billed seconds of each node at least."""
     balance_usd: Decimal | None = None
-    """What lies on the prepaid account that alone ends a hung node; all of it is set aside while anything is rented."""
+    """What lies on the prepaid account that alone ends a hung node; what is left of it is set aside at each rent."""
 
     @property
     def smallest_seconds(self) -> float:
@@ -127,8 +127,7 @@ def best_ttl_seconds(overhead_seconds: float) -> float:
 
 def needed_usd(offer: Offer, terms: Terms, *, num_nodes: int, scale: float = 1.0) -> Decimal:
     """What the smallest useful lease of this offer sets aside."""
-    nodes = worst_price(offer, terms.price_bound) * num_nodes * terms.smallest_hours(scale)
-    return nodes + (terms.balance_usd or 0)
+    return worst_price(offer, terms.price_bound) * num_nodes * terms.smallest_hours(scale)
 
 
 def worst_price(offer: Offer, bound: PriceBound) -> Decimal:

@@ -14,7 +14,6 @@ from unittest import mock
 
 from cost.accounts import LeaseAccount
 from cost.ledger import Ledger
-from cost.offers import Offer
 from faults.machine import Machine, WatchedLedger
 from orchestrator import supervise
 from orchestrator.grants import Grants
@@ -48,11 +47,7 @@ def reserve_nothing(_: Machine) -> None:
 
 
 def price_of_now(_: Machine) -> None:
-    def price(offer: Offer, *, price_is_fixed: bool) -> Decimal:
-        del price_is_fixed
-        return offer.usd_per_hour
-
-    patch(supervise, "worst_price", price)
+    patch(supervise, "worst_price", lambda offer, _: offer.usd_per_hour)
 
 
 def reserve_the_grant_only(machine: Machine) -> None:

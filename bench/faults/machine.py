@@ -12,7 +12,7 @@ from typing import Any
 
 from cost.accounts import LeaseAccount
 from cost.database import migrate
-from cost.errors import SlmError
+from cost.errors import SlmError, UserError
 from cost.leases import Lease
 from cost.ledger import Ledger
 from cost.offers import Offer
@@ -23,8 +23,9 @@ from faults.world import ORIGIN_MS, Killed, SkewedClock, World
 from orchestrator import supervise as loop
 from orchestrator.clock import start_ms
 from orchestrator.events import Event
-from orchestrator.grants import Terms
+from orchestrator.journal import StoreJournal, enter, recover
 from orchestrator.runs import TERMINAL, Run, Runs, RunState
+from orchestrator.terms import Terms, needed_usd, same_terms
 from orchestrator.watch import StopSwitch
 
 TERMS = Terms(
@@ -38,6 +39,8 @@ TERMS = Terms(
     grow_delay_seconds=30.0,
     confirm_seconds=60.0,
     create_seconds=30.0,
+    call_seconds=30.0,
+    store_patience_seconds=1200.0,
     poll_seconds=15.0,
     accrue_seconds=60.0,
 )
@@ -55,6 +58,7 @@ class WatchedLedger(Ledger):
     """The real books; before and after each write the process may be killed or held up."""
 
     world: World
+    newest_epoch: Callable[[], int]
     written_unfenced: Callable[[], None]
 
     def reserve(self, *arguments: Any, **named: Any) -> LeaseAccount:
@@ -71,9 +75,11 @@ class WatchedLedger(Ledger):
 
     def _between(self, name: str, write: Callable[..., LeaseAccount], *arguments: Any, **named: Any) -> LeaseAccount:
         self.world.boundary(f"{name}:before")
+        before = self.balance()
         account = write(*arguments, **named)
-        newest = self._db.execute("SELECT epoch FROM runs WHERE run_id = ?", (self.run_id,)).fetchone()["epoch"]
-        if newest != self.epoch:
+        after = self.balance()
+        raised = after.spent_usd + after.held_usd > before.spent_usd + before.held_usd
+        if raised and self.newest_epoch() != self.epoch:
             self.written_unfenced()
         self.world.boundary(f"{name}:after")
         return account
@@ -97,22 +103,28 @@ class Machine:
     shortfall_usd: float = 0.0
     """The most by which a lease's true bill was ever above what the books had spent and set aside for it."""
     unfenced_writes: int = 0
-    """Writes by a supervisor after another had taken over."""
+    """Writes by a supervisor that raised what may be spent after another had taken over."""
+    moves: bool = False
+    """Whether the next start is on another machine, which knows nothing but the run store."""
     log: Callable[[str], None] | None = None
     _checked_at: float = 0.0
+    _newest: int = 0
     db: sqlite3.Connection = field(init=False)
     runs: Runs = field(init=False)
     run: Run = field(init=False)
     door: SupervisorsDoor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.door = SupervisorsDoor(self.store, self.world)
+        self._new_books()
+        cap = Decimal(int(self.cap_usd * 1_000_000)) / 1_000_000
+        self.run = self.runs.create(recipe_name="r", recipe_digest="d", recipe_json="{}", options={}, cap_usd=cap)
+
+    def _new_books(self) -> None:
         self.db = sqlite3.connect(":memory:", isolation_level=None)
         self.db.row_factory = sqlite3.Row
         migrate(self.db)
         self.runs = Runs(self.db)
-        self.door = SupervisorsDoor(self.store, self.world)
-        cap = Decimal(int(self.cap_usd * 1_000_000)) / 1_000_000
-        self.run = self.runs.create(recipe_name="r", recipe_digest="d", recipe_json="{}", options={}, cap_usd=cap)
 
     def live(self) -> None:
         """Supervise, and start again after each end that is not final, as a careful person would."""
@@ -139,9 +151,10 @@ class Machine:
         finally:
             self.depth -= 1
 
-    def takes_over_for(self, seconds: float) -> None:
+    def takes_over_for(self, seconds: float, *, elsewhere: bool = False) -> None:
         """A second supervisor, while the first is held up; it is killed after so long."""
         mine = self.depth + 1
+        self.moves = self.moves or elsewhere
 
         def kill() -> None:
             if self.depth == mine:
@@ -152,10 +165,25 @@ class Machine:
             self.supervise()
 
     def _supervisor(self) -> loop.Supervisor:
-        run = self.runs.take_over(self.run.run_id)
-        ledger = WatchedLedger(self.db, run.run_id, epoch=run.epoch)
+        if self.moves:
+            self.moves = False
+            before = self.db, self.runs
+            self._new_books()
+            try:
+                run = recover(self.runs, self.door)
+            except BaseException as error:  # nothing was made of it: tried again, unless there is nothing to recover
+                self.db, self.runs = before
+                self.moves = not isinstance(error, UserError)
+                raise
+            self.tell("recovered on another machine")
+            journal = StoreJournal(self.door)
+        else:
+            run, journal = enter(self.runs, self.run.run_id, self.door, owner=OWNER)
+        ledger = WatchedLedger(self.db, run.run_id, epoch=run.epoch, journal=journal)
         ledger.world = self.world
+        ledger.newest_epoch = self._newest_epoch
         ledger.written_unfenced = self._written_unfenced
+        self._newest = run.epoch
         clock = self._clock(ledger)
         return loop.Supervisor(
             run_record=run,
@@ -164,7 +192,7 @@ class Machine:
             backend=self.cloud,
             store=self.door,
             clock=clock,
-            terms=TERMS,
+            terms=same_terms(self.cloud.terms),
             candidates=lambda _: self._candidates(),
             command=["train"],
             owner=OWNER,
@@ -172,6 +200,9 @@ class Machine:
             emit=self._heard,
             switch=StopSwitch(),
         )
+
+    def _newest_epoch(self) -> int:
+        return self._newest
 
     def _written_unfenced(self) -> None:
         self.unfenced_writes += 1
@@ -181,14 +212,12 @@ class Machine:
         return SkewedClock(self.world, start_ms(wall_ms, ledger.newest_ms(), ledger.last_moment_ms()))
 
     def _candidates(self) -> list[Candidate]:
-        hours = Decimal(TERMS.smallest_seconds) / 3600
         counts = dict.fromkeys((self.num_nodes, 1))
         return [
-            Candidate(offer, count, self._worst(offer) * count * hours) for count in counts for offer in self.offers
+            Candidate(offer, count, needed_usd(offer, self.cloud.terms, num_nodes=count))
+            for count in counts
+            for offer in self.offers
         ]
-
-    def _worst(self, offer: Offer) -> Decimal:
-        return loop.worst_price(offer, price_is_fixed=self.cloud.price_is_fixed)
 
     def _write_spec(self, lease: Lease) -> None:
         self.door.write("spec.json", lease.lease_id.encode())

@@ -31,7 +31,8 @@ class Node:
     lease: Lease
     rank: int
     boot_seconds: float
-    ttl: float
+    ttl: float | None
+    """None while the provider's limit is not armed."""
     ttl_latency: float
     end: Callable[[Node], None]
     command_ended: Callable[[Node, int], None]
@@ -46,6 +47,8 @@ class Node:
     """How much longer than kappa its killers take: broken on purpose."""
     is_stray: bool = False
     """Created after its lease was settled: broken on purpose."""
+    hung_unarmed: bool = False
+    """Hung before its provider's limit was armed: broken on purpose."""
     guard: State | None = None
     clock_offset: float = 0.0
     training_since: float | None = None
@@ -60,7 +63,8 @@ class Node:
         self.created = self.world.t
         self.clock_offset = self.world.rng.uniform(0, 1e6)
         self.world.after(self.boot_seconds, self._boot)
-        self.world.at(self.ttl + self.ttl_latency, self._ttl_fires)
+        if self.ttl is not None:
+            self.move_ttl(self.ttl)
 
     @property
     def alive(self) -> bool:
@@ -73,10 +77,12 @@ class Node:
     def kill_late(self, seconds: float) -> None:
         self.ttl_latency += seconds
         self.late_seconds = seconds
-        self.move_ttl(self.ttl)
+        if self.ttl is not None:
+            self.move_ttl(self.ttl)
 
     def _ttl_fires(self) -> None:
-        if self.alive and self.ttl_works and self.world.t >= self.ttl + self.ttl_latency - 1e-6:
+        due = self.ttl is not None and self.world.t >= self.ttl + self.ttl_latency - 1e-6
+        if self.alive and self.ttl_works and due:
             self.end(self)
 
     # -- guard
