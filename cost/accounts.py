@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from cost.leases import Lease, cost_units, units_to_micro_usd, usd
@@ -143,7 +144,7 @@ def row_of(account: LeaseAccount) -> dict[str, Any]:
         "lease_id": lease.lease_id,
         "run_id": lease.run_id,
         "attempt": lease.attempt,
-        "offer_json": json.dumps(asdict(lease.offer), default=str),
+        "offer_json": offer_text(lease.offer),
         "nodes_asked": lease.num_nodes,
         "state": account.state,
         "num_nodes": account.num_nodes,
@@ -166,14 +167,11 @@ def row_of(account: LeaseAccount) -> dict[str, Any]:
 
 def account_of(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAccount:
     """The account in a row, whose lease carries the `epoch` of whoever reads it."""
-    offer = json.loads(row["offer_json"])
-    for field in ("usd_per_hour", "on_demand_usd_per_hour"):
-        offer[field] = None if offer[field] is None else Decimal(offer[field])
     lease = Lease(
         lease_id=row["lease_id"],
         run_id=row["run_id"],
         attempt=row["attempt"],
-        offer=Offer(**offer),
+        offer=offer_of(row["offer_json"]),
         num_nodes=row["nodes_asked"],
         worst_usd_per_hour=usd(row["worst_micro_usd"]),
         first_grant_seconds=row["first_grant_seconds"],
@@ -198,3 +196,18 @@ def account_of(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAcco
         minimum_ms=row["minimum_ms"],
         floor_ms=row["floor_ms"],
     )
+
+
+@lru_cache(maxsize=256)
+def offer_of(text: str) -> Offer:
+    """An offer as it was written into the books."""
+    content = json.loads(text)
+    for field in ("usd_per_hour", "on_demand_usd_per_hour"):
+        content[field] = None if content[field] is None else Decimal(content[field])
+    return Offer(**content)
+
+
+@lru_cache(maxsize=256)
+def offer_text(offer: Offer) -> str:
+    """An offer as it is written into the books."""
+    return json.dumps(asdict(offer), default=str)

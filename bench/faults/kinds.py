@@ -93,6 +93,8 @@ def another_supervisor(*, elsewhere: bool) -> Install:
         seconds = machine.world.rng.uniform(60.0, 1500.0)
 
         def hold() -> None:
+            if machine.db.in_transaction and not elsewhere:
+                return  # the file's lock keeps every other process of this machine out
             if machine.depth:
                 machine.tell(f"FAULT another supervisor for {seconds:.0f} s")
                 machine.takes_over_for(seconds, elsewhere=elsewhere)

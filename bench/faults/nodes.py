@@ -13,8 +13,8 @@ from faults.world import World
 from tasks.guard import KILL, TERMINATE, State, decide, issue, parse_answer
 from trainer.store import StoreKeyMissing
 
-CONTACT_SECONDS = 20.0
-STEP_SECONDS = 15.0
+CONTACT_SECONDS = 30.0
+STEP_SECONDS = 30.0
 START_SECONDS = 60.0
 """From boot to the first step."""
 CHECKPOINT_SECONDS = 300.0
@@ -55,6 +55,8 @@ class Node:
     stopped: bool = False
     kept_usd: float = 0.0
     unsaved_usd: float = 0.0
+    startup_usd: float = 0.0
+    """What the whole lease cost until its first step; on the first node."""
     _last_tick: float = 0.0
     _last_save: float = 0.0
     step: Callable[[], int] = field(default=lambda: 0)
@@ -149,6 +151,7 @@ class Node:
         now = self.world.t
         if self.training_since is None:
             self.training_since = self._last_save = now
+            self.startup_usd = self.usd_per_hour() * (now - self.created) / 3600
         else:
             self.unsaved_usd += self.usd_per_hour() * (now - self._last_tick) / 3600
         self._last_tick = now

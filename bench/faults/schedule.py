@@ -19,7 +19,7 @@ from faults.world import World
 from orchestrator.terms import Terms
 
 MAX_FAULTS = 5
-CAP_NODE_HOURS = (1.0, 2.0)
+CAP_NODE_HOURS = (2.0, 3.5)
 """The cap, in hours of the whole cluster at the first offer's price."""
 AFTERWARDS_SECONDS = 86_400.0
 RECONCILED_SECONDS = TERMS.reconcile_seconds + 60.0
@@ -61,6 +61,10 @@ class Result:
     held_usd: float
     checks: int
     unfenced_writes: int
+    end: str
+    """How the last supervisor ended."""
+    startup_usd: float
+    """Paid before a node's first step."""
 
     @property
     def violation(self) -> bool:
@@ -70,7 +74,7 @@ class Result:
     def books_short(self) -> bool:
         """At some moment more was billed than was spent and set aside, beyond what a broken assumption explains.
 
-        Or somebody wrote into the books after another supervisor had taken over.
+        Or somebody raised what may be spent after another supervisor had taken over.
         """
         return self.shortfall_usd > self.excess_usd + DOLLAR_TOLERANCE or self.unfenced_writes > 0
 
@@ -181,5 +185,7 @@ def run_schedule(
         left_usd=float(balance.free_usd),
         held_usd=float(balance.held_usd),
         checks=machine.checks,
-        unfenced_writes=machine.unfenced_writes,
+        unfenced_writes=machine.unfenced_writes(),
+        end=machine.end,
+        startup_usd=sum(node.startup_usd for node in machine.cloud.nodes if node.rank == 0),
     )
