@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from faults.fault_free import cases, row
+from faults.fault_free import play as play_free
 from faults.layers import LAYERS
 from faults.schedule import Result, nothing, run_schedule
 
@@ -91,6 +93,7 @@ def main() -> int:
     parser.add_argument("--faults", help="exactly these kinds, by comma; '' for none")
     parser.add_argument("--price-ratio", type=float, help="price over p-hat, instead of the table's")
     parser.add_argument("--without", choices=sorted(LAYERS), help="take this layer out")
+    parser.add_argument("--fault-free", type=int, default=0, metavar="N", help="runs of each case without faults")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--replay", type=int, metavar="SEED")
     parser.add_argument("--json", action="store_true")
@@ -112,6 +115,17 @@ def main() -> int:
         with multiprocessing.Pool(arguments.workers) as pool:
             results = pool.map(play, seeds, chunksize=20)
     found = report(results, time.monotonic() - started)
+    if arguments.fault_free:
+        free_seeds = range(arguments.seed, arguments.seed + arguments.fault_free)
+        with multiprocessing.Pool(arguments.workers) as pool:
+            found["fault_free"] = [
+                row(
+                    case,
+                    pool.map(partial(play_free, case), free_seeds),
+                )
+                for case in cases()
+            ]
+        found["fault_free_use"] = found["fault_free"][0]["use"]
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:

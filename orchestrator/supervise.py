@@ -339,6 +339,7 @@ class Supervisor:
                 self._tell("warning", f"{lease.lease_id} could not be ended: {error}")
                 silent_since = None
             else:
+                self._charge_seen(lease, state, terms)
                 if state.phase is not LeasePhase.GONE:
                     silent_since = None
                 elif silent_since is None:
@@ -353,6 +354,14 @@ class Supervisor:
         balance = self.ledger.balance()
         message = f"{lease.lease_id} settled: {cause.value}; ${balance.spent_usd:.2f} of ${balance.cap_usd:.2f} spent"
         self._tell("settled", message, spent_micro_usd=settled.spent_micro_usd, cause=cause.value)
+
+    def _charge_seen(self, lease: Lease, state: LeaseState, terms: Terms) -> None:
+        """Charge up to now at the price that was read, if it was also read not long ago; else p-hat stays due."""
+        account = self.ledger.account(lease.lease_id)
+        now_ms = self.clock.now_ms()
+        gap_ms = terms.price_gap_seconds * 1000 * self.clock.scale
+        if state.usd_per_hour is not None and now_ms - account.accrued_until_ms <= gap_ms:
+            self.ledger.accrue(lease.lease_id, at_ms=now_ms, usd_per_hour=state.usd_per_hour)
 
     def _surely_over(self, account: LeaseAccount) -> bool:
         """Past the last killer's time it cannot be alive, whatever the provider's interface says.

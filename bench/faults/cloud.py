@@ -92,11 +92,11 @@ class FakeCloud:
         self._request("poll")
         there = [node for node in self._listed() if node.lease.lease_id == lease.lease_id]
         self._reply("poll")
+        price = Decimal(str(self.price_at(lease.offer.offer_id, self.world.t)))
         if not there:
-            return LeaseState(LeasePhase.GONE)
+            return LeaseState(LeasePhase.GONE, usd_per_hour=price)
         exit_code = self._exit_codes.get(lease.lease_id)
         phase = LeasePhase.RUNNING if exit_code is None else LeasePhase.ENDED
-        price = Decimal(str(self.price_at(lease.offer.offer_id, self.world.t)))
         return LeaseState(phase, tuple(sorted(node.rank for node in there)), exit_code, price)
 
     def extend(self, lease: Lease, seconds: float) -> None:
@@ -216,7 +216,7 @@ class FakeCloud:
             ttl_latency=rng.uniform(*self.ttl_latency),
             end=self.end,
             command_ended=self._command_ended,
-            usd_per_hour=lambda: lease.num_nodes * self.price_at(lease.offer.offer_id, self.world.t),
+            usd_per_hour=lambda: self._usd_per_hour(lease),
             guarded=self.guarded,
             ttl_works=self.ttl_exists,
             step=self._next_step,
@@ -237,6 +237,11 @@ class FakeCloud:
         if self.terms.ttl is Ttl.RENEWABLE and self.armed_at_create:
             return self.world.t + lease.first_grant_seconds + self.ttl_slack
         return None
+
+    def _usd_per_hour(self, lease: Lease) -> float:
+        """Of the nodes of a lease that are there now."""
+        nodes = sum(1 for node in self._alive if node.lease.lease_id == lease.lease_id)
+        return nodes * self.price_at(lease.offer.offer_id, self.world.t)
 
     def _command_ended(self, node: Node, code: int) -> None:
         if node.alive:

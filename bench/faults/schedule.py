@@ -10,7 +10,7 @@ from functools import cache
 
 from cost.ledger import Ledger
 from cost.offers import Offer, load_reference_offers
-from cost.providers import Armed, KillerKind, PriceBound, Provider, provider, providers, refusal
+from cost.providers import Armed, KillerKind, PriceBound, Provider, providers, refusal
 from faults.cloud import FakeCloud
 from faults.kinds import BROKEN, HELD, NEVER_TOGETHER
 from faults.machine import DOLLAR_TOLERANCE, TERMS, Machine, rng_of
@@ -65,6 +65,9 @@ class Result:
     """How the last supervisor ended."""
     startup_usd: float
     """Paid before a node's first step."""
+    usd_per_hour: float
+    """Of the whole cluster, at the first offer's price."""
+    leases: int
 
     @property
     def violation(self) -> bool:
@@ -146,7 +149,7 @@ def run_schedule(
     seed: int,
     *,
     faults: Sequence[str] | None = None,
-    profile: str | None = None,
+    profile: Provider | None = None,
     price_ratio: float | None = None,
     hours: tuple[float, float] = CAP_NODE_HOURS,
     log: Callable[[str], None] | None = None,
@@ -156,7 +159,7 @@ def run_schedule(
 
     `hours`: between which the cap lies, in hours of the whole cluster at the first offer's price.
     """
-    chosen_profile = PROFILES[seed % len(PROFILES)] if profile is None else provider(profile)
+    chosen_profile = PROFILES[seed % len(PROFILES)] if profile is None else profile
     machine = build(
         seed, profile=chosen_profile, price_ratio=price_ratio, hours=hours, log=log, break_layer=break_layer
     )
@@ -187,5 +190,7 @@ def run_schedule(
         checks=machine.checks,
         unfenced_writes=machine.unfenced_writes(),
         end=machine.end,
+        usd_per_hour=float(machine.num_nodes * machine.offers[0].usd_per_hour),
+        leases=len({node.lease.lease_id for node in machine.cloud.nodes}),
         startup_usd=sum(node.startup_usd for node in machine.cloud.nodes if node.rank == 0),
     )

@@ -46,7 +46,7 @@ class LeaseState:
     alive_ranks: tuple[int, ...] = ()
     exit_code: int | None = None
     usd_per_hour: Decimal | None = None
-    """Price of one node as the provider now bills it, where it says."""
+    """Price of one node as the provider now bills it, or would if there were one, where it says."""
     detail: str = ""
 
 
