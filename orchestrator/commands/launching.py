@@ -37,6 +37,7 @@ def launch(
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
     all_clouds: options.AllCloudsOption = False,
+    allow_unguarded: options.AllowUnguardedOption = False,
     gpus: options.GpusOption = None,
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
@@ -76,6 +77,7 @@ def launch(
         objective=objective.value if objective else "usd_per_param",
         deadline_hours=deadline,
         all_clouds=all_clouds,
+        allow_unguarded=allow_unguarded,
         measured_tokens_per_second=planning.measured_here(home, chosen),
         experience=experience_of(home),
     )

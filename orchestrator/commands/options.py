@@ -169,6 +169,12 @@ DeadlineOption = Annotated[
 AllCloudsOption = Annotated[
     bool, typer.Option("--all-clouds", help="Rank clouds too that SkyPilot has no credentials for.")
 ]
+AllowUnguardedOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unguarded", help="Admit clouds where nothing would end a hung node: the cap may not hold there."
+    ),
+]
 CorpusOption = Annotated[
     str | None,
     typer.Option("--corpus", metavar="NAME", help="A corpus with a loss law of its own: fineweb, fineweb-edu, pile."),

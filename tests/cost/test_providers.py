@@ -121,7 +121,7 @@ def test_a_cloud_that_nobody_wrote_a_profile_for_has_no_killer_of_the_providers(
 @pytest.mark.parametrize(
     ("balance", "free", "said"),
     [
-        (None, "100", "nobody said"),
+        (None, "100", "what lies on it is unknown"),
         ("60", "59.99", "$60.00 lies on the prepaid account"),
         ("60", "60", None),
     ],

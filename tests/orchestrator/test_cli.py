@@ -244,10 +244,10 @@ def test_plan_as_json_says_the_same(slm: Slm) -> None:
 
 
 def test_options_narrow_the_plan(slm: Slm) -> None:
-    arguments = ["plan", "gpt2-124m", "--json", "--on-demand", "--clouds", "lambda,nebius", "--gpus", "H100"]
+    arguments = ["plan", "gpt2-124m", "--json", "--on-demand", "--clouds", "gcp,hyperbolic", "--gpus", "H100"]
     facts = json.loads(slm(*arguments, "--budget", "$1,000").out)
     assert facts["budget_usd"] == 1000
-    assert {one["offer"]["cloud"] for one in facts["ranked"]} <= {"lambda", "nebius"}
+    assert {one["offer"]["cloud"] for one in facts["ranked"]} <= {"gcp", "hyperbolic"}
     assert all(one["offer"]["accelerator"].startswith("H100") for one in facts["ranked"])
     assert not any(one["offer"]["spot"] for one in facts["ranked"])
 
