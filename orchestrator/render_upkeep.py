@@ -1,0 +1,120 @@
+"""What lives and what was ended, as tables and as facts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.figures import dollars, plural
+from orchestrator.inventory import Outcome, Verdict
+from orchestrator.render import bullets, following, say, statuses, table, tell
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.ending import Ending
+    from orchestrator.inventory import Cluster, Inventory
+
+WHY = {
+    Verdict.SUPERVISED: "its run is supervised",
+    Verdict.PAID: "paid for until its grant ends; slm resume takes it over",
+    Verdict.EXPIRED: "its paid time is over",
+    Verdict.SETTLED: "the books have settled it",
+    Verdict.UNKNOWN: "the books do not know it",
+    Verdict.FOREIGN: "does not carry our name",
+}
+
+
+def inventory(found: Inventory, console: Console) -> None:
+    """The answer, the clusters, what could not be looked at, the next command."""
+    tell(console, answer(found))
+    if found.clusters:
+        shown = table(
+            "cluster", "where", "nodes", "$/h", "since", "state", "why", right=("nodes", "$/h"), fold=("why",)
+        )
+        for one in found.clusters:
+            shown.add_row(
+                one.name,
+                one.backend,
+                str(one.num_nodes),
+                f"{one.usd_per_hour:.2f}",
+                f"{one.started_at:%m-%d %H:%M} UTC",
+                one.outcome.value,
+                WHY[one.verdict] + (f"; {one.detail}" if one.detail else ""),
+            )
+        say(console, "", shown)
+    if found.problems:
+        say(console, "")
+        bullets(console, found.problems)
+    if found.leaked:
+        following(console, "slm reconcile")
+
+
+def answer(found: Inventory) -> str:
+    """How much lives and what was done, in one line."""
+    ours = [one for one in found.clusters if one.verdict is not Verdict.FOREIGN]
+    if not ours:
+        blind = (
+            f", as far as could be seen: {plural(len(found.problems), 'place')} did not answer"
+            if found.problems
+            else ""
+        )
+        return f"Nothing of ours (slm-{found.owner}-) lives{blind}."
+    done = Counter(one.outcome for one in ours)
+    parts = [f"{number} {outcome.value}" for outcome, number in sorted(done.items())]
+    left = [one for one in ours if one.outcome is not Outcome.ENDED]
+    hourly = sum(one.usd_per_hour for one in left)
+    cost = f"; what lives costs {dollars(hourly)}/h" if left else ""
+    return f"{plural(len(ours), 'cluster')} of ours (slm-{found.owner}-): {', '.join(parts)}{cost}."
+
+
+def inventory_facts(found: Inventory) -> dict[str, Any]:
+    """What `slm reconcile --json` prints."""
+    return {
+        "owner": found.owner,
+        "dry_run": found.dry_run,
+        "clusters": [cluster_facts(one) for one in found.clusters],
+        "problems": found.problems,
+        "num_leaked": len(found.leaked),
+    }
+
+
+def cluster_facts(one: Cluster) -> dict[str, Any]:
+    """One cluster."""
+    return {
+        "name": one.name,
+        "backend": one.backend,
+        "run_id": one.run_id,
+        "num_nodes": one.num_nodes,
+        "usd_per_hour": one.usd_per_hour,
+        "started_at": one.started_at,
+        "verdict": one.verdict.value,
+        "outcome": one.outcome.value,
+        "detail": one.detail,
+    }
+
+
+def ending(done: Ending, console: Console) -> None:
+    """What became of every run, and of everything that lived."""
+    if done.runs:
+        statuses(done.runs, console)
+        say(console, "")
+    else:
+        tell(console, "No unfinished run.")
+    if done.interrupted:
+        tell(
+            console, "Interrupted: every run was asked to stop and goes on stopping; slm stop --all waits for the rest."
+        )
+    bullets(console, done.failures)
+    inventory(done.inventory, console)
+
+
+def ending_facts(done: Ending) -> dict[str, Any]:
+    """What `slm stop --all --json` prints."""
+    return {
+        "runs": done.runs,
+        "failures": done.failures,
+        "interrupted": done.interrupted,
+        "reconciled": inventory_facts(done.inventory),
+        "is_left": done.is_left,
+    }
