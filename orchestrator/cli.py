@@ -74,6 +74,7 @@ for command in (
     tables.offers,
     tables.gpus,
     upkeep.reconcile,
+    upkeep.doctor,
 ):
     app.command()(command)
 

@@ -6,6 +6,7 @@ read: a lease stands in the books before anything is rented for it, so whatever 
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 
+from cost.database import DatabaseError
 from cost.ledger import LeaseAccount, Ledger
 from orchestrator.backends.base import Backend, BackendError, Instance
 from orchestrator.clock import SystemClock
@@ -144,12 +146,18 @@ def read_verdicts(home: Home, now_ms: Callable[[Run, Ledger], int]) -> dict[str,
     """Of every lease in the books; nothing where there are none yet."""
     if not home.database.exists():
         return {}
-    with books(home) as runs:
-        return {
-            account.lease.lease_id: verdict_of(account, run, runs, home, now_ms)
-            for run in runs.all()
-            for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
-        }
+    try:
+        with books(home) as runs:
+            return {
+                account.lease.lease_id: verdict_of(account, run, runs, home, now_ms)
+                for run in runs.all()
+                for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+            }
+    except sqlite3.Error as error:
+        raise DatabaseError(
+            f"the books at {home.database} cannot be read, so nothing is ended: {error}; bring back a copy of the "
+            "file, or move it away, and then everything that carries our name is ended."
+        ) from error
 
 
 def verdict_of(

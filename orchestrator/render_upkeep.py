@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.doctor import Level
 from orchestrator.figures import dollars, plural
 from orchestrator.inventory import Outcome, Verdict
 from orchestrator.render import bullets, following, say, statuses, table, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from orchestrator.doctor import Finding
     from orchestrator.ending import Ending
     from orchestrator.inventory import Cluster, Inventory
 
@@ -117,4 +121,36 @@ def ending_facts(done: Ending) -> dict[str, Any]:
         "interrupted": done.interrupted,
         "reconciled": inventory_facts(done.inventory),
         "is_left": done.is_left,
+    }
+
+
+def finding(one: Finding, console: Console) -> None:
+    """One line, and under it the way out."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=len(Level.WARN))
+    grid.add_row(one.level.value, f"{one.name}: {one.detail}")
+    if one.way_out:
+        grid.add_row("", f"-> {one.way_out}")
+    say(console, grid)
+
+
+def verdict(found: Sequence[Finding], console: Console) -> None:
+    """How many of each, in one line."""
+    counts = Counter(one.level for one in found)
+    parts = [f"{counts[level]} {level.value}" for level in Level if counts[level]]
+    say(console, "")
+    tell(console, f"{plural(len(found), 'finding')}: {', '.join(parts)}.")
+
+
+def examination_facts(found: Sequence[Finding]) -> dict[str, Any]:
+    """What `slm doctor --json` prints."""
+    return {
+        "findings": [
+            {"name": one.name, "level": one.level.value, "detail": one.detail, "way_out": one.way_out or None}
+            for one in found
+        ],
+        "num_failed": sum(one.level is Level.FAIL for one in found),
+        "num_warned": sum(one.level is Level.WARN for one in found),
     }

@@ -40,3 +40,38 @@ def reconcile(
         render_upkeep.inventory(found, render.console_on(sys.stdout))
     if found.problems or (found.leaked and not dry_run):
         raise typer.Exit(WRONG_EXIT_CODE)
+
+
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URI", help="A run store to examine. [default: the local one]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether everything is as it must be before money is spent.
+
+    What is configured, what ends a node on each cloud, the clock, the store's permissions, disk space, instances that
+    nobody pays for, and whether the books add up; each with the way out. Exit code 1 means that something fails.
+
+    \b
+    Examples:
+      slm doctor
+      slm doctor --store /mnt/shared/runs --json
+    """
+    from orchestrator import doctor as examination
+    from orchestrator import render, render_upkeep
+    from orchestrator.backends.every import every_backend
+
+    home = home_from(os.environ).create()
+    console = render.console_on(sys.stdout)
+    found = []
+    for finding in examination.examine(home, every_backend(home), store_uri=store):
+        found.append(finding)
+        if not as_json:
+            render_upkeep.finding(finding, console)
+    if as_json:
+        render.as_json(render_upkeep.examination_facts(found))
+    else:
+        render_upkeep.verdict(found, console)
+    if any(one.level is examination.Level.FAIL for one in found):
+        raise typer.Exit(WRONG_EXIT_CODE)
