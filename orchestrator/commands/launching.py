@@ -43,6 +43,7 @@ def launch(
     time_scale: options.TimeScaleOption = None,
     precision: options.PrecisionOption = None,
     sets: options.SetOption = None,
+    notify: options.NotifyOption = None,
     yes: options.YesOption = False,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
@@ -101,6 +102,7 @@ def launch(
             on_event=emit,
             switch=switch,
             checkpoint_interval_seconds=finite(best.checkpoint_interval_seconds),
+            notify_target=notify,
         ),
         chosen.name,
         as_json=as_json,
@@ -114,6 +116,7 @@ def resume(
         Decimal | None,
         typer.Option("--budget", parser=options.parse_usd, metavar="USD", help="A new cap for the whole run."),
     ] = None,
+    notify: options.NotifyOption = None,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -135,7 +138,12 @@ def resume(
     actions = actions_of(context)
     watched(
         lambda emit, switch: actions.resume(
-            run, home=home_from(os.environ).create(), budget_usd=budget, on_event=emit, switch=switch
+            run,
+            home=home_from(os.environ).create(),
+            budget_usd=budget,
+            on_event=emit,
+            switch=switch,
+            notify_target=notify,
         ),
         run or "",
         as_json=as_json,
