@@ -6,9 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.doctor import Level
-from orchestrator.figures import dollars, plural
+from orchestrator.figures import UNKNOWN, dollars, plural
 from orchestrator.inventory import Outcome, Verdict
-from orchestrator.render import bullets, following, say, statuses, table, tell
+from orchestrator.render import bullets, following, say, state_of, table, tell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,18 +99,24 @@ def cluster_facts(one: Cluster) -> dict[str, Any]:
 
 
 def ending(done: Ending, console: Console) -> None:
-    """What became of every run, and of everything that lived."""
+    """Whether anything is left, what became of every run, and of everything that lived."""
+    tell(console, "Something may be left." if done.is_left else "Nothing is left running.")
     if done.runs:
-        statuses(done.runs, console)
-        say(console, "")
-    else:
-        tell(console, "No unfinished run.")
+        shown = table("run", "state", "checkpoint", "spent $", "cap $", right=("checkpoint", "spent $", "cap $"))
+        for one in done.runs:
+            saved = UNKNOWN if one.checkpoint_step is None else f"step {one.checkpoint_step}"
+            shown.add_row(one.run_id, state_of(one), saved, f"{one.spent_usd:.2f}", f"{one.cap_usd:.2f}")
+        say(console, "", shown)
+    lines = [*done.failures]
     if done.interrupted:
-        tell(
-            console, "Interrupted: every run was asked to stop and goes on stopping; slm stop --all waits for the rest."
-        )
-    bullets(console, done.failures)
+        lines.append("interrupted: every run was asked to stop and goes on stopping; only the waiting has ended")
+    if lines:
+        say(console, "")
+        bullets(console, lines)
+    say(console, "")
     inventory(done.inventory, console)
+    if done.is_left and not done.inventory.leaked:
+        following(console, "slm stop --all")
 
 
 def ending_facts(done: Ending) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from orchestrator.settings import Home
 from tasks.recipe import load_recipe
 from trainer.store import DirectoryStore
 
-COMMANDS = ("plan", "launch", "status", "logs", "stop", "resume", "ledger", "recipes", "prepare")
+COMMANDS = ("plan", "launch", "status", "logs", "stop", "resume", "ledger", "recipes", "prepare", "reconcile", "doctor")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def test_every_command_has_help_with_examples(slm: Slm, command: str) -> None:
     assert max(len(line) for line in shown.out.splitlines()) <= 110
 
 
-@pytest.mark.parametrize("command", ["plan", "launch", "status", "stop", "resume", "ledger", "recipes", "prepare"])
+@pytest.mark.parametrize(
+    "command", ["plan", "launch", "status", "stop", "resume", "ledger", "recipes", "prepare", "reconcile", "doctor"]
+)
 def test_every_command_that_prints_facts_has_json(slm: Slm, command: str) -> None:
     assert "--json" in slm(command, "--help").out
 

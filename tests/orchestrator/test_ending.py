@@ -127,7 +127,7 @@ def test_the_command_says_what_became_of_each(home: Home, capsys: pytest.Capture
     assert [run["state"] for run in found["runs"]] == ["STOPPED", "STOPPED"]
     assert found["is_left"] is False
     assert slm("stop", "--all") == 0
-    assert capsys.readouterr().out.startswith("No unfinished run.")
+    assert capsys.readouterr().out.startswith("Nothing is left running.")
 
 
 class Hanging:
@@ -140,7 +140,10 @@ class Hanging:
 def test_the_exit_code_says_that_something_is_left(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     add_runs(home, number=1)
     assert slm("stop", "--all", actions=Hanging()) == 1
-    assert "did not stop within 120 s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Something may be left.")
+    assert "did not stop within 120 s" in said
+    assert said.splitlines()[-1] == "Next: slm stop --all"
 
 
 def test_all_and_a_name_contradict_each_other(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
