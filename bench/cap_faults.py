@@ -22,6 +22,13 @@ from faults.schedule import Result, nothing, run_schedule
 
 SEEDS_APART = 1_000_003
 EXAMPLES = 5
+WHY_LEFT = {
+    "OUT_OF_BUDGET": "less than the smallest lease sets aside",
+    "nobody came back": "the supervisor was lost and nobody came back",
+    "given up": "started again so often that a person would look",
+    "STOPPED": "stopped as asked",
+    "SUCCEEDED": "training was complete",
+}
 
 
 def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
@@ -42,6 +49,9 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "p99_usd": round(shares[int(0.99 * (len(shares) - 1))], 2) if shares else 0.0,
         "kept_share": round(sum(one.kept_usd for one in results) / spent, 4) if spent else 0.0,
         "use": round(sum(shares) / 100 / len(shares), 4) if shares else 0.0,
+        "startup_share": round(sum(one.startup_usd for one in results) / spent, 4) if spent else 0.0,
+        "unspent_by_cause": unspent_by_cause(results),
+        "kept_by_profile": kept_by_profile(results),
         "invariant_checks": sum(one.checks for one in results),
         "rarest_fault_share": round(min(kinds.values()) / len(results), 4) if kinds else 0.0,
         "seeds_of_violations": [one.seed for one in wrong[:EXAMPLES]],
@@ -49,6 +59,28 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "seeds_of_short_books": [one.seed for one in short[:EXAMPLES]],
         "faults_of_short_books": dict(Counter(name for one in short for name in one.faults).most_common(8)),
         "seconds": round(seconds, 1),
+    }
+
+
+def unspent_by_cause(results: Sequence[Result]) -> dict[str, float]:
+    """What stays of all caps, as shares of them, by why it stays."""
+    caps = sum(one.cap_usd for one in results)
+    shares: Counter[str] = Counter()
+    for one in results:
+        shares["charged at the worst price, never confirmed"] += one.cap_usd - one.left_usd - one.bill_usd
+        shares[WHY_LEFT[one.end]] += one.left_usd
+    return {cause: round(usd / caps, 4) for cause, usd in shares.most_common()}
+
+
+def kept_by_profile(results: Sequence[Result]) -> dict[str, float]:
+    """Share of the dollars spent whose training was kept, by provider."""
+    found: dict[str, list[Result]] = {}
+    for one in results:
+        found.setdefault(one.profile, []).append(one)
+    return {
+        name: round(sum(one.kept_usd for one in group) / sum(one.bill_usd for one in group), 4)
+        for name, group in sorted(found.items())
+        if sum(one.bill_usd for one in group)
     }
 
 

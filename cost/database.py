@@ -74,6 +74,21 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX entries_sums ON entries (run_id, spent_micro_usd, held_micro_usd);
     CREATE INDEX entries_by_lease ON entries (lease_id, spent_micro_usd, held_micro_usd);
     """,
+    # Shortest billed times, costs that are no node's, and how far the run store's copy of the books has been read.
+    """
+    ALTER TABLE leases ADD COLUMN minimum_ms INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE leases ADD COLUMN floor_ms INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE leases ADD COLUMN ttl_seconds REAL NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN journal_next INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN mirrored_seq INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE lines (
+        run_id TEXT NOT NULL REFERENCES runs(run_id),
+        name TEXT NOT NULL,
+        reserved_micro_usd INTEGER NOT NULL CHECK (reserved_micro_usd >= 0),
+        spent_micro_usd INTEGER NOT NULL CHECK (spent_micro_usd >= 0),
+        PRIMARY KEY (run_id, name)
+    );
+    """,
 )
 
 

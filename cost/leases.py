@@ -33,6 +33,10 @@ class Lease:
     """Real seconds that the slowest killer assumed sound needs (kappa)."""
     epoch: int
     """Fencing number of the supervisor that wrote it."""
+    minimum_billed_seconds: float = 0.0
+    """Billed seconds that the provider charges for each node at least."""
+    ttl_seconds: float = 0.0
+    """Real seconds from its start after which the provider ends a node, where that cannot be moved; 0 where it can."""
 
 
 def micro_usd(usd: Decimal) -> int:

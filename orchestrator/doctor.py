@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from cost.errors import SlmError
 from cost.leases import usd
-from cost.ledger import Ledger
+from cost.ledger import Ledger, replay
 from cost.providers import KillerKind, provider, refusal
 from orchestrator import clock_skew
 from orchestrator.backends.base import Backend
@@ -170,18 +170,16 @@ RESTORE = (
 
 
 def discrepancy(ledger: Ledger) -> str:
-    """Where the sum of the entries, line by line, is not what the leases say; empty where it is."""
-    spent = held = 0
-    for entry in ledger.entries():
-        spent += entry.spent_micro_usd
-        held += entry.held_micro_usd
-    accounts = ledger.accounts()
-    by_lease = (sum(one.spent_micro_usd for one in accounts), sum(one.held_micro_usd for one in accounts))
-    if (spent, held) == by_lease:
+    """Where the sum of the entries, line by line, is not what leases and other lines say; empty where it is."""
+    spent, held = replay(ledger.entries())
+    leases, lines = ledger.accounts(), ledger.lines()
+    spent_there = sum(one.spent_micro_usd for one in leases) + sum(one.spent_micro_usd for one in lines)
+    held_there = sum(one.held_micro_usd for one in leases) + sum(one.held_micro_usd for one in lines)
+    if (spent, held) == (spent_there, held_there):
         return ""
     return (
-        f"the entries of run {ledger.run_id} add up to ${usd(spent)} spent and ${usd(held)} held, its leases to "
-        f"${usd(by_lease[0])} and ${usd(by_lease[1])}"
+        f"the entries of run {ledger.run_id} add up to ${usd(spent)} spent and ${usd(held)} held, its leases and other "
+        f"lines to ${usd(spent_there)} and ${usd(held_there)}"
     )
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from cost.ledger import LeaseAccount
+from cost.accounts import LeaseAccount
 from trainer.store import Store
 
 _PART = re.compile(r"metrics/epoch=(\d+)/")

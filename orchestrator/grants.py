@@ -8,53 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from cost.accounts import LeaseAccount
 from cost.leases import MILLISECONDS_PER_HOUR, Lease, micro_usd
-from cost.ledger import Balance, LeaseAccount, Ledger
-from orchestrator.backends.base import Backend
+from cost.ledger import Balance, Ledger
+from orchestrator.backends.base import Backend, BackendError
 from orchestrator.clock import Clock
+from orchestrator.terms import Terms
 from trainer.store import Store, StoreKeyMissing
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How leases of one backend are paid; real seconds."""
-
-    term_seconds: float = 30.0
-    """How far ahead a renewal pays."""
-    boot_allowance_seconds: float = 10.0
-    """Longest time from the reservation to a node's boot, from which its first grant counts."""
-    startup_seconds: float = 25.0
-    """From boot to the first step, as assumed when the smallest useful lease is computed."""
-    kill_latency_seconds: float = 5.0
-    """kappa: how long the slowest killer assumed sound takes."""
-    drain_seconds: float = 12.0
-    """Longest time from asking for a checkpoint and a stop to the end of the node's command."""
-    stop_grace_seconds: float = 45.0
-    """How long a stop that somebody asked for may take before nodes are ended anyway."""
-    stall_seconds: float = 240.0
-    """Without a new step for so long, the cluster counts as broken."""
-    grow_delay_seconds: float = 4.0
-    """First wait before a lost node is rented again; doubles with every refusal."""
-    confirm_seconds: float = 0.0
-    """How long the provider's lists may lie or lag: only what is absent for so long counts as gone."""
-    create_seconds: float = 0.0
-    """How long after it was asked for a node may still come into being when nobody heard the reply."""
-    price_gap_seconds: float = 120.0
-    """Between two looks at a price no further apart, it was at most the higher of both; else it is unconfirmed."""
-    reconcile_seconds: float = 300.0
-    """How often everything that carries our name is compared with the books."""
-    poll_seconds: float = 1.0
-    accrue_seconds: float = 5.0
-    """How often elapsed time becomes an entry of the books; what is not yet accrued stays set aside at p-hat."""
-    renew_below: float = 0.7
-    """Renew when less than this share of a term is left."""
-
-    @property
-    def smallest_seconds(self) -> float:
-        """The shortest lease that can do anything: boot, start, save and stop, and be killed."""
-        return self.boot_allowance_seconds + self.startup_seconds + self.drain_seconds + self.kill_latency_seconds
 
 
 def affordable_until_ms(account: LeaseAccount, balance: Balance, *, num_nodes: int) -> int:
@@ -62,6 +23,9 @@ def affordable_until_ms(account: LeaseAccount, balance: Balance, *, num_nodes: i
     available = micro_usd(balance.free_usd) + account.held_micro_usd
     future_ms = available * MILLISECONDS_PER_HOUR // (account.worst_micro_usd * num_nodes)
     return account.accrued_until_ms + future_ms - account.latency_ms
+
+
+PAY_TRIES = 5
 
 
 class Grants:
@@ -75,47 +39,71 @@ class Grants:
         self._terms = terms
         self._answered: dict[tuple[str, int], int] = {}
         self._noticed: set[tuple[str, int]] = set()
+        self._to_extend = False
+        """Whether the provider has not yet heard of the newest renewal."""
 
     def billed_ms(self, seconds: float) -> int:
         """Real seconds as billed milliseconds, rounded up."""
         return -int(-seconds * 1000 * self._clock.scale // 1)
 
     def renew(self, account: LeaseAccount) -> tuple[LeaseAccount, bool]:
-        """Pay for another term if it is due; False when the money only reaches to the drain line.
+        """Pay for another term if it is due; False when time or money only reaches to the drain line.
 
-        Near the end of the money the term shrinks, so that little stays unused.
+        Near the end of the money the term shrinks, so that little stays unused. A limit that cannot be moved was paid
+        for as a whole at its start.
         """
         if account.num_nodes == 0:
             return account, True
         now = self._clock.now_ms()
+        drain_ms = self.billed_ms(self._terms.drain_seconds)
+        if account.lease.ttl_seconds:
+            return account, account.expires_ms - now > drain_ms
         limit = affordable_until_ms(account, self._ledger.balance(), num_nodes=account.num_nodes)
-        reaches = limit - now > self.billed_ms(self._terms.drain_seconds)
         wanted = now + self.billed_ms(self._terms.term_seconds)
         due = account.expires_ms - now < self.billed_ms(self._terms.term_seconds * self._terms.renew_below)
         target = min(wanted, limit)
         if due and target > account.expires_ms:
             account = self._ledger.renew(account.lease.lease_id, expires_ms=target, at_ms=now)
+            self._to_extend = True
+        if self._to_extend:
             self.extend(account)
-        return account, reaches
+        return account, limit - now > drain_ms
 
     def pay_first_deadline(self, lease: Lease) -> LeaseAccount:
         """Pay up to the first deadline of a node that is asked for at this moment.
 
+        The last look at the books, here and in the run store, is less than `call_seconds` ago when this returns.
+
         Raises:
             BudgetExceeded: It is not affordable.
             Fenced: Another supervisor holds the run and may have settled this lease.
+            BackendError: Paying takes so long that what was paid for is over each time.
         """
-        now = self._clock.now_ms()
-        expires_ms = now + self.first_deadline_ms(lease.first_grant_seconds)
-        return self._ledger.renew(lease.lease_id, expires_ms=expires_ms, at_ms=now)
+        for _ in range(PAY_TRIES):
+            began, now = self._clock.real_seconds(), self._clock.now_ms()
+            account = self._ledger.renew(lease.lease_id, expires_ms=now + self.first_deadline_ms(lease), at_ms=now)
+            self._ledger.require_mine()
+            if self._clock.real_seconds() - began <= self._terms.call_seconds:
+                return account
+        raise BackendError(
+            f"paying for {lease.lease_id} took longer than {self._terms.call_seconds:.0f} s {PAY_TRIES} times; "
+            "the run store is too slow to rent on its word."
+        )
 
-    def first_deadline_ms(self, first_grant_seconds: float) -> int:
-        """Billed milliseconds from asking for a node to the end of its first grant, which counts from its boot."""
-        return self.billed_ms(self._terms.boot_allowance_seconds + first_grant_seconds)
+    def first_deadline_ms(self, lease: Lease) -> int:
+        """Billed milliseconds from paying for a node to the end of its first grant, or of its fixed limit."""
+        return self.billed_ms(self._terms.first_seconds(max(lease.first_grant_seconds, lease.ttl_seconds)))
 
     def extend(self, account: LeaseAccount) -> None:
-        """Move the provider's own limit to the end of what is paid."""
-        self._backend.extend(account.lease, self._seconds_left(account))
+        """Move the provider's own limit to the end of what is paid; what fails is tried again with the next renewal.
+
+        Raises:
+            BackendError: The provider did not take it; the limit is where it was, or there.
+        """
+        self._to_extend = True
+        if not account.lease.ttl_seconds:
+            self._backend.extend(account.lease, self._seconds_left(account))
+        self._to_extend = False
 
     def answer(self, account: LeaseAccount, ranks: Iterable[int]) -> list[int]:
         """Answer each node's newest request with what is left of the paid time.
@@ -133,6 +121,8 @@ class Grants:
             if number is None or number <= self._answered.get((lease_id, rank), -1):
                 continue
             duration = self._seconds_left(account)
+            if account.lease.ttl_seconds:  # paid to its end: a node that hears nothing more ends itself before
+                duration = min(duration, self._terms.term_seconds)
             if duration <= 0:
                 continue
             grant = {"epoch": self._ledger.epoch, "number": number, "duration_seconds": duration}

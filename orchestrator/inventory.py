@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 
+from cost.accounts import LeaseAccount
 from cost.database import DatabaseError
-from cost.ledger import LeaseAccount, Ledger
+from cost.errors import SlmError
+from cost.journal import records_from
+from cost.ledger import Ledger
 from orchestrator.backends.base import Backend, BackendError, Instance
 from orchestrator.clock import SystemClock
-from orchestrator.reconcile import lease_of
+from orchestrator.journal import OWNERS, StoreJournal
+from orchestrator.launch import store_of
+from orchestrator.reconcile import is_ours, lease_of
 from orchestrator.report import books, lock_path
 from orchestrator.runs import Run, Runs, is_supervised
 from orchestrator.settings import Home
@@ -35,6 +40,8 @@ class Verdict(StrEnum):
     SUPERVISED = "supervised"
     PAID = "paid"
     """Nobody supervises it, but its paid time is not over: the next supervisor of its run takes it over."""
+    ELSEWHERE = "elsewhere"
+    """Its paid time is over in these books, but another machine has taken the run over and pays by its own."""
     EXPIRED = "expired"
     SETTLED = "settled"
     UNKNOWN = "unknown"
@@ -85,6 +92,23 @@ class Inventory:
         return tuple(one for one in self.clusters if one.outcome in (Outcome.WOULD_END, Outcome.LEFT))
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the books know: a verdict on each lease, and under which names a run's nodes were ever rented."""
+
+    owner: str
+    verdicts: Mapping[str, Verdict]
+    former_owners: Mapping[str, Sequence[str]]
+
+    def verdict(self, name: str) -> Verdict:
+        """On a cluster that lives."""
+        ours = is_ours(name, owner=self.owner) or any(
+            is_ours(name, owner=self.owner, run_id=run_id, owners=owners)
+            for run_id, owners in self.former_owners.items()
+        )
+        return self.verdicts.get(name, Verdict.UNKNOWN) if ours else Verdict.FOREIGN
+
+
 def reconcile(
     home: Home,
     backends: Sequence[Backend],
@@ -100,8 +124,6 @@ def reconcile(
     Raises:
         DatabaseError: The books are there and cannot be read: nothing is ended then.
     """
-    owner = home.owner_id()
-    prefix = f"slm-{owner}-"
     listed: list[tuple[Backend, list[Instance]]] = []
     problems = []
     for backend in backends:
@@ -109,17 +131,15 @@ def reconcile(
             listed.append((backend, list(backend.list_alive())))
         except BackendError as error:
             problems.append(f"{backend.name}: cannot list what is alive: {error}")
-    verdicts = read_verdicts(home, now_ms or billed_now_ms)
+    known = read_books(home, now_ms or billed_now_ms)
     found = [
-        (backend, cluster_of(backend, nodes, verdicts, prefix))
-        for backend, instances in listed
-        for nodes in by_name(instances)
+        (backend, cluster_of(backend, nodes, known)) for backend, instances in listed for nodes in by_name(instances)
     ]
     clusters = [
         one if one.verdict not in MUST_END else _end(backend, one, dry_run=dry_run, sleep=sleep)
         for backend, one in found
     ]
-    return Inventory(owner, dry_run, tuple(clusters), tuple(problems))
+    return Inventory(known.owner, dry_run, tuple(clusters), tuple(problems))
 
 
 def by_name(instances: Sequence[Instance]) -> list[list[Instance]]:
@@ -128,9 +148,8 @@ def by_name(instances: Sequence[Instance]) -> list[list[Instance]]:
     return [[one for one in instances if one.lease_id == name] for name in names]
 
 
-def cluster_of(backend: Backend, nodes: Sequence[Instance], verdicts: dict[str, Verdict], prefix: str) -> Cluster:
+def cluster_of(backend: Backend, nodes: Sequence[Instance], known: Known) -> Cluster:
     name = nodes[0].lease_id
-    ours = name.startswith(prefix)
     return Cluster(
         name=name,
         backend=backend.name,
@@ -138,21 +157,23 @@ def cluster_of(backend: Backend, nodes: Sequence[Instance], verdicts: dict[str, 
         num_nodes=len(nodes),
         usd_per_hour=sum((one.usd_per_hour for one in nodes), Decimal(0)),
         started_at=min(one.started_at for one in nodes),
-        verdict=verdicts.get(name, Verdict.UNKNOWN) if ours else Verdict.FOREIGN,
+        verdict=known.verdict(name),
     )
 
 
-def read_verdicts(home: Home, now_ms: Callable[[Run, Ledger], int]) -> dict[str, Verdict]:
-    """Of every lease in the books; nothing where there are none yet."""
+def read_books(home: Home, now_ms: Callable[[Run, Ledger], int]) -> Known:
+    """What they know of every lease; nothing where there are none yet."""
+    owner = home.owner_id()
     if not home.database.exists():
-        return {}
+        return Known(owner, {}, {})
     try:
         with books(home) as runs:
-            return {
+            verdicts = {
                 account.lease.lease_id: verdict_of(account, run, runs, home, now_ms)
                 for run in runs.all()
                 for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
             }
+            return Known(owner, verdicts, {run.run_id: tuple(run.options.get(OWNERS, ())) for run in runs.all()})
     except sqlite3.Error as error:
         raise DatabaseError(
             f"the books at {home.database} cannot be read, so nothing is ended: {error}; bring back a copy of the "
@@ -168,7 +189,27 @@ def verdict_of(
     if is_supervised(lock_path(home, run.run_id)):
         return Verdict.SUPERVISED  # its supervisor looks every second, and ends what has expired itself
     now = now_ms(run, Ledger(runs.db, run.run_id, epoch=run.epoch))
-    return Verdict.PAID if now <= account.expires_ms + account.latency_ms else Verdict.EXPIRED
+    if now <= account.expires_ms + account.latency_ms:
+        return Verdict.PAID
+    return Verdict.ELSEWHERE if is_elsewhere(run, runs, home) else Verdict.EXPIRED
+
+
+def is_elsewhere(run: Run, runs: Runs, home: Home) -> bool:
+    """Whether the run store holds books of a supervisor that these books do not know.
+
+    A store that cannot be read is no reason to keep what is not paid for: then nobody can grant either.
+    """
+    try:
+        journal = StoreJournal(store_of(run, runs, home))
+        return any(found.epoch > run.epoch for found in records_from(journal, next_record(run, runs)))
+    except SlmError:
+        return False
+
+
+def next_record(run: Run, runs: Runs) -> int:
+    """The number of the first record of the run store that these books have not seen."""
+    row = runs.db.execute("SELECT journal_next FROM runs WHERE run_id = ?", (run.run_id,)).fetchone()
+    return int(row["journal_next"])
 
 
 def billed_now_ms(run: Run, ledger: Ledger) -> int:

@@ -25,16 +25,17 @@ from cost.leases import Lease
 from cost.ledger import Ledger
 from cost.offers import Offer
 from cost.recovery import Candidate
+from orchestrator import journal as journals
 from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
-from orchestrator.grants import Terms
 from orchestrator.notify import keep, notified
 from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
 from orchestrator.settings import Home
-from orchestrator.supervise import Supervisor, worst_price
+from orchestrator.supervise import Supervisor
+from orchestrator.terms import Terms, TermsOf, needed_usd, same_terms
 from orchestrator.watch import StopSwitch
 from tasks.recipe import Recipe
 from tasks.spec import RunSpec
@@ -75,7 +76,7 @@ def launch(
         known = unfinished(runs, recipe, home)
         if known is None:
             require_one_lease(
-                candidates_of(offers, recipe, terms_of(recipe), price_is_fixed=LocalBackend.price_is_fixed),
+                candidates_of(offers, recipe, terms_of(recipe)),
                 cap_usd,
                 Decimal(0),
             )
@@ -147,17 +148,16 @@ def supervise(
         notified(home, run_id, EventLog(home.run_dir(run_id) / "events.jsonl", on_event)) as emit,
     ):
         asked_to_stop = runs.get(run_id).stop_requested
-        run = runs.take_over(run_id)
+        store = store_of(runs.get(run_id), runs, home)
+        run, journal = journals.enter(runs, run_id, store, owner=home.owner_id())
         if asked_to_stop and not run.is_finished:
             switch.press()
         recipe = Recipe.model_validate_json(run.recipe_json)
-        ledger = Ledger(runs.db, run_id, epoch=run.epoch)
+        ledger = Ledger(runs.db, run_id, epoch=run.epoch, journal=journal)
         if budget_usd is not None and budget_usd != run.cap_usd:
             ledger.set_cap(budget_usd)
         clock = clock_of(run, recipe, ledger, emit)
         data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
-        # A store that vanished after the first lease held checkpoints: say so instead of starting from nothing.
-        store = open_store(str(home.store_dir(run_id)), create=not ledger.accounts())
         terms = terms_of(recipe)
         offers = [offer_of(content) for content in run.options["offers"]]
         backend = backend_of(recipe, run, store=store, home=home, offers=offers)
@@ -169,9 +169,10 @@ def supervise(
             store=store,
             clock=clock,
             terms=terms,
-            candidates=lambda _: candidates_of(offers, recipe, terms, price_is_fixed=backend.price_is_fixed),
+            candidates=lambda _: candidates_of(offers, recipe, terms),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
+            owners=run.options.get(journals.OWNERS, ()),
             write_spec=lambda lease: write_spec(lease, run, recipe, store, data_dir),
             emit=emit,
             switch=switch,
@@ -181,6 +182,12 @@ def supervise(
             require_one_lease(supervisor.candidates(balance.free_usd), balance.free_usd, balance.spent_usd)
         supervisor.run()
         return summary_of(runs, run_id, home, wall_seconds=time.monotonic() - started)
+
+
+def store_of(run: Run, runs: Runs, home: Home) -> Store:
+    """The run's store. One that vanished after the first lease held checkpoints: that is told, not made anew."""
+    uri = run.options.get(journals.STORE) or str(home.store_dir(run.run_id))
+    return open_store(uri, create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts())
 
 
 def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_usd: Decimal) -> None:
@@ -208,16 +215,15 @@ def require_backend(name: str) -> None:
         )
 
 
-def terms_of(recipe: Recipe) -> Terms:
-    return Terms(term_seconds=recipe.local.lease_seconds)
+def terms_of(recipe: Recipe) -> TermsOf:
+    return same_terms(Terms(term_seconds=recipe.local.lease_seconds))
 
 
-def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: Terms, *, price_is_fixed: bool) -> list[Candidate]:
+def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: TermsOf) -> list[Candidate]:
     """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
     counts = dict.fromkeys((recipe.nodes.max, recipe.nodes.min))
-    hours = Decimal(terms.smallest_seconds * recipe.local.time_scale / 3600)
     return [
-        Candidate(offer, count, worst_price(offer, price_is_fixed=price_is_fixed) * count * hours)
+        Candidate(offer, count, needed_usd(offer, terms(offer), num_nodes=count, scale=recipe.local.time_scale))
         for count in counts
         for offer in offers
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from decimal import Decimal
 
@@ -10,13 +11,33 @@ from cost.offers import Offer
 from orchestrator.backends.base import Backend, BackendError, Instance
 
 
-def end_unknown_instances(backend: Backend, known_leases: Collection[str], *, owner: str) -> list[str]:
-    """End every instance that carries our name but belongs to no open lease; say what was done.
+def is_ours(lease_id: str, *, owner: str, run_id: str | None = None, owners: Collection[str] = ()) -> bool:
+    """Whether a cluster of that name was rented by this installation, or for this run by one of its former `owners`.
 
-    Whatever does not carry the name of `owner` is somebody else's and is never touched.
+    Another installation's other runs are not ours, whatever became of this one.
+    """
+    if lease_id.startswith(f"slm-{owner}-"):
+        return True
+    return run_id is not None and any(
+        re.fullmatch(rf"slm-{re.escape(former)}-{re.escape(run_id)}-\d+", lease_id) for former in owners
+    )
+
+
+def end_unknown_instances(
+    backend: Backend,
+    known_leases: Collection[str],
+    *,
+    owner: str,
+    run_id: str | None = None,
+    owners: Collection[str] = (),
+) -> list[str]:
+    """End every instance that `is_ours` but belongs to no open lease; say what was done.
+
+    Whatever is not ours by its name is somebody else's and is never touched.
     """
     try:
-        ours = [one for one in backend.list_alive() if one.lease_id.startswith(f"slm-{owner}-")]
+        alive = backend.list_alive()
+        ours = [one for one in alive if is_ours(one.lease_id, owner=owner, run_id=run_id, owners=owners)]
         strangers = [one for one in ours if one.lease_id not in known_leases]
     except BackendError as error:
         return [f"cannot list what is alive: {error}"]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WHY = {
     Verdict.SUPERVISED: "its run is supervised",
     Verdict.PAID: "paid for until its grant ends; slm resume takes it over",
+    Verdict.ELSEWHERE: "another machine has taken its run over",
     Verdict.EXPIRED: "its paid time is over",
     Verdict.SETTLED: "the books have settled it",
     Verdict.UNKNOWN: "the books do not know it",

@@ -12,8 +12,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from cost.accounts import LeaseAccount
 from cost.database import connect
-from cost.ledger import Balance, LeaseAccount, Ledger, LedgerEntry
+from cost.ledger import Balance, Ledger, LedgerEntry
 from orchestrator.events import read_events
 from orchestrator.goodput import goodput
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, is_supervised

@@ -173,9 +173,15 @@ class Runs:
             )
 
     def take_over(self, run_id: str) -> Run:
-        """Raise the epoch: from now on only the caller may write. The caller holds the run's `SupervisorLock`."""
+        """Raise the epoch here, for a run whose books are nowhere else; `orchestrator.journal.enter` does both."""
         with transaction(self.db):
-            self.db.execute("UPDATE runs SET epoch = epoch + 1, stop_requested = 0 WHERE run_id = ?", (run_id,))
+            self.db.execute("UPDATE runs SET epoch = epoch + 1 WHERE run_id = ?", (run_id,))
+            return self.entered(run_id)
+
+    def entered(self, run_id: str) -> Run:
+        """The run as its new supervisor finds it, with an old request to stop forgotten."""
+        with transaction(self.db):
+            self.db.execute("UPDATE runs SET stop_requested = 0 WHERE run_id = ?", (run_id,))
             return self.get(run_id)
 
     def request_stop(self, run_id: str) -> None:

@@ -7,17 +7,19 @@ memory: a supervisor killed at any instant is replaced by the next one, which se
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from cost.accounts import LeaseAccount
 from cost.database import DatabaseError
 from cost.errors import BudgetExceeded, SlmError
-from cost.leases import Lease
-from cost.ledger import LeaseAccount, Ledger
+from cost.leases import Lease, usd
+from cost.ledger import Ledger
 from cost.offers import Offer
+from cost.providers import Ttl
 from cost.recovery import (
     BLOCK_MS,
     Candidate,
@@ -33,9 +35,10 @@ from cost.recovery import (
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock
 from orchestrator.events import Emit, Event
-from orchestrator.grants import Grants, Terms
+from orchestrator.grants import Grants
 from orchestrator.reconcile import end_unknown_instances
 from orchestrator.runs import Run, Runs, RunState
+from orchestrator.terms import Terms, TermsOf, worst_price
 from orchestrator.watch import StopSwitch, Watch
 from trainer.store import Store, StoreError
 
@@ -51,6 +54,10 @@ FINAL_STATES = {
 }
 RENT_SLACK_SECONDS = 5.0
 """What an otherwise exhausted budget keeps, so that it still pays when the rent comes so long after the reservation."""
+WAIT_SECONDS = 1.0
+"""How often a wait looks whether somebody asked to stop."""
+STORE_RETRY_SECONDS = 10.0
+"""Between two tries to rent while the run store is away."""
 CONFIRM_SECONDS = 5.0
 """Pause between tries to end a lease that the provider does not confirm as gone."""
 
@@ -65,26 +72,23 @@ class Supervisor:
     backend: Backend
     store: Store
     clock: Clock
-    terms: Terms
+    terms: TermsOf
     candidates: Candidates
     command: list[str]
     owner: str
     write_spec: WriteSpec
     emit: Emit
     switch: StopSwitch
-    _grants: Grants = field(init=False)
+    owners: Sequence[str] = ()
+    """Names under which other machines have rented for this run."""
     _blocked: dict[tuple[str, int], int] = field(default_factory=dict)
     _failures: int = 0
     _waits: int = 0
     _last_step: int = -1
     _lost_at: float | None = None
+    _store_away_since: float | None = None
     _surely_over_at: dict[str, float] = field(default_factory=dict)
     """By lease that was taken over: real seconds at which, by our own clock alone, its last killer has fired."""
-
-    def __post_init__(self) -> None:
-        self._grants = Grants(
-            ledger=self.ledger, backend=self.backend, store=self.store, clock=self.clock, terms=self.terms
-        )
 
     # -- the story -------------------------------------------------------------------------------
 
@@ -94,12 +98,15 @@ class Supervisor:
         account = self._repair()
         decision = self._first() if account is None else self._watch_and_decide(account)
         while not isinstance(decision, Stop):
-            if self.switch.level or self.runs.stop_requested(self.run_record.run_id):
+            if self._asked_to_stop():
                 decision = Stop(StopReason.ASKED, "stopped as asked")
                 break
             decision = self._rent(decision)
+        if decision.reason in (StopReason.FINISHED, StopReason.ASKED, StopReason.BUG):
+            self.ledger.close_lines(at_ms=self.clock.now_ms())
         state = FINAL_STATES[decision.reason]
         self._move(state, decision.message)
+        self.ledger.mirror()
         return state
 
     def _first(self) -> Decision:
@@ -116,20 +123,54 @@ class Supervisor:
             account = self._open(decision)
         except BudgetExceeded as error:
             return Stop(StopReason.BUDGET, str(error))
+        except StoreError as error:
+            return self._wait_for_store(decision, error)
+        grants = self._grants(account.lease)
         try:
             # Since the reservation this process may have stood still for any time, or lost the run.
-            account = self._grants.pay_first_deadline(account.lease)
+            account = grants.pay_first_deadline(account.lease)
             self.backend.start(account.lease, self.command)
+            grants.extend(account)  # arms the provider's limit where none could be set at the create
         except BudgetExceeded as error:
             self._settle_unrented(account)
             return Stop(StopReason.BUDGET, str(error))
+        except StoreError as error:
+            self._settle_unrented(account)
+            return self._wait_for_store(decision, error)
         except NoCapacity as error:
             self._settle_unrented(account)
             return self._decide(Cause.NO_CAPACITY, str(error), account)
         except BackendError as error:
             self._close(account, Cause.BROKEN, asked_at=self.clock.real_seconds())
             return self._decide(Cause.BROKEN, str(error), account)
+        self._store_away_since = None
         return self._watch_and_decide(account)
+
+    def _wait_for_store(self, decision: Relaunch | Rollover, error: StoreError) -> Decision:
+        """Without the run store nothing may be rented; wait at $0, and try the same again.
+
+        Raises:
+            StoreError: It was away for longer than the terms have patience for.
+        """
+        now = self.clock.real_seconds()
+        if self._store_away_since is None:
+            self._store_away_since = now
+            self._tell("warning", f"nothing is rented while the run store is away: {error}")
+        if now - self._store_away_since >= self.terms(decision.offer).store_patience_seconds:
+            self._move(RunState.FAILED, str(error))
+            raise error
+        if not self._wait(STORE_RETRY_SECONDS):
+            return Stop(StopReason.ASKED, "stopped as asked while the run store is away")
+        return decision
+
+    def _grants(self, lease: Lease) -> Grants:
+        return Grants(
+            ledger=self.ledger,
+            backend=self.backend,
+            store=self.store,
+            clock=self.clock,
+            terms=self.terms(lease.offer),
+        )
 
     def _settle_unrented(self, account: LeaseAccount) -> None:
         """Nothing was rented, so nothing is owed."""
@@ -138,6 +179,7 @@ class Supervisor:
             ended_ms=account.started_ms,
             at_ms=self.clock.now_ms(),
             outcome=Cause.NO_CAPACITY.value,
+            rented=False,
         )
 
     def _watch_and_decide(self, account: LeaseAccount) -> Decision:
@@ -149,8 +191,8 @@ class Supervisor:
             backend=self.backend,
             store=self.store,
             clock=self.clock,
-            terms=self.terms,
-            grants=self._grants,
+            terms=self.terms(account.lease.offer),
+            grants=self._grants(account.lease),
             switch=self.switch,
             command=self.command,
             tell=self._tell,
@@ -160,7 +202,7 @@ class Supervisor:
         )
         try:
             cause, detail = watch.until_it_ends()
-        except (StoreError, DatabaseError) as error:
+        except DatabaseError as error:
             self._end_without_books(account, error)
             raise
         self._lost_at = self.clock.real_seconds()
@@ -187,26 +229,47 @@ class Supervisor:
         for account in reversed(open_accounts):
             state = self._poll(account.lease)
             usable = state.phase in (LeasePhase.RUNNING, LeasePhase.STARTING) and 0 in state.alive_ranks
-            if adopted is None and usable:
+            if adopted is None and usable and self._armed(account):
                 adopted = account
                 self._tell("start", f"took over {account.lease.lease_id}, {len(state.alive_ranks)} nodes alive")
             else:
                 self._close(account, Cause.EXPIRED, asked_at=now)
         return adopted
 
+    def _armed(self, account: LeaseAccount) -> bool:
+        """Set the provider's limit of what was taken over: whoever rented it may have ended before it did."""
+        try:
+            self._grants(account.lease).extend(account)
+        except BackendError as error:
+            self._tell("warning", f"the time limit of {account.lease.lease_id} could not be set: {error}")
+            return False
+        return True
+
     def _end_strangers(self) -> None:
-        for message in end_unknown_instances(self.backend, self.ledger.open_leases_of_all_runs(), owner=self.owner):
+        for message in end_unknown_instances(
+            self.backend,
+            self.ledger.open_leases_of_all_runs(),
+            owner=self.owner,
+            run_id=self.run_record.run_id,
+            owners=self.owners,
+        ):
             self._tell("warning", message)
 
     def _open(self, decision: Relaunch | Rollover) -> LeaseAccount:
-        """Write the intent and set its cost aside; the first term shrinks to what is affordable."""
+        """Write the intent and set its cost aside; the first term or the fixed limit shrinks to what is affordable."""
+        for account in self.ledger.open_accounts():  # one whose record was stored while its reply was lost
+            self._close(account, Cause.BROKEN, asked_at=self.clock.real_seconds())
         attempt = 1 + max((account.lease.attempt for account in self.ledger.accounts()), default=0)
         offer, num_nodes = decision.offer, decision.num_nodes
-        worst = worst_price(offer, price_is_fixed=self.backend.price_is_fixed)
-        fixed = self.terms.boot_allowance_seconds + self.terms.kill_latency_seconds + RENT_SLACK_SECONDS
+        terms = self.terms(offer)
+        worst = worst_price(offer, terms.price_bound)
+        fixed = terms.first_seconds(terms.kill_latency_seconds) + RENT_SLACK_SECONDS
         free = self.ledger.balance().free_usd
-        affordable = float(free / (worst * num_nodes)) * 3600 / self.clock.scale - fixed
-        term = min(max(self.terms.term_seconds, self.terms.startup_seconds + self.terms.drain_seconds), affordable)
+        affordable = seconds_for(free, worst * num_nodes, self.clock.scale) - fixed
+        ttl = min(terms.fixed_ttl_seconds, affordable) if terms.ttl is Ttl.FIXED else 0.0
+        if terms.balance_usd is not None:  # paid to the last cent of it: what a hung node would use up
+            ttl = seconds_for(self._balance_left(offer, terms), worst * num_nodes, self.clock.scale)
+        term = min(max(terms.term_seconds, terms.startup_seconds + terms.drain_seconds), affordable)
         lease = Lease(
             lease_id=f"slm-{self.owner}-{self.run_record.run_id}-{attempt}",
             run_id=self.run_record.run_id,
@@ -214,23 +277,49 @@ class Supervisor:
             offer=offer,
             num_nodes=num_nodes,
             worst_usd_per_hour=worst,
-            first_grant_seconds=max(term, 1.0),
-            kill_latency_seconds=self.terms.kill_latency_seconds,
+            first_grant_seconds=max(min(term, ttl) if ttl else term, 1.0),
+            kill_latency_seconds=terms.kill_latency_seconds,
             epoch=self.ledger.epoch,
+            minimum_billed_seconds=terms.minimum_billed_seconds,
+            ttl_seconds=max(ttl, 1.0) if ttl else 0.0,
         )
-        now = self.clock.now_ms()
+        now, grants = self.clock.now_ms(), self._grants(lease)
         account = self.ledger.reserve(
             lease,
-            expires_ms=now + self._grants.first_deadline_ms(lease.first_grant_seconds),
-            latency_ms=self._grants.billed_ms(self.terms.kill_latency_seconds),
+            expires_ms=now + grants.first_deadline_ms(lease),
+            latency_ms=grants.billed_ms(terms.kill_latency_seconds),
             at_ms=now,
         )
         if attempt > 1:
             self._move(RunState.RECOVERING, "")
-        self.write_spec(lease)
+        try:
+            self.write_spec(lease)
+        except StoreError:
+            self._settle_unrented(account)
+            raise
         price = f"${offer.usd_per_hour:.2f}/h each"
         self._tell("start", f"renting {num_nodes} x {offer.offer_id} at {price} as {lease.lease_id}")
         return account
+
+    def _balance_left(self, offer: Offer, terms: Terms) -> Decimal:
+        """What is left on the prepaid account of that cloud, from which only this run pays."""
+        spent = sum(one.spent_micro_usd for one in self.ledger.accounts() if one.lease.offer.cloud == offer.cloud)
+        return max(Decimal(0), (terms.balance_usd or Decimal(0)) - usd(spent))
+
+    def _candidates(self, remaining_usd: Decimal) -> list[Candidate]:
+        """Candidates with all that renting them sets aside: of a prepaid account everything that is left on it."""
+        found = []
+        for one in self.candidates(remaining_usd):
+            terms = self.terms(one.offer)
+            if terms.balance_usd is None:
+                found.append(one)
+                continue
+            left = self._balance_left(one.offer, terms)
+            hours = Decimal(terms.first_seconds(terms.kill_latency_seconds) * self.clock.scale) / 3600
+            beyond = worst_price(one.offer, terms.price_bound) * one.num_nodes * hours
+            if left >= one.needed_usd:  # else the account is too empty for a lease that is of use
+                found.append(replace(one, needed_usd=left + beyond))
+        return found
 
     def _close(self, account: LeaseAccount, cause: Cause, *, asked_at: float | None = None) -> None:
         """End the lease, wait until it is surely gone, then settle.
@@ -239,8 +328,9 @@ class Supervisor:
         `asked_at` (real seconds) and no reply came, the silence begins only when that can no longer take effect.
         """
         lease = account.lease
+        terms = self.terms(lease.offer)
         silent_since: float | None = None
-        earliest = 0.0 if asked_at is None else asked_at + self.terms.create_seconds
+        earliest = 0.0 if asked_at is None else asked_at + terms.create_seconds
         while True:
             try:
                 self.backend.stop(lease)
@@ -254,7 +344,7 @@ class Supervisor:
                 elif silent_since is None:
                     silent_since = max(self.clock.real_seconds(), earliest)
             real = self.clock.real_seconds()
-            gone = silent_since is not None and real >= silent_since + self.terms.confirm_seconds
+            gone = silent_since is not None and real >= silent_since + terms.confirm_seconds
             if gone or self._surely_over(account):
                 break
             self.clock.sleep(CONFIRM_SECONDS)
@@ -301,7 +391,7 @@ class Supervisor:
         decision = decide(
             Situation(
                 cause=cause,
-                candidates=self.candidates(remaining),
+                candidates=self._candidates(remaining),
                 remaining_usd=remaining,
                 now_ms=self.clock.now_ms(),
                 blocked_until_ms=self._blocked,
@@ -328,10 +418,13 @@ class Supervisor:
         """Sleep at $0; False when somebody asked to stop meanwhile."""
         until = self.clock.real_seconds() + seconds
         while self.clock.real_seconds() < until:
-            if self.switch.level or self.runs.stop_requested(self.run_record.run_id):
+            if self._asked_to_stop():
                 return False
-            self.clock.sleep(min(self.terms.poll_seconds, until - self.clock.real_seconds()))
+            self.clock.sleep(min(WAIT_SECONDS, until - self.clock.real_seconds()))
         return True
+
+    def _asked_to_stop(self) -> bool:
+        return bool(self.switch.level) or self.runs.stop_requested(self.run_record.run_id)
 
     def _move(self, state: RunState, reason: str) -> None:
         self.runs.move(self.run_record.run_id, state, reason=reason, epoch=self.ledger.epoch)
@@ -346,14 +439,6 @@ class Supervisor:
         self.emit(Event(kind, message, datetime.now(UTC), data))
 
 
-def worst_price(offer: Offer, *, price_is_fixed: bool) -> Decimal:
-    """p-hat of one node: its price where the provider fixes it at rent, else the on-demand price.
-
-    Raises:
-        SlmError: Nothing bounds the future price of this offer.
-    """
-    if price_is_fixed:
-        return offer.usd_per_hour
-    if offer.on_demand_usd_per_hour is None:
-        raise SlmError(f"nothing bounds the future price of {offer.offer_id}; it was not rented. Pick another offer.")
-    return max(offer.usd_per_hour, offer.on_demand_usd_per_hour)
+def seconds_for(amount_usd: Decimal, usd_per_hour: Decimal, scale: float) -> float:
+    """How many real seconds the money pays for, where `scale` billed seconds pass in each."""
+    return float(amount_usd / usd_per_hour) * 3600 / scale

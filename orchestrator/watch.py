@@ -6,20 +6,23 @@ Each turn: see, accrue, tell, ask the run to stop where it must, renew and answe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from cost.accounts import LeaseAccount
 from cost.errors import BudgetExceeded
 from cost.leases import Lease, micro_usd
-from cost.ledger import LeaseAccount, Ledger
+from cost.ledger import Ledger
 from cost.recovery import Cause
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock
-from orchestrator.grants import Grants, Terms, affordable_until_ms
+from orchestrator.grants import Grants, affordable_until_ms
 from orchestrator.runs import Runs
-from trainer.store import Store, StoreKeyMissing
+from orchestrator.terms import Terms
+from trainer.store import Store, StoreError, StoreKeyMissing
 
 EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG, EXIT_NOTICE = 0, 10, 20, 40
 """Exit codes of the node's command; every other one means that the cluster broke."""
@@ -76,6 +79,7 @@ class Watch:
     _warned: int = 0
     _trainer_epoch: int = -1
     _unseen_since: float | None = None
+    _store_away: bool = False
 
     def until_it_ends(self) -> tuple[Cause, str]:
         """Block until the lease has ended or must be ended; the caller closes it."""
@@ -100,7 +104,8 @@ class Watch:
         if state.usd_per_hour is not None and micro_usd(state.usd_per_hour) > account.worst_micro_usd:
             price, worst = state.usd_per_hour, account.lease.worst_usd_per_hour
             return Cause.TOO_DEAR, f"a node costs ${price:.2f}/h now, and at most ${worst:.2f}/h was set aside"
-        self._read_progress(account)
+        with self._store_may_be_away():
+            self._read_progress(account)
         ended = self._ended(state, account)
         if ended is not None:
             return ended
@@ -108,19 +113,48 @@ class Watch:
             account = self._count_nodes(state, account)
         except BudgetExceeded as error:
             return Cause.CAP, f"more nodes live than are paid for: {error}"
-        self._ask_to_stop_if_told()
+        except StoreError as error:
+            return Cause.BROKEN, f"more nodes live than are paid for, and no more can be paid for: {error}"
+        with self._store_may_be_away():
+            self._ask_to_stop_if_told()
         if self.switch.level >= 2 or self._grace_is_over():
             return self._stopping or Cause.ASKED, self._stop_detail or "ended at once, as asked"
-        account, reaches = self.grants.renew(account)
-        if not reaches and self._stopping is None:
-            self._ask(Cause.CAP, f"${self.ledger.balance().free_usd:.2f} is not reserved: the drain line is reached")
-        for rank in self.grants.answer(account, state.alive_ranks):
-            self.tell("notice", f"the cloud will take node {rank} of {self.lease.lease_id}", rank=rank)
-        self._grow(account)
+        with self._store_may_be_away():
+            self._keep_alive(account, state)
         if self.clock.real_seconds() >= self._reconcile_at:
             self._reconcile_at = self.clock.real_seconds() + self.terms.reconcile_seconds
             self.reconcile()
         return None
+
+    def _keep_alive(self, account: LeaseAccount, state: LeaseState) -> None:
+        """Pay for more time, tell the nodes, rent lost ones again; at the drain line ask for a stop."""
+        try:
+            account, reaches = self.grants.renew(account)
+        except BackendError as error:
+            # Paid for, but the provider's limit stands where it was: it ends the nodes earlier than the books say.
+            self.tell("warning", f"the time limit of {self.lease.lease_id} could not be moved: {error}")
+            return
+        if not reaches and self._stopping is None:
+            if self.lease.ttl_seconds:
+                self._ask(Cause.TTL, "the provider's time limit is near")
+            else:
+                free = self.ledger.balance().free_usd
+                self._ask(Cause.CAP, f"${free:.2f} is not reserved: the drain line is reached")
+        for rank in self.grants.answer(account, state.alive_ranks):
+            self.tell("notice", f"the cloud will take node {rank} of {self.lease.lease_id}", rank=rank)
+        self._grow(account)
+
+    @contextmanager
+    def _store_may_be_away(self) -> Iterator[None]:
+        """While the run store cannot be reached nothing is granted, and the nodes' paid time runs out by itself."""
+        try:
+            yield
+        except StoreError as error:
+            if not self._store_away:
+                self.tell("warning", f"nothing is granted while the run store is away: {error}")
+            self._store_away = True
+        else:
+            self._store_away = False
 
     def _accrue(self, state: LeaseState) -> LeaseAccount:
         """Charge elapsed time now and then; at once when the price has changed, or was not seen for long."""
@@ -180,12 +214,20 @@ class Watch:
         if exit_code == EXIT_STOPPED and self._stopping is not None:
             return self._stopping, self._stop_detail
         if exit_code == EXIT_BUG:
-            return Cause.BUG, self._newest_failure()
+            return Cause.BUG, self._from_store(self._newest_failure, "training failed twice at one step")
         if self._stopping is not None:
             return self._stopping, self._stop_detail
         if exit_code == EXIT_NOTICE:
             return Cause.PREEMPTED, "the cloud announced that it takes the first node; the last step is saved"
-        return Cause.BROKEN, f"the node's command ended with exit code {exit_code}{self._last_words()}"
+        words = self._from_store(self._last_words, "")
+        return Cause.BROKEN, f"the node's command ended with exit code {exit_code}{words}"
+
+    def _from_store(self, read: Callable[[], str], otherwise: str) -> str:
+        """What the run store has to say, or less if it is away: a lease that ended is settled all the same."""
+        try:
+            return read()
+        except StoreError:
+            return otherwise
 
     def _last_words(self) -> str:
         """The last line of the first node's log, since it often says why."""
@@ -306,10 +348,10 @@ class Watch:
 
     def _ask(self, cause: Cause, detail: str) -> None:
         """Ask the training loop for a checkpoint and its end; the lease goes on until it has done so."""
-        self._stopping, self._stop_detail = cause, detail
-        self._stop_asked_at = self.clock.real_seconds()
         message = {"command": "stop", "number": 1, "reason": cause.value}
         self.store.write(f"control/{self.lease.lease_id}.json", json.dumps(message).encode())
+        self._stopping, self._stop_detail = cause, detail
+        self._stop_asked_at = self.clock.real_seconds()
         self.tell("warning", f"asking for a checkpoint and a stop: {detail}")
 
     def _grace_is_over(self) -> bool:
@@ -322,6 +364,9 @@ class Watch:
         """Rent lost nodes again under a reservation of its own, when it is worth it and there is capacity."""
         now = self.clock.real_seconds()
         if self._grow_at is None or now < self._grow_at or self._stopping is not None:
+            return
+        if self.lease.ttl_seconds:  # a node's limit would stand behind the others', and cannot be moved
+            self._grow_at = None
             return
         wanted = self.lease.num_nodes
         if len(self._seen) >= wanted:
@@ -359,10 +404,9 @@ class Watch:
         try:
             account = self.grants.pay_first_deadline(self.lease)
             self.grants.extend(account)  # the others' limit moves too: their next renewal is due only later now
-            self.grants.pay_first_deadline(
-                self.lease
-            )  # again from this moment: the call before may have taken any time
+            account = self.grants.pay_first_deadline(self.lease)  # again: the call before may have taken any time
         except BudgetExceeded:
             self._resize(len(self._seen))
             raise
         self.backend.start(self.lease, self.command)
+        self.grants.extend(account)  # arms the new node where no limit could be set at its create

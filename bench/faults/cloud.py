@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
 from cost.leases import Lease
 from cost.offers import Offer
+from cost.providers import PriceBound, Ttl
 from faults.nodes import Node
 from faults.storage import MemoryStore
 from faults.world import ORIGIN_MS, World
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import utc
+from orchestrator.terms import Terms, worst_price
 
 BOOT_SECONDS = (20.0, 60.0)
 TTL_LATENCY_SECONDS = (1.0, 15.0)
 STOP_SECONDS = (1.0, 10.0)
+BALANCE_SECONDS = 20.0
+"""How often a provider compares prepaid money with what was used."""
 
 
 @dataclass(slots=True)
@@ -40,7 +44,8 @@ class FakeCloud:
 
     world: World
     store: MemoryStore
-    price_is_fixed: bool
+    terms: Terms
+    armed_at_create: bool
     prices: dict[str, list[tuple[float, float]]]
     quotes: Sequence[Offer] = ()
     name: str = "fake"
@@ -50,6 +55,7 @@ class FakeCloud:
     ttl_exists: bool = True
     ttl_slack: float = 0.0
     ttl_latency: tuple[float, float] = TTL_LATENCY_SECONDS
+    on_create: Callable[[Node], None] | None = None
     stray_seconds: float = 0.0
     """How long a stray may live until it counts as beyond the bound."""
     steps: int = 0
@@ -96,9 +102,22 @@ class FakeCloud:
     def extend(self, lease: Lease, seconds: float) -> None:
         self._request("extend")
         for node in self._alive:
-            if node.lease.lease_id == lease.lease_id and self.ttl_exists:
+            if node.lease.lease_id == lease.lease_id and self._limit_can_be_moved:
                 node.move_ttl(self.world.t + seconds + self.ttl_slack)
         self._reply("extend")
+
+    @property
+    def _limit_can_be_moved(self) -> bool:
+        return self.ttl_exists and self.terms.ttl is Ttl.RENEWABLE
+
+    @property
+    def limit_is_armed_later(self) -> bool:
+        """Whether a node lives for a moment with no limit of the provider's."""
+        return self.terms.ttl is Ttl.RENEWABLE and not self.armed_at_create
+
+    @property
+    def price_is_fixed(self) -> bool:
+        return self.terms.price_bound is PriceBound.FIXED
 
     def stop(self, lease: Lease) -> None:
         self._request("stop")
@@ -151,8 +170,9 @@ class FakeCloud:
         return bills
 
     def _cost(self, node: Node, above: float = 0.0) -> float:
-        """Integral of the price over the node's life; `above`: only of what exceeds that price."""
+        """Integral of the price over the node's billed time; `above`: only of what exceeds that price."""
         end = self.world.t if node.ended is None else node.ended
+        end = max(end, node.created + self.terms.minimum_billed_seconds)
         changes = self.prices[node.lease.offer.offer_id]
         total = 0.0
         for index, (since, price) in enumerate(changes):
@@ -160,13 +180,26 @@ class FakeCloud:
             total += max(0.0, price - above) * max(0.0, min(end, until) - max(node.created, since)) / 3600
         return total
 
+    def _look_at_balance(self) -> None:
+        """An empty prepaid account ends everything that it paid for."""
+        assert self.terms.balance_usd is not None
+        if not self._alive:
+            return
+        if self.true_bill_usd() >= float(self.terms.balance_usd):
+            for node in list(self._alive):
+                self.world.after(self.world.rng.uniform(*self.ttl_latency), lambda node=node: self.end(node))  # type: ignore[misc]
+            return
+        self.world.after(BALANCE_SECONDS, self._look_at_balance)
+
     def excess_usd(self) -> float:
         """The overshoot that broken assumptions explain: prices above p-hat, late kills, strays for a while."""
         return sum(self._excess(node) for node in self.nodes)
 
     def _excess(self, node: Node) -> float:
         offer = node.lease.offer
-        worst = offer.usd_per_hour if self.price_is_fixed else offer.on_demand_usd_per_hour or offer.usd_per_hour
+        if node.hung_unarmed:  # nothing ends it until somebody looks
+            return self._cost(node)
+        worst = worst_price(offer, self.terms.price_bound)
         seconds = node.late_seconds + (self.stray_seconds if node.is_stray else 0.0)
         highest = max(price for _, price in self.prices[offer.offer_id])
         return self._cost(node, float(worst)) + seconds * highest / 3600
@@ -179,7 +212,7 @@ class FakeCloud:
             lease=lease,
             rank=rank,
             boot_seconds=rng.uniform(*BOOT_SECONDS),
-            ttl=self.world.t + lease.first_grant_seconds + self.ttl_slack,
+            ttl=self._first_limit(lease),
             ttl_latency=rng.uniform(*self.ttl_latency),
             end=self.end,
             command_ended=self._command_ended,
@@ -192,6 +225,18 @@ class FakeCloud:
         self.nodes.append(node)
         self._alive.append(node)
         node.begin()
+        if self.on_create is not None:
+            self.on_create(node)
+        if self.terms.balance_usd is not None and len(self._alive) == 1:
+            self.world.after(BALANCE_SECONDS, self._look_at_balance)
+
+    def _first_limit(self, lease: Lease) -> float | None:
+        """When the provider ends a node that nobody moves the limit of; None where none is armed at the create."""
+        if self.terms.ttl is Ttl.FIXED:
+            return self.world.t + lease.ttl_seconds + self.ttl_slack
+        if self.terms.ttl is Ttl.RENEWABLE and self.armed_at_create:
+            return self.world.t + lease.first_grant_seconds + self.ttl_slack
+        return None
 
     def _command_ended(self, node: Node, code: int) -> None:
         if node.alive:

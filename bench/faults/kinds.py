@@ -9,13 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cost.offers import Offer
 from faults.machine import Machine
 from faults.nodes import SAVE_SECONDS, Node
 from faults.world import Killed
+from orchestrator.terms import worst_price
 
 Install = Callable[[Machine, float], None]
 
-CALLS = ("reserve", "renew", "resize", "settle", "spec.json", "start", "poll", "extend", "stop", "list", "grants")
+CALLS = (
+    "reserve",
+    "renew",
+    "resize",
+    "settle",
+    "books",
+    "spec.json",
+    "start",
+    "poll",
+    "extend",
+    "stop",
+    "list",
+    "grants",
+)
 MAX_LIE_SECONDS = 25.0
 MAX_LAG_SECONDS = 20.0
 SLOW_SECONDS = 20.0
@@ -48,6 +63,18 @@ def supervisor_lost(machine: Machine, t: float) -> None:
     at_time_or_call(machine, t, lambda: kill(machine, None))
 
 
+def supervisor_moves(machine: Machine, t: float) -> None:
+    """The machine is lost for good; some time later the run is recovered on another one."""
+    away = machine.world.rng.uniform(*AWAY_SECONDS)
+
+    def lose() -> None:
+        if machine.depth:
+            machine.moves = True
+        kill(machine, away)
+
+    at_time_or_call(machine, t, lose)
+
+
 def supervisor_held_up(machine: Machine, t: float) -> None:
     seconds = machine.world.rng.uniform(10.0, 1500.0)
 
@@ -59,16 +86,23 @@ def supervisor_held_up(machine: Machine, t: float) -> None:
     held_between_calls(machine, t, hold)
 
 
-def two_supervisors(machine: Machine, t: float) -> None:
-    seconds = machine.world.rng.uniform(60.0, 1500.0)
+def another_supervisor(*, elsewhere: bool) -> Install:
+    """While the first stands still, a second one goes on with the run: on the same machine, or on another one."""
 
-    def hold() -> None:
-        if machine.depth:
-            machine.tell(f"FAULT another supervisor for {seconds:.0f} s")
-            machine.takes_over_for(seconds)
-            machine.tell("FAULT the first supervisor goes on")
+    def install(machine: Machine, t: float) -> None:
+        seconds = machine.world.rng.uniform(60.0, 1500.0)
 
-    held_between_calls(machine, t, hold)
+        def hold() -> None:
+            if machine.db.in_transaction and not elsewhere:
+                return  # the file's lock keeps every other process of this machine out
+            if machine.depth:
+                machine.tell(f"FAULT another supervisor for {seconds:.0f} s")
+                machine.takes_over_for(seconds, elsewhere=elsewhere)
+                machine.tell("FAULT the first supervisor goes on")
+
+        held_between_calls(machine, t, hold)
+
+    return install
 
 
 def held_between_calls(machine: Machine, t: float, hold: Callable[[], None]) -> None:
@@ -174,8 +208,30 @@ def preempted_with_notice(machine: Machine, node: Node) -> None:
     machine.world.after(30.0, lambda: machine.cloud.end(node))
 
 
-def guest_hangs(_: Machine, node: Node) -> None:
-    node.hung = True
+def guest_hangs(machine: Machine, node: Node) -> None:
+    """Once the provider's limit is armed; that it does not hang before is an assumption."""
+    if node.ttl is None and machine.cloud.limit_is_armed_later and node.alive:
+        machine.world.after(5.0, lambda: guest_hangs(machine, node))
+    else:
+        node.hung = True
+
+
+def hangs_unarmed(machine: Machine, t: float) -> None:
+    """The next node hangs before its provider's limit is armed, and nobody is there to arm it for a while."""
+
+    def hang(node: Node) -> None:
+        if node.ttl is None and machine.cloud.limit_is_armed_later:
+            node.hung = node.hung_unarmed = True
+            machine.tell(f"FAULT hangs unarmed {node.lease.lease_id} {node.rank}")
+            machine.away_seconds = machine.world.rng.uniform(*AWAY_SECONDS)
+            machine.world.traps["extend:before"] = lambda: kill(machine, machine.away_seconds)
+
+    machine.world.at(t, lambda: setattr(machine.cloud, "on_create", hang))
+
+
+def grants_repeated(machine: Machine, t: float) -> None:
+    for later in range(0, 600, 60):
+        machine.world.at(t + later, lambda: machine.store.deliver_again("grants/"))
 
 
 def guard_killed(_: Machine, node: Node) -> None:
@@ -209,7 +265,7 @@ def price_moves(machine: Machine, t: float) -> None:
         return
     rng = machine.world.rng
     for offer in machine.offers:
-        low, high = float(offer.usd_per_hour), float(offer.on_demand_usd_per_hour or offer.usd_per_hour)
+        low, high = float(offer.usd_per_hour), worst_usd(machine, offer)
         set_price(machine, t, offer.offer_id, rng.uniform(low, high))
         set_price(machine, t + rng.uniform(60.0, 3600.0), offer.offer_id, rng.uniform(low, high))
 
@@ -224,14 +280,13 @@ def price_peaks_unseen(machine: Machine, t: float) -> None:
 
     interval(machine, t, seconds, lambda: change(1), lambda: change(-1))
     for offer in [] if machine.cloud.price_is_fixed else machine.offers:
-        set_price(machine, t + 1.0, offer.offer_id, float(offer.on_demand_usd_per_hour or offer.usd_per_hour))
+        set_price(machine, t + 1.0, offer.offer_id, worst_usd(machine, offer))
         set_price(machine, t + seconds - 1.0, offer.offer_id, float(offer.usd_per_hour))
 
 
 def price_above_bound(machine: Machine, t: float) -> None:
     for offer in machine.offers:
-        worst = float(machine._worst(offer))
-        set_price(machine, t, offer.offer_id, worst * machine.world.rng.uniform(1.1, 3.0))
+        set_price(machine, t, offer.offer_id, worst_usd(machine, offer) * machine.world.rng.uniform(1.1, 3.0))
 
 
 def kill_late(machine: Machine, node: Node) -> None:
@@ -252,6 +307,10 @@ def create_late(machine: Machine, t: float) -> None:
     machine.world.at(t, take)
 
 
+def worst_usd(machine: Machine, offer: Offer) -> float:
+    return float(worst_price(offer, machine.cloud.terms.price_bound))
+
+
 def set_price(machine: Machine, t: float, offer_id: str, price: float) -> None:
     changes = machine.cloud.prices[offer_id]
     changes.append((t, price))
@@ -262,7 +321,9 @@ HELD: dict[str, Install] = {
     "supervisor killed": supervisor_killed,
     "supervisor lost": supervisor_lost,
     "supervisor held up": supervisor_held_up,
-    "two supervisors": two_supervisors,
+    "two supervisors": another_supervisor(elsewhere=False),
+    "supervisor moves": supervisor_moves,
+    "two machines": another_supervisor(elsewhere=True),
     "network cut": network_cut,
     "node cut off": on_node(node_cut_off),
     "provider down": counted(lambda one: one.cloud.trouble, "down", 20.0, 1200.0),
@@ -284,12 +345,15 @@ HELD: dict[str, Install] = {
     "price peaks unseen": price_peaks_unseen,
     "store down": counted(lambda one: one.door, "down", 10.0, 900.0),
     "store loses writes": counted(lambda one: one.door, "losing_writes", 10.0, 900.0),
+    "store's replies lost": counted(lambda one: one.door, "losing_replies", 10.0, 300.0),
+    "grants repeated": grants_repeated,
     "store reads stale": counted(lambda one: one.store, "stale_reads", 10.0, 900.0),
 }
 BROKEN: dict[str, Install] = {
     "price above bound": price_above_bound,
     "kill late": on_node(kill_late),
     "create late": create_late,
+    "hangs unarmed": hangs_unarmed,
 }
 NEVER_TOGETHER = {frozenset({"guest hangs", "provider timer fails"}), frozenset({"kill late", "provider timer fails"})}
 

@@ -12,11 +12,12 @@ from decimal import Decimal
 from typing import Any
 from unittest import mock
 
-from cost.ledger import LeaseAccount, Ledger
-from cost.offers import Offer
+from cost.accounts import LeaseAccount
+from cost.ledger import Ledger
 from faults.machine import Machine, WatchedLedger
 from orchestrator import supervise
 from orchestrator.grants import Grants
+from orchestrator.journal import StoreJournal
 from orchestrator.runs import Runs
 
 TTL_SLACK_SECONDS = 1800.0
@@ -47,11 +48,7 @@ def reserve_nothing(_: Machine) -> None:
 
 
 def price_of_now(_: Machine) -> None:
-    def price(offer: Offer, *, price_is_fixed: bool) -> Decimal:
-        del price_is_fixed
-        return offer.usd_per_hour
-
-    patch(supervise, "worst_price", price)
+    patch(supervise, "worst_price", lambda offer, _: offer.usd_per_hour)
 
 
 def reserve_the_grant_only(machine: Machine) -> None:
@@ -81,7 +78,17 @@ def settle_at_the_last_price(_: Machine) -> None:
 
 
 def no_fencing(_: Machine) -> None:
+    """Neither the books nor their copy in the run store keep a supervisor out that lost the run."""
     patch(WatchedLedger, "_check_epoch", lambda _: None)
+    patch(WatchedLedger, "_catch_up", lambda _: None)
+    append = StoreJournal.append
+
+    def at_the_end(self: StoreJournal, number: int, record: bytes) -> bool:
+        while self.read(number) is not None:
+            number += 1
+        return append(self, number, record)
+
+    patch(StoreJournal, "append", at_the_end)
     move = Runs.move
 
     def unfenced(self: Runs, run_id: str, state: Any, *, reason: str = "", epoch: int) -> None:
@@ -89,6 +96,17 @@ def no_fencing(_: Machine) -> None:
         move(self, run_id, state, reason=reason, epoch=self.get(run_id).epoch)
 
     patch(Runs, "move", unfenced)
+
+
+def act_before_the_store(_: Machine) -> None:
+    """Reservations reach the run store only when a lease is settled."""
+    append = Ledger._append
+
+    def late(self: Ledger, journal: Any, *, always: bool) -> None:
+        if not self.open_accounts():
+            append(self, journal, always=always)
+
+    patch(WatchedLedger, "_append", late)
 
 
 LAYERS: dict[str, Layer] = {
@@ -99,5 +117,6 @@ LAYERS: dict[str, Layer] = {
     "provider TTL": Layer(no_provider_limit, ("guest hangs", "supervisor lost")),
     "reconciler": Layer(no_reconciler, ("create late",)),
     "settle at p-hat": Layer(settle_at_the_last_price, ("price peaks unseen",)),
-    "fencing": Layer(no_fencing, ("two supervisors",)),
+    "fencing": Layer(no_fencing, ("two machines",)),
+    "run store first": Layer(act_before_the_store, ("supervisor moves",)),
 }

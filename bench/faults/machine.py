@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import sqlite3
 from collections.abc import Callable
@@ -10,10 +12,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from cost.accounts import LeaseAccount
 from cost.database import migrate
-from cost.errors import SlmError
+from cost.errors import SlmError, UserError
 from cost.leases import Lease
-from cost.ledger import LeaseAccount, Ledger
+from cost.ledger import Ledger
 from cost.offers import Offer
 from cost.recovery import Candidate
 from faults.cloud import FakeCloud
@@ -22,8 +25,9 @@ from faults.world import ORIGIN_MS, Killed, SkewedClock, World
 from orchestrator import supervise as loop
 from orchestrator.clock import start_ms
 from orchestrator.events import Event
-from orchestrator.grants import Terms
+from orchestrator.journal import StoreJournal, enter, recover
 from orchestrator.runs import TERMINAL, Run, Runs, RunState
+from orchestrator.terms import Terms, needed_usd, same_terms
 from orchestrator.watch import StopSwitch
 
 TERMS = Terms(
@@ -37,8 +41,10 @@ TERMS = Terms(
     grow_delay_seconds=30.0,
     confirm_seconds=60.0,
     create_seconds=30.0,
-    poll_seconds=15.0,
-    accrue_seconds=60.0,
+    call_seconds=30.0,
+    store_patience_seconds=1200.0,
+    poll_seconds=30.0,
+    accrue_seconds=120.0,
 )
 OWNER = "abc123"
 RESTART_SECONDS = 60.0
@@ -54,7 +60,6 @@ class WatchedLedger(Ledger):
     """The real books; before and after each write the process may be killed or held up."""
 
     world: World
-    written_unfenced: Callable[[], None]
 
     def reserve(self, *arguments: Any, **named: Any) -> LeaseAccount:
         return self._between("reserve", super().reserve, *arguments, **named)
@@ -71,9 +76,6 @@ class WatchedLedger(Ledger):
     def _between(self, name: str, write: Callable[..., LeaseAccount], *arguments: Any, **named: Any) -> LeaseAccount:
         self.world.boundary(f"{name}:before")
         account = write(*arguments, **named)
-        newest = self._db.execute("SELECT epoch FROM runs WHERE run_id = ?", (self.run_id,)).fetchone()["epoch"]
-        if newest != self.epoch:
-            self.written_unfenced()
         self.world.boundary(f"{name}:after")
         return account
 
@@ -95,8 +97,10 @@ class Machine:
     checks: int = 0
     shortfall_usd: float = 0.0
     """The most by which a lease's true bill was ever above what the books had spent and set aside for it."""
-    unfenced_writes: int = 0
-    """Writes by a supervisor after another had taken over."""
+    end: str = "nobody came back"
+    """How it came to an end; `RunState` of the last supervisor that reached one."""
+    moves: bool = False
+    """Whether the next start is on another machine, which knows nothing but the run store."""
     log: Callable[[str], None] | None = None
     _checked_at: float = 0.0
     db: sqlite3.Connection = field(init=False)
@@ -105,13 +109,16 @@ class Machine:
     door: SupervisorsDoor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.door = SupervisorsDoor(self.store, self.world)
+        self._new_books()
+        cap = Decimal(int(self.cap_usd * 1_000_000)) / 1_000_000
+        self.run = self.runs.create(recipe_name="r", recipe_digest="d", recipe_json="{}", options={}, cap_usd=cap)
+
+    def _new_books(self) -> None:
         self.db = sqlite3.connect(":memory:", isolation_level=None)
         self.db.row_factory = sqlite3.Row
         migrate(self.db)
         self.runs = Runs(self.db)
-        self.door = SupervisorsDoor(self.store, self.world)
-        cap = Decimal(int(self.cap_usd * 1_000_000)) / 1_000_000
-        self.run = self.runs.create(recipe_name="r", recipe_digest="d", recipe_json="{}", options={}, cap_usd=cap)
 
     def live(self) -> None:
         """Supervise, and start again after each end that is not final, as a careful person would."""
@@ -128,8 +135,10 @@ class Machine:
                 self.world.advance(RESTART_SECONDS)
                 continue
             if state in TERMINAL and state is not RunState.FAILED:
+                self.end = state.value
                 return
             self.world.advance(RESTART_SECONDS)
+        self.end = "given up"
 
     def supervise(self) -> RunState:
         self.depth += 1
@@ -138,9 +147,10 @@ class Machine:
         finally:
             self.depth -= 1
 
-    def takes_over_for(self, seconds: float) -> None:
+    def takes_over_for(self, seconds: float, *, elsewhere: bool = False) -> None:
         """A second supervisor, while the first is held up; it is killed after so long."""
         mine = self.depth + 1
+        self.moves = self.moves or elsewhere
 
         def kill() -> None:
             if self.depth == mine:
@@ -151,10 +161,22 @@ class Machine:
             self.supervise()
 
     def _supervisor(self) -> loop.Supervisor:
-        run = self.runs.take_over(self.run.run_id)
-        ledger = WatchedLedger(self.db, run.run_id, epoch=run.epoch)
+        if self.moves:
+            self.moves = False
+            before = self.db, self.runs
+            self._new_books()
+            try:
+                run = recover(self.runs, self.door)
+            except BaseException as error:  # nothing was made of it: tried again, unless there is nothing to recover
+                self.db, self.runs = before
+                self.moves = not isinstance(error, UserError)
+                raise
+            self.tell("recovered on another machine")
+            journal = StoreJournal(self.door)
+        else:
+            run, journal = enter(self.runs, self.run.run_id, self.door, owner=OWNER)
+        ledger = WatchedLedger(self.db, run.run_id, epoch=run.epoch, journal=journal)
         ledger.world = self.world
-        ledger.written_unfenced = self._written_unfenced
         clock = self._clock(ledger)
         return loop.Supervisor(
             run_record=run,
@@ -163,7 +185,7 @@ class Machine:
             backend=self.cloud,
             store=self.door,
             clock=clock,
-            terms=TERMS,
+            terms=same_terms(self.cloud.terms),
             candidates=lambda _: self._candidates(),
             command=["train"],
             owner=OWNER,
@@ -172,22 +194,23 @@ class Machine:
             switch=StopSwitch(),
         )
 
-    def _written_unfenced(self) -> None:
-        self.unfenced_writes += 1
+    def unfenced_writes(self) -> int:
+        """Records by which a supervisor raised what may be spent after another had taken over: out of order."""
+        keys = sorted(key for key in self.store.data if key.startswith("books/"))
+        epochs = [json.loads(self.store.read(key))["epoch"] for key in keys]
+        return sum(1 for before, after in itertools.pairwise(epochs) if after < before)
 
     def _clock(self, ledger: Ledger) -> SkewedClock:
         wall_ms = ORIGIN_MS + int((self.world.t + self.skew_seconds) * 1000)
         return SkewedClock(self.world, start_ms(wall_ms, ledger.newest_ms(), ledger.last_moment_ms()))
 
     def _candidates(self) -> list[Candidate]:
-        hours = Decimal(TERMS.smallest_seconds) / 3600
         counts = dict.fromkeys((self.num_nodes, 1))
         return [
-            Candidate(offer, count, self._worst(offer) * count * hours) for count in counts for offer in self.offers
+            Candidate(offer, count, needed_usd(offer, self.cloud.terms, num_nodes=count))
+            for count in counts
+            for offer in self.offers
         ]
-
-    def _worst(self, offer: Offer) -> Decimal:
-        return loop.worst_price(offer, price_is_fixed=self.cloud.price_is_fixed)
 
     def _write_spec(self, lease: Lease) -> None:
         self.door.write("spec.json", lease.lease_id.encode())

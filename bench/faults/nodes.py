@@ -13,8 +13,8 @@ from faults.world import World
 from tasks.guard import KILL, TERMINATE, State, decide, issue, parse_answer
 from trainer.store import StoreKeyMissing
 
-CONTACT_SECONDS = 20.0
-STEP_SECONDS = 15.0
+CONTACT_SECONDS = 30.0
+STEP_SECONDS = 30.0
 START_SECONDS = 60.0
 """From boot to the first step."""
 CHECKPOINT_SECONDS = 300.0
@@ -31,7 +31,8 @@ class Node:
     lease: Lease
     rank: int
     boot_seconds: float
-    ttl: float
+    ttl: float | None
+    """None while the provider's limit is not armed."""
     ttl_latency: float
     end: Callable[[Node], None]
     command_ended: Callable[[Node, int], None]
@@ -46,12 +47,16 @@ class Node:
     """How much longer than kappa its killers take: broken on purpose."""
     is_stray: bool = False
     """Created after its lease was settled: broken on purpose."""
+    hung_unarmed: bool = False
+    """Hung before its provider's limit was armed: broken on purpose."""
     guard: State | None = None
     clock_offset: float = 0.0
     training_since: float | None = None
     stopped: bool = False
     kept_usd: float = 0.0
     unsaved_usd: float = 0.0
+    startup_usd: float = 0.0
+    """What the whole lease cost until its first step; on the first node."""
     _last_tick: float = 0.0
     _last_save: float = 0.0
     step: Callable[[], int] = field(default=lambda: 0)
@@ -60,7 +65,8 @@ class Node:
         self.created = self.world.t
         self.clock_offset = self.world.rng.uniform(0, 1e6)
         self.world.after(self.boot_seconds, self._boot)
-        self.world.at(self.ttl + self.ttl_latency, self._ttl_fires)
+        if self.ttl is not None:
+            self.move_ttl(self.ttl)
 
     @property
     def alive(self) -> bool:
@@ -73,10 +79,12 @@ class Node:
     def kill_late(self, seconds: float) -> None:
         self.ttl_latency += seconds
         self.late_seconds = seconds
-        self.move_ttl(self.ttl)
+        if self.ttl is not None:
+            self.move_ttl(self.ttl)
 
     def _ttl_fires(self) -> None:
-        if self.alive and self.ttl_works and self.world.t >= self.ttl + self.ttl_latency - 1e-6:
+        due = self.ttl is not None and self.world.t >= self.ttl + self.ttl_latency - 1e-6
+        if self.alive and self.ttl_works and due:
             self.end(self)
 
     # -- guard
@@ -143,6 +151,7 @@ class Node:
         now = self.world.t
         if self.training_since is None:
             self.training_since = self._last_save = now
+            self.startup_usd = self.usd_per_hour() * (now - self.created) / 3600
         else:
             self.unsaved_usd += self.usd_per_hour() * (now - self._last_tick) / 3600
         self._last_tick = now

@@ -10,19 +10,38 @@ from functools import cache
 
 from cost.ledger import Ledger
 from cost.offers import Offer, load_reference_offers
+from cost.providers import Armed, KillerKind, PriceBound, Provider, provider, providers, refusal
 from faults.cloud import FakeCloud
 from faults.kinds import BROKEN, HELD, NEVER_TOGETHER
 from faults.machine import DOLLAR_TOLERANCE, TERMS, Machine, rng_of
 from faults.storage import MemoryStore
 from faults.world import World
+from orchestrator.terms import Terms
 
 MAX_FAULTS = 5
-CAP_NODE_HOURS = (1.0, 2.0)
+CAP_NODE_HOURS = (2.0, 3.5)
 """The cap, in hours of the whole cluster at the first offer's price."""
 AFTERWARDS_SECONDS = 86_400.0
 RECONCILED_SECONDS = TERMS.reconcile_seconds + 60.0
 """Within this a stray is found and ended, where nothing else is wrong."""
-PROFILES = ("price fixed at rent", "price moves")
+BALANCE_SHARE = (0.3, 0.9)
+"""What lies on a prepaid account, of the cap."""
+PROFILES: tuple[Provider, ...] = tuple(
+    one for name, one in sorted(providers().items()) if refusal(one, allow_unguarded=False) is None
+)
+"""Every cloud that may be rented from, each equally often."""
+LONGEST_MINIMUM_SECONDS = 600.0
+
+
+def terms_of(one: Provider, *, balance_usd: Decimal | None) -> Terms:
+    """What the profile says of limit, price and billing; how long things take is the simulation's own, and shorter."""
+    return replace(
+        TERMS,
+        ttl=one.ttl,
+        price_bound=one.price_bound,
+        minimum_billed_seconds=min(one.minimum_billed_seconds, LONGEST_MINIMUM_SECONDS),
+        balance_usd=balance_usd if one.balance_only else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,10 @@ class Result:
     held_usd: float
     checks: int
     unfenced_writes: int
+    end: str
+    """How the last supervisor ended."""
+    startup_usd: float
+    """Paid before a node's first step."""
 
     @property
     def violation(self) -> bool:
@@ -51,7 +74,7 @@ class Result:
     def books_short(self) -> bool:
         """At some moment more was billed than was spent and set aside, beyond what a broken assumption explains.
 
-        Or somebody wrote into the books after another supervisor had taken over.
+        Or somebody raised what may be spent after another supervisor had taken over.
         """
         return self.shortfall_usd > self.excess_usd + DOLLAR_TOLERANCE or self.unfenced_writes > 0
 
@@ -79,10 +102,15 @@ def choose_faults(rng: random.Random, allowed: Sequence[str]) -> tuple[str, ...]
 
 
 def build(
-    seed: int, *, price_ratio: float | None, log: Callable[[str], None] | None, break_layer: Callable[[Machine], None]
+    seed: int,
+    *,
+    profile: Provider,
+    price_ratio: float | None,
+    hours: tuple[float, float],
+    log: Callable[[str], None] | None,
+    break_layer: Callable[[Machine], None],
 ) -> Machine:
     rng = rng_of(seed)
-    profile = PROFILES[seed % len(PROFILES)]
     offers = rng.sample(spot_offers(), 3)
     if price_ratio is not None:
         offers = [
@@ -93,15 +121,18 @@ def build(
         ]
     num_nodes = rng.randint(1, 3)
     world, store = World(rng), MemoryStore()
+    cap = float(offers[0].usd_per_hour) * num_nodes * rng.uniform(*hours)
+    if profile.price_bound is PriceBound.ON_DEMAND:  # enough for a useful lease at p-hat
+        cap = max(cap, 0.5 * num_nodes * float(offers[0].on_demand_usd_per_hour or 0))
     cloud = FakeCloud(
         world,
         store,
-        price_is_fixed=profile == PROFILES[0],
+        terms=terms_of(profile, balance_usd=Decimal(f"{cap * rng.uniform(*BALANCE_SHARE):.6f}")),
+        armed_at_create=any(
+            one.kind is KillerKind.PROVIDER and one.armed is Armed.AT_CREATE for one in profile.killers
+        ),
         prices={one.offer_id: [(0.0, float(one.usd_per_hour))] for one in offers},
     )
-    cap = float(offers[0].usd_per_hour) * num_nodes * rng.uniform(*CAP_NODE_HOURS)
-    if profile == PROFILES[1]:  # enough for a useful lease at p-hat
-        cap = max(cap, 0.5 * num_nodes * float(offers[0].on_demand_usd_per_hour or 0))
     machine = Machine(world, cloud, store, offers, num_nodes, cap, log=log)
     break_layer(machine)
     return machine
@@ -115,12 +146,20 @@ def run_schedule(
     seed: int,
     *,
     faults: Sequence[str] | None = None,
+    profile: str | None = None,
     price_ratio: float | None = None,
+    hours: tuple[float, float] = CAP_NODE_HOURS,
     log: Callable[[str], None] | None = None,
     break_layer: Callable[[Machine], None] = nothing,
 ) -> Result:
-    """Play it to its end; `faults` names exactly the kinds to install, none: the default mix."""
-    machine = build(seed, price_ratio=price_ratio, log=log, break_layer=break_layer)
+    """Play it to its end; `faults` names exactly the kinds to install, none: the default mix.
+
+    `hours`: between which the cap lies, in hours of the whole cluster at the first offer's price.
+    """
+    chosen_profile = PROFILES[seed % len(PROFILES)] if profile is None else provider(profile)
+    machine = build(
+        seed, profile=chosen_profile, price_ratio=price_ratio, hours=hours, log=log, break_layer=break_layer
+    )
     rng = machine.world.rng
     chosen = choose_faults(rng, tuple(HELD) + tuple(BROKEN)) if faults is None else tuple(faults)
     length = 3600 * machine.cap_usd / float(machine.num_nodes * machine.offers[0].usd_per_hour)
@@ -137,7 +176,7 @@ def run_schedule(
     return Result(
         seed=seed,
         faults=chosen,
-        profile=PROFILES[seed % len(PROFILES)],
+        profile=chosen_profile.name,
         cap_usd=machine.cap_usd,
         bill_usd=machine.cloud.true_bill_usd(),
         shortfall_usd=machine.shortfall_usd,
@@ -146,5 +185,7 @@ def run_schedule(
         left_usd=float(balance.free_usd),
         held_usd=float(balance.held_usd),
         checks=machine.checks,
-        unfenced_writes=machine.unfenced_writes,
+        unfenced_writes=machine.unfenced_writes(),
+        end=machine.end,
+        startup_usd=sum(node.startup_usd for node in machine.cloud.nodes if node.rank == 0),
     )

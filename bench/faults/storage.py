@@ -24,21 +24,29 @@ class MemoryStore:
         return versions[-2] if self.stale_reads and len(versions) > 1 else versions[-1]
 
     def write(self, key: str, data: bytes) -> None:
-        versions = self.data.setdefault(key, [])
-        versions.append(data)
-        del versions[:-3]
+        self._put(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         if key in self.data:
             return False
-        self.write(key, data)
+        self._put(key, data)
         return True
+
+    def _put(self, key: str, data: bytes) -> None:
+        versions = self.data.setdefault(key, [])
+        versions.append(data)
+        del versions[:-3]
 
     def list(self, prefix: str = "") -> list[str]:
         return sorted(key for key in self.data if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
         self.data.pop(key, None)
+
+    def deliver_again(self, prefix: str) -> None:
+        """Messages under that prefix arrive a second time, late: what came before the newest comes after it."""
+        for versions in [held for key, held in self.data.items() if key.startswith(prefix)]:
+            versions.append(versions[0])
 
     def upload(self, key: str, source: Path) -> None:
         self.write(key, source.read_bytes())
@@ -56,6 +64,7 @@ class SupervisorsDoor(MemoryStore):
         self.world = world
         self.down = 0
         self.losing_writes = 0
+        self.losing_replies = 0
 
     def _reach(self, action: str, key: str) -> None:
         if self.down:
@@ -74,6 +83,18 @@ class SupervisorsDoor(MemoryStore):
         if not self.losing_writes:
             super().write(key, data)
         self.world.boundary(f"{name}:after")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Records of the books are conditional writes."""
+        name = key.split("/")[0]
+        self.world.boundary(f"{name}:before")
+        self._reach("create", key)
+        self.world.call()
+        created = True if self.losing_writes else super().create(key, data)
+        self.world.boundary(f"{name}:after")
+        if self.losing_replies:
+            raise StoreError(f"cannot create {key}: the reply was lost; run the command again.")
+        return created
 
     def list(self, prefix: str = "") -> list[str]:
         self._reach("list", prefix)

@@ -66,8 +66,6 @@ class Backend(Protocol):
     """Where nodes come from."""
 
     name: str
-    price_is_fixed: bool
-    """Whether the price of a node cannot rise while it lives."""
 
     def offers(self) -> Sequence[Offer]:
         """Quotes: what could be rented at which price."""

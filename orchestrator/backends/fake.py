@@ -37,7 +37,6 @@ class FakeBackend:
     capacity: int = 1_000
     on_start: Callable[[FakeBackend, Lease], None] | None = None
     name: str = "fake"
-    price_is_fixed: bool = True
     fail_next: int = 0
     """So many of the next calls raise BackendError, after having done what they were asked."""
     hidden: set[int] = field(default_factory=set)

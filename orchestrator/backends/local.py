@@ -28,7 +28,6 @@ class LocalBackend:
     """
 
     name = "local"
-    price_is_fixed = True
 
     def __init__(
         self,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cost.accounts import LeaseAccount
 from cost.leases import Lease
-from cost.ledger import LeaseAccount
 from cost.offers import load_reference_offers
 from orchestrator.goodput import goodput, kept_seconds
 from trainer.store import DirectoryStore

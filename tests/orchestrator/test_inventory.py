@@ -21,11 +21,13 @@ from orchestrator.backends.fake import FakeBackend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import ManualClock
 from orchestrator.inventory import Outcome, Verdict, reconcile
-from orchestrator.report import lock_path
+from orchestrator.journal import enter, recover
+from orchestrator.report import books, lock_path
 from orchestrator.runs import Run, Runs, SupervisorLock
 from orchestrator.settings import Home
 from tasks.recipe import load_recipe
 from tests.orchestrator.backend_contract import OFFER, lease_of
+from trainer.store import DirectoryStore
 
 START_MS = 1_800_000_000_000
 PAID_MS, LATENCY_MS = 60_000, 5_000
@@ -108,6 +110,29 @@ def test_a_lease_of_a_living_supervisor_is_its_own_affair(home: Home) -> None:
     in_the_books(home, run_id, name)
     with SupervisorLock(lock_path(home, run_id), run_id):
         assert verdicts(home, a_cloud(name), after=1e6) == {name: Verdict.SUPERVISED}
+
+
+def test_a_run_that_another_machine_has_taken_over_is_not_ours_to_end(home: Home, tmp_path: Path) -> None:
+    store = DirectoryStore(home.store_dir("demo-1"))
+    name = f"slm-{home.owner_id()}-demo-1-1"
+    with books(home) as runs:
+        a_run(home)
+        run, journal = enter(runs, "demo-1", store, owner=home.owner_id())
+        ledger = Ledger(runs.db, "demo-1", epoch=run.epoch, journal=journal)
+        lease = replace(lease_of(name), run_id="demo-1", epoch=run.epoch)
+        ledger.reserve(lease, expires_ms=START_MS + PAID_MS, latency_ms=LATENCY_MS, at_ms=START_MS)
+    backend = a_cloud(name)
+    assert verdicts(home, backend, after=1e6) == {name: Verdict.EXPIRED}
+    other = Home(tmp_path / "other").create()
+    with books(other) as runs:
+        recover(runs, store)
+    assert verdicts(home, backend, after=1e6) == {name: Verdict.ELSEWHERE}
+    found = reconcile(home, [backend], now_ms=seconds_later(1e6))
+    assert [one.outcome for one in found.clusters] == [Outcome.KEPT]
+    assert verdicts(other, backend, after=1) == {name: Verdict.PAID}, "and there it is, under its former name"
+    unknown = a_cloud(f"slm-{home.owner_id()}-demo-1-2")
+    assert set(verdicts(other, unknown).values()) == {Verdict.UNKNOWN}
+    assert set(verdicts(other, a_cloud(f"slm-{home.owner_id()}-else-1-1")).values()) == {Verdict.FOREIGN}
 
 
 def test_a_node_that_lives_though_the_books_have_settled_it_is_ended(home: Home) -> None:

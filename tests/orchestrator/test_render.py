@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cost.accounts import LeaseAccount
 from cost.leases import Lease
-from cost.ledger import Balance, EntryKind, LeaseAccount, LedgerEntry
+from cost.ledger import Balance, EntryKind, LedgerEntry
 from cost.offers import Offer
 from orchestrator import render
 from orchestrator.report import LedgerView, RunStatus, RunSummary

@@ -17,13 +17,14 @@ from cost.errors import SlmError
 from cost.leases import Lease
 from cost.ledger import EntryKind, Fenced, Ledger
 from cost.offers import Offer
+from cost.providers import PriceBound
 from cost.recovery import Candidate
 from orchestrator.backends.fake import FakeBackend
 from orchestrator.clock import ManualClock
 from orchestrator.events import Event
-from orchestrator.grants import Terms
 from orchestrator.runs import Run, Runs, RunState
-from orchestrator.supervise import Supervisor, worst_price
+from orchestrator.supervise import Supervisor
+from orchestrator.terms import Terms, same_terms, worst_price
 from orchestrator.watch import StopSwitch
 from trainer.store import DirectoryStore, StoreError
 
@@ -106,7 +107,7 @@ class World:
             backend=self.backend,
             store=self.store,
             clock=self.clock,
-            terms=terms or Terms(),
+            terms=same_terms(terms or Terms()),
             candidates=lambda _: candidates,
             command=["train"],
             owner="abc123",
@@ -188,8 +189,8 @@ def test_the_reservation_is_in_the_books_before_the_rent(world: World) -> None:
         world.trainer_starts(backend, lease),
     )[0]
     world.supervisor().run()
-    # 10 s to boot, 37 s first grant and 5 s to kill, two nodes, one cent each per second.
-    assert held_at_start == [Decimal("1.04")]
+    # 2 s to ask, 10 s to boot, 37 s first grant and 5 s to kill, two nodes, one cent each per second.
+    assert held_at_start == [Decimal("1.08")]
 
 
 def test_grants_answer_each_request_and_end_before_what_is_paid(world: World) -> None:
@@ -435,13 +436,13 @@ def test_an_instance_that_the_books_do_not_know_is_ended(world: World) -> None:
 
 def test_the_worst_price_is_on_demand_unless_the_price_is_fixed() -> None:
     offer = an_offer("zone-0")
-    assert worst_price(offer, price_is_fixed=True) == PRICE
-    assert worst_price(offer, price_is_fixed=False) == Decimal("1.20")
+    assert worst_price(offer, PriceBound.FIXED) == PRICE
+    assert worst_price(offer, PriceBound.ON_DEMAND) == Decimal("1.20")
 
 
 def test_an_offer_whose_price_nothing_bounds_is_not_rented() -> None:
     with pytest.raises(SlmError, match="nothing bounds the future price"):
-        worst_price(replace(an_offer("zone-0"), on_demand_usd_per_hour=None), price_is_fixed=False)
+        worst_price(replace(an_offer("zone-0"), on_demand_usd_per_hour=None), PriceBound.ON_DEMAND)
 
 
 def test_a_list_that_lies_once_frees_nothing(world: World) -> None:
@@ -501,7 +502,7 @@ def test_a_rent_that_comes_late_after_its_reservation_is_paid_anew(world: World)
 
     world.backend.on_start = look
     assert supervisor.run() is RunState.SUCCEEDED
-    assert left == [47.0]  # 10 s to boot and 37 s first grant, from the rent and not from the reservation
+    assert left == [49.0]  # 2 s to ask, 10 s to boot and 37 s first grant, from the rent and not from the reservation
     check_books(world)
 
 

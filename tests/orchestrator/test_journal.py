@@ -1,0 +1,284 @@
+"""The books in the run store: written first, one order for all machines, and enough to go on elsewhere."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cost.database import connect
+from cost.errors import BudgetExceeded, UserError
+from cost.journal import JournalDamaged
+from cost.leases import Lease
+from cost.ledger import Fenced, Ledger, replay
+from cost.offers import Offer
+from orchestrator.journal import StoreJournal, enter, key_of, recover
+from orchestrator.runs import Run, Runs
+from trainer.store import DirectoryStore, StoreError
+
+HOUR_MS = 3_600_000
+START_MS = 1_800_000_000_000
+
+
+class FlakyStore(DirectoryStore):
+    """A folder whose next conditional writes are lost: before they take effect, or after."""
+
+    lost_before = lost_after = acknowledged_only = 0
+
+    def create(self, key: str, data: bytes) -> bool:
+        if self.lost_before:
+            self.lost_before -= 1
+            raise StoreError("the store does not answer; run the command again.")
+        if self.acknowledged_only:
+            self.acknowledged_only -= 1
+            return True
+        created = super().create(key, data)
+        if self.lost_after:
+            self.lost_after -= 1
+            raise StoreError("the store does not answer; run the command again.")
+        return created
+
+
+class Machine:
+    """One computer with books of its own, over a store that others reach too."""
+
+    def __init__(self, home: Path, store: DirectoryStore, owner: str) -> None:
+        self.runs, self.store, self.owner = Runs(connect(home / "slm.db")), store, owner
+
+    def create(self) -> Run:
+        return self.runs.create(
+            recipe_name="tiny", recipe_digest="d", recipe_json="{}", options={"backend": "fake"}, cap_usd=Decimal(100)
+        )
+
+    def enter(self, run_id: str) -> Ledger:
+        run, journal = enter(self.runs, run_id, self.store, owner=self.owner)
+        return Ledger(self.runs.db, run_id, epoch=run.epoch, journal=journal)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FlakyStore:
+    return FlakyStore(tmp_path / "store")
+
+
+@pytest.fixture
+def laptop(tmp_path: Path, store: FlakyStore) -> Machine:
+    return Machine(tmp_path / "laptop", store, "aaaaaa")
+
+
+@pytest.fixture
+def desktop(tmp_path: Path, store: FlakyStore) -> Machine:
+    return Machine(tmp_path / "desktop", store, "bbbbbb")
+
+
+def a_lease(attempt: int = 1, *, nodes: int = 1, price: str = "1.00", **more: Any) -> Lease:
+    offer = Offer(
+        cloud="nebius",
+        region="eu-north1",
+        zone=None,
+        instance_type="gpu-h100",
+        accelerator="H100-SXM",
+        gpus_per_node=1,
+        gpu_memory_gib=80.0,
+        spot=True,
+        usd_per_hour=Decimal(price),
+        on_demand_usd_per_hour=Decimal("2.95"),
+        as_of="2026-05-08",
+        source="test",
+    )
+    return Lease(
+        lease_id=f"slm-aaaaaa-tiny-1-{attempt}",
+        run_id="tiny-1",
+        attempt=attempt,
+        offer=offer,
+        num_nodes=nodes,
+        worst_usd_per_hour=Decimal(price),
+        first_grant_seconds=60.0,
+        kill_latency_seconds=0.0,
+        epoch=1,
+        **more,
+    )
+
+
+def reserve(ledger: Ledger, attempt: int = 1, *, hours: int = 1) -> None:
+    ledger.reserve(a_lease(attempt), expires_ms=START_MS + hours * HOUR_MS, latency_ms=0, at_ms=START_MS)
+
+
+def adds_up(ledger: Ledger) -> None:
+    spent, held = replay(ledger.entries())
+    accounts, lines = ledger.accounts(), ledger.lines()
+    assert spent == sum(one.spent_micro_usd for one in [*accounts, *lines])
+    assert held == sum(one.held_micro_usd for one in [*accounts, *lines])
+
+
+def test_a_reservation_stands_in_the_store_before_it_counts(laptop: Machine, store: FlakyStore) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    store.lost_before = 1
+    with pytest.raises(StoreError):
+        reserve(ledger)
+    assert ledger.accounts() == [] and ledger.balance().held_usd == 0
+    reserve(ledger)
+    newest = json.loads(store.read(key_of(1)))
+    assert [entry["held_micro_usd"] for entry in newest["entries"]] == [1_000_000]
+
+
+def test_a_reservation_whose_reply_was_lost_counts_from_the_next_look(laptop: Machine, store: FlakyStore) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    store.lost_after = 1
+    with pytest.raises(StoreError):
+        reserve(ledger)
+    with pytest.raises(BudgetExceeded):  # $1 of the first is set aside by now: the journal was read first
+        reserve(ledger, 2, hours=100)
+    assert [one.lease.attempt for one in ledger.open_accounts()] == [1]
+    assert ledger.balance().held_usd == 1
+    adds_up(ledger)
+
+
+def test_a_write_that_is_only_acknowledged_reserves_nothing(laptop: Machine, store: FlakyStore) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    store.acknowledged_only = 1
+    with pytest.raises(StoreError, match="is not there; nothing is rented"):
+        reserve(ledger)
+    assert ledger.accounts() == []
+
+
+def test_what_lowers_the_sum_is_written_here_while_the_store_is_away(laptop: Machine, store: FlakyStore) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    reserve(ledger)
+    store.lost_before = 10
+    end = START_MS + HOUR_MS // 2
+    ledger.settle(a_lease().lease_id, ended_ms=end, at_ms=end, outcome="finished")
+    assert ledger.balance().spent_usd == Decimal("0.5")
+    store.lost_before = 0
+    assert ledger.mirror()
+    kinds = [entry["kind"] for entry in json.loads(store.read(key_of(2)))["entries"]]
+    assert kinds == ["accrue", "settle", "release"]
+
+
+def test_a_full_disk_after_the_store_took_the_record_loses_nothing(laptop: Machine) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    db = laptop.runs.db
+    db.execute(
+        "CREATE TEMP TRIGGER full AFTER UPDATE OF journal_next ON main.runs BEGIN SELECT RAISE(ABORT, 'full'); END"
+    )
+    with pytest.raises(Exception, match="full"):
+        reserve(ledger)
+    db.execute("DROP TRIGGER full")
+    assert ledger.accounts() == []
+    ledger.require_mine()
+    assert [one.lease.attempt for one in ledger.open_accounts()] == [1]
+    adds_up(ledger)
+
+
+def test_another_machine_rebuilds_the_books_and_takes_the_run(laptop: Machine, desktop: Machine) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    reserve(ledger)
+    ledger.accrue(a_lease().lease_id, at_ms=START_MS + HOUR_MS // 4, usd_per_hour=Decimal("1.00"))
+    ledger.renew(a_lease().lease_id, expires_ms=START_MS + 2 * HOUR_MS, at_ms=START_MS + HOUR_MS // 2)
+    run = recover(desktop.runs, desktop.store)
+    theirs = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch, journal=StoreJournal(desktop.store))
+    assert theirs.balance() == ledger.balance() and run.cap_usd == 100
+    assert [(one.expires_ms, one.state) for one in theirs.accounts()] == [(START_MS + 2 * HOUR_MS, "open")]
+    assert run.options["owners"] == ["aaaaaa"] and run.options["store"] == desktop.store.uri
+    for act in (
+        lambda: reserve(ledger, 2),
+        lambda: ledger.renew(a_lease().lease_id, expires_ms=START_MS + 3 * HOUR_MS, at_ms=START_MS),
+        lambda: ledger.set_cap(Decimal(1000)),
+        ledger.require_mine,
+        ledger.mirror,
+    ):
+        with pytest.raises(Fenced, match="taken over by another supervisor"):
+            act()
+    theirs.renew(a_lease().lease_id, expires_ms=START_MS + 3 * HOUR_MS, at_ms=START_MS + HOUR_MS)
+
+
+def test_recovering_again_changes_nothing(laptop: Machine, desktop: Machine) -> None:
+    reserve(laptop.enter(laptop.create().run_id))
+    first = recover(desktop.runs, desktop.store)
+    again = recover(desktop.runs, desktop.store)
+    assert again.epoch == first.epoch + 1
+    ledger = Ledger(desktop.runs.db, "tiny-1", epoch=again.epoch)
+    assert len(ledger.entries()) == 1 and ledger.balance().held_usd == 1
+
+
+def test_the_first_machine_can_take_the_run_back(laptop: Machine, desktop: Machine) -> None:
+    run_id = laptop.create().run_id
+    old = laptop.enter(run_id)
+    reserve(old)
+    lease_id = a_lease().lease_id
+    run = recover(desktop.runs, desktop.store)
+    theirs = Ledger(desktop.runs.db, run_id, epoch=run.epoch, journal=StoreJournal(desktop.store))
+    end = START_MS + HOUR_MS // 2
+    theirs.settle(lease_id, ended_ms=end, at_ms=end, outcome="finished")
+    # Unaware of it, the first machine goes on counting time, which only it knows of.
+    old.accrue(lease_id, at_ms=START_MS + HOUR_MS // 4, usd_per_hour=Decimal("1.00"))
+    back = laptop.enter(run_id)
+    assert back.epoch > run.epoch
+    assert [one.state for one in back.accounts()] == ["settled"]
+    assert back.balance() == theirs.balance()
+    adds_up(back)
+
+
+def test_costs_that_are_no_nodes_are_set_aside_charged_and_released(laptop: Machine) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    ledger.set_aside("egress", Decimal(5), at_ms=START_MS)
+    assert ledger.balance().free_usd == 95
+    ledger.charge("egress", Decimal("1.25"), at_ms=START_MS)
+    ledger.charge("egress", Decimal("1.00"), at_ms=START_MS)
+    assert (ledger.balance().spent_usd, ledger.balance().held_usd) == (Decimal("1.25"), Decimal("3.75"))
+    ledger.charge("egress", Decimal(7), at_ms=START_MS)
+    assert (ledger.balance().spent_usd, ledger.balance().held_usd) == (Decimal(7), Decimal(0))
+    with pytest.raises(BudgetExceeded):
+        ledger.charge("egress", Decimal(101), at_ms=START_MS)
+    ledger.set_aside("download", Decimal(2), at_ms=START_MS)
+    ledger.close_lines(at_ms=START_MS)
+    assert (ledger.balance().spent_usd, ledger.balance().held_usd) == (Decimal(7), Decimal(0))
+    adds_up(ledger)
+
+
+def test_a_node_that_lived_shortly_is_charged_for_its_shortest_billed_time(laptop: Machine) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    lease = a_lease(nodes=2, minimum_billed_seconds=1800.0)
+    ledger.reserve(lease, expires_ms=START_MS + 60_000, latency_ms=0, at_ms=START_MS)
+    assert ledger.balance().held_usd == 1  # half an hour of two nodes, though they are granted a minute
+    ledger.resize(lease.lease_id, num_nodes=1, at_ms=START_MS + 60_000, usd_per_hour=Decimal("1.00"))
+    assert ledger.balance().spent_usd + ledger.balance().held_usd == 1
+    ledger.settle(lease.lease_id, ended_ms=START_MS + 60_000, at_ms=START_MS + 60_000, outcome="preempted")
+    assert (ledger.balance().spent_usd, ledger.balance().held_usd) == (Decimal(1), Decimal(0))
+
+
+def test_what_was_never_rented_owes_no_shortest_time(laptop: Machine) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    lease = a_lease(minimum_billed_seconds=1800.0)
+    ledger.reserve(lease, expires_ms=START_MS + 60_000, latency_ms=0, at_ms=START_MS)
+    ledger.settle(lease.lease_id, ended_ms=START_MS, at_ms=START_MS, outcome="no_capacity", rented=False)
+    assert ledger.balance().spent_usd == 0
+
+
+def test_a_damaged_record_stops_everything_that_would_spend(laptop: Machine, desktop: Machine) -> None:
+    reserve(laptop.enter(laptop.create().run_id))
+    laptop.store.write(key_of(1), b'{"epoch"')
+    with pytest.raises(JournalDamaged, match="record 1 of the books"):
+        recover(desktop.runs, desktop.store)
+
+
+def test_a_folder_without_books_is_named(desktop: Machine) -> None:
+    with pytest.raises(UserError, match="holds no books of a run"):
+        recover(desktop.runs, desktop.store)
+
+
+def test_a_run_of_the_same_name_is_not_overwritten(laptop: Machine, desktop: Machine) -> None:
+    laptop.enter(laptop.create().run_id)
+    desktop.runs.create(recipe_name="tiny", recipe_digest="other", recipe_json="{}", options={}, cap_usd=Decimal(1))
+    with pytest.raises(UserError, match="another run stands in these books as tiny-1"):
+        recover(desktop.runs, desktop.store)
+
+
+def test_books_made_before_there_was_a_copy_are_stored_whole(laptop: Machine, desktop: Machine) -> None:
+    run = laptop.runs.take_over(laptop.create().run_id)
+    without_copy = Ledger(laptop.runs.db, run.run_id, epoch=run.epoch)
+    reserve(without_copy)
+    laptop.enter(run.run_id)
+    assert Ledger(desktop.runs.db, "tiny-1", epoch=recover(desktop.runs, desktop.store).epoch).balance().held_usd == 1
