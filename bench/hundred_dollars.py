@@ -24,11 +24,13 @@ from orchestrator.figures import bare, count, dollars, duration
 
 TOKENS_PER_PARAM = 20
 DEADLINE = "48h"
+UNGUARDED = "unguarded spot, no deadline"
 SCENARIOS: Mapping[str, tuple[str, ...]] = {
     "spot, no deadline": ("--spot",),
     f"spot, {DEADLINE}": ("--spot", "--deadline", DEADLINE),
     "on-demand, no deadline": ("--on-demand",),
     f"on-demand, {DEADLINE}": ("--on-demand", "--deadline", DEADLINE),
+    UNGUARDED: ("--spot", "--allow-unguarded"),
 }
 FEW_TOKENS = "5e9"
 """Unique tokens of a data set that has to be repeated."""
@@ -110,8 +112,10 @@ def opening(
         "",
         likelihood(chosen["estimate"], simulated),
         "",
+        without_guard(largest[UNGUARDED], frontiers[UNGUARDED]),
+        "",
         f"**The largest model {asked_for}** has {count(spot['model']['num_params'])} parameters "
-        f"({spot['best']['usd_per_param']:.2e} $/param) on {machine(spot['best'])}, but that takes "
+        f"({spot['best']['usd_per_param']:.2e} $/param) on {machine(spot['best'])}, which takes "
         f"{hours(spot['best'])}; within {DEADLINE} it is {count(quick['model']['num_params'])} "
         f"({quick['best']['usd_per_param']:.2e} $/param) on {machine(quick['best'])}. Of "
         f"{spot['chance']['num_runs']} simulated runs of each {100 * spot['chance']['finished_share']:.0f} % and "
@@ -134,6 +138,17 @@ def likelihood(one: Any, simulated: Said) -> str:
         f"train all its tokens under the cap of ${simulated.facts['budget_usd']:g}; the others stop there with fewer. "
         f"The speed of {one['offer']['accelerator']} {rests}, {count(low)} to {count(high)} tokens/s; at the lower end "
         f"all tokens would cost about {dollars(dear)}."
+    )
+
+
+def without_guard(largest: Said, frontier: Said) -> str:
+    """What the price of a provider's own time limit is."""
+    model, best, lowest_loss = largest.facts["model"], largest.facts["best"], lowest(frontier, mixture=False)
+    return (
+        "All of this is on clouds where something besides our own guard ends a node that hangs. With "
+        f"`--allow-unguarded` the same money trains {count(model['num_params'])} parameters at {TOKENS_PER_PARAM} "
+        f"tokens each on {machine(best)}, or reaches {lowest_loss['estimate']['predicted_loss_nats']:.2f} nats with "
+        f"{count(lowest_loss['model']['num_params'])}; there a node that hangs costs on until somebody ends it."
     )
 
 

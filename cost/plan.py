@@ -181,6 +181,8 @@ class Plan:
     ranked: tuple[Estimate, ...]
     rejected: tuple[Rejected, ...]
     seen: Seen = field(default_factory=Seen)
+    unguarded: tuple[Estimate, ...] = ()
+    """Of the rejected, those that would have been ranked if something ended a hung node there; best first."""
 
     @property
     def best(self) -> Estimate | None:

@@ -22,6 +22,8 @@ from cost.clouds import ANY, cloud_terms
 
 FEWEST_KINDS = 2
 """Killers of so many different kinds a node must have, one of which works with the guest hung."""
+WAY_OUT = "--allow-unguarded admits it"
+"""How every refusal ends."""
 
 
 class KillerKind(StrEnum):
@@ -137,25 +139,24 @@ def refusal(one: Provider, *, allow_unguarded: bool) -> str | None:
         return None
     kinds = {killer.kind for killer in one.killers} - {KillerKind.SKY}
     has = ", ".join(f"{killer.name} ({killer.kind})" for killer in one.killers)
-    way_out = "--allow-unguarded rents there all the same"
     if not any(killer.survives_hung_guest for killer in one.killers):
-        return f"{one.name}: nothing ends a node whose guest hangs; it has {has}; {way_out}"
+        return f"{one.name}: nothing ends a node whose guest hangs; it has {has}; {WAY_OUT}"
     if len(kinds) < FEWEST_KINDS:
-        return f"{one.name}: fewer than {FEWEST_KINDS} kinds of killers; it has {has}; {way_out}"
+        return f"{one.name}: fewer than {FEWEST_KINDS} kinds of killers; it has {has}; {WAY_OUT}"
     return None
 
 
 def balance_refusal(one: Provider, *, balance_usd: Decimal | None, free_usd: Decimal) -> str | None:
     """Why a cloud that only an empty account stops may not be rented from; None where it may or another killer works.
 
-    `balance_usd` is what lies on the prepaid account, None if nobody said; all of it counts against `free_usd`.
+    `balance_usd` is what lies on the prepaid account, None if unknown; all of it counts against `free_usd`.
     """
     if not one.balance_only:
         return None
     if balance_usd is None:
         return (
-            f"{one.name}: only an empty prepaid account ends a node whose guest hangs, and nobody said what lies on "
-            f"it; keep at most ${free_usd:.2f} there, switch automatic payment off, and say --prepaid {one.name}=USD"
+            f"{one.name}: only an empty prepaid account ends a node whose guest hangs, and what lies on it is unknown; "
+            f"keep at most ${free_usd:.2f} there, with automatic payment off"
         )
     if balance_usd > free_usd:
         return (

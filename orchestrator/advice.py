@@ -108,7 +108,13 @@ def work_of_size(num_params: float, tokens_per_param: float) -> tuple[Workload, 
 
 
 def frontier_points(
-    prices: Prices, *, budget_usd: Decimal, sizes: tuple[float, float] | None, mixtures: bool, wishes: dict[str, Any]
+    prices: Prices,
+    *,
+    budget_usd: Decimal,
+    sizes: tuple[float, float] | None,
+    mixtures: bool,
+    allow_unguarded: bool = False,
+    wishes: dict[str, Any],
 ) -> tuple[Point, ...]:
     """The loss that the whole budget buys at each size.
 
@@ -119,8 +125,9 @@ def frontier_points(
     rungs = ladder(low, high)
     chosen = sorted({*rungs[::RUNGS_PER_POINT], rungs[-1]})
     offers, options, _ = planning.options_without_recipe(prices, **wishes)
+    admitted = offers if allow_unguarded else planning.guarded_offers(offers)
     points = frontier(
-        planning.offers_wanted(offers, options), budget_usd=budget_usd, sizes=chosen, mixtures=mixtures, **options
+        planning.offers_wanted(admitted, options), budget_usd=budget_usd, sizes=chosen, mixtures=mixtures, **options
     )
     if not points:
         raise UserError(

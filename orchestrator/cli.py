@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cost.errors import SlmError
-from orchestrator.commands import advice, launching, planning, runs, tables
+from orchestrator.commands import advice, launching, planning, runs, tables, upkeep
 from orchestrator.commands.actions import Invocation
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ for command in (
     advice.simulate,
     tables.offers,
     tables.gpus,
+    upkeep.reconcile,
+    upkeep.doctor,
 ):
     app.command()(command)
 

@@ -30,6 +30,7 @@ from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
+from orchestrator.notify import keep, notified
 from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
 from orchestrator.settings import Home
@@ -57,11 +58,12 @@ def launch(
     on_event: Emit,
     switch: StopSwitch | None = None,
     checkpoint_interval_seconds: float | None = None,
+    notify_target: str | None = None,
 ) -> RunSummary:
     """Run the recipe to its end on the first of `offers` that can be had.
 
     An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
-    stays unless a budget is given.
+    stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given.
 
     Raises:
         UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
@@ -89,6 +91,7 @@ def launch(
             },
             cap_usd=cap_usd,
         )
+        remember_whom_to_tell(home, run.run_id, notify_target)
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
 
 
@@ -99,6 +102,7 @@ def resume(
     budget_usd: Decimal | None,
     on_event: Emit,
     switch: StopSwitch | None = None,
+    notify_target: str | None = None,
 ) -> RunSummary:
     """Go on with a run that stopped, with a new cap if one is given.
 
@@ -109,7 +113,14 @@ def resume(
         run = runs.pick(run_id)
     if run.state is RunState.SUCCEEDED:
         raise UserError(f"run {run.run_id} is complete; see: slm status {run.run_id}")
+    remember_whom_to_tell(home, run.run_id, notify_target)
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
+
+
+def remember_whom_to_tell(home: Home, run_id: str, notify_target: str | None) -> None:
+    """For this supervisor and every later one; None leaves it as it is."""
+    if notify_target is not None:
+        keep(home, run_id, notify_target)
 
 
 def unfinished(runs: Runs, recipe: Recipe, home: Home) -> Run | None:
@@ -130,14 +141,18 @@ def supervise(
     """Take the run over and keep it going until it ends; one supervisor at a time."""
     switch = switch or StopSwitch()
     started = time.monotonic()
-    with SupervisorLock(lock_path(home, run_id), run_id), books(home) as runs, signals(switch):
+    with (
+        SupervisorLock(lock_path(home, run_id), run_id),
+        books(home) as runs,
+        signals(switch),
+        notified(home, run_id, EventLog(home.run_dir(run_id) / "events.jsonl", on_event)) as emit,
+    ):
         asked_to_stop = runs.get(run_id).stop_requested
         store = store_of(runs.get(run_id), runs, home)
         run, journal = journals.enter(runs, run_id, store, owner=home.owner_id())
         if asked_to_stop and not run.is_finished:
             switch.press()
         recipe = Recipe.model_validate_json(run.recipe_json)
-        emit = EventLog(home.run_dir(run_id) / "events.jsonl", on_event)
         ledger = Ledger(runs.db, run_id, epoch=run.epoch, journal=journal)
         if budget_usd is not None and budget_usd != run.cap_usd:
             ledger.set_cap(budget_usd)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cost.law_range import known_loss, unknown_because
 from cost.scores import score_bands
+from orchestrator.guarding import guard_facts
 from orchestrator.planning import Belief, winner
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def plan_facts(
         "law": {"name": plan.law.name, "source": plan.law.source},
         "prices": price_facts(prices),
         "best": estimate_facts(best),
+        "guard": guard_facts(plan, best),
         "chance": chance,
         "experience": experience_facts(plan.seen),
         "scores": score_facts(best, belief or Belief()),

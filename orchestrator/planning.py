@@ -20,6 +20,7 @@ from cost.law_range import known_loss
 from cost.offers import Offer
 from cost.planner import Emulation, Estimate, Market, Objective, Plan, Rejected, make_plan
 from cost.preemption import SECONDS_PER_HOUR, Hazards
+from cost.providers import WAY_OUT, provider, refusal
 from cost.quality import LossLaw, law_for, laws
 from cost.software import our_trainer
 from cost.throughput import Calibration, default_calibration
@@ -32,6 +33,7 @@ from orchestrator.settings import Home
 from tasks.recipe import AUTO, PRECISIONS, ConcretePrecision, Recipe
 
 NOT_ASKED_FOR = "was not asked for"
+UNGUARDED = f"nothing ends a hung node there; {WAY_OUT}"
 SHOWN_REASONS = 3
 USUAL_OPTIMIZER: Literal["muon"] = "muon"
 EMULATED_SPEED = 0.5
@@ -78,6 +80,7 @@ def planned_for(
     objective: Objective = "usd_per_param",
     deadline_hours: float | None = None,
     all_clouds: bool = False,
+    allow_unguarded: bool = False,
     belief: Belief | None = None,
     measured_tokens_per_second: float | None = None,
     experience: Experience | None = None,
@@ -85,7 +88,8 @@ def planned_for(
     """Rank the offers for a recipe; what is None here is as the recipe says.
 
     `measured_tokens_per_second` is what this machine was seen to do for a recipe like this (`orchestrator.measured`),
-    `experience` what our runs on clouds saw, which says nothing about the local cloud.
+    `experience` what our runs on clouds saw, which says nothing about the local cloud. Offers of clouds where nothing
+    would end a hung node are rejected unless `allow_unguarded`; the local cloud has limits of its own.
 
     Raises:
         UserError: A cloud or a GPU that no offer has, or a market that cannot be played.
@@ -114,6 +118,7 @@ def planned_for(
             market=market_of(recipe, hazards, belief or Belief(), calibration),
             speed=1.0 if emulation is None else EMULATED_SPEED,
         )
+        plan = plan if allow_unguarded or emulation is not None else guarded(plan)
         return Planned(replace(plan, rejected=(*plan.rejected, *locked), seen=known.seen), hazards)
 
     if emulation is None:
@@ -168,6 +173,28 @@ def options_without_recipe(
         ),
     }
     return offered, options, locked
+
+
+def guarded(plan: Plan) -> Plan:
+    """The plan without what may not be rented, which stands among the rejected with the reason, and in `unguarded`."""
+    refused = {one.offer.cloud: reason for one in plan.ranked if (reason := refusal_of(one.offer)) is not None}
+    unguarded = tuple(one for one in plan.ranked if one.offer.cloud in refused)
+    return replace(
+        plan,
+        ranked=tuple(one for one in plan.ranked if one.offer.cloud not in refused),
+        rejected=(*plan.rejected, *(Rejected(one.offer, refused[one.offer.cloud]) for one in unguarded)),
+        unguarded=unguarded,
+    )
+
+
+def guarded_offers(offers: Sequence[Offer]) -> tuple[Offer, ...]:
+    """Offers of clouds where something ends a hung node."""
+    return tuple(offer for offer in offers if refusal_of(offer) is None)
+
+
+def refusal_of(offer: Offer) -> str | None:
+    """Why its cloud may not be rented from without --allow-unguarded."""
+    return refusal(provider(offer.cloud), allow_unguarded=False)
 
 
 def offers_wanted(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer, ...]:
@@ -367,8 +394,14 @@ def winner(plan: Plan) -> Estimate:
 
 def rejections(plan: Plan) -> list[tuple[str, int]]:
     """Reasons and how many offers each turned away, the commonest first."""
-    reasons = Counter("not asked for" if one.reason.endswith(NOT_ASKED_FOR) else one.reason for one in plan.rejected)
-    return reasons.most_common()
+    return Counter(short_reason(one.reason) for one in plan.rejected).most_common()
+
+
+def short_reason(reason: str) -> str:
+    """One text for reasons that differ only in their offer."""
+    if reason.endswith(NOT_ASKED_FOR):
+        return "not asked for"
+    return UNGUARDED if reason.endswith(WAY_OUT) else reason
 
 
 def offers_in_order(plan: Plan) -> list[Offer]:

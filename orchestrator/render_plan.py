@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from cost.law_range import known_loss, unknown_because
 from cost.scores import score_bands
 from orchestrator.figures import UNKNOWN, count, dollars, duration, plural, usd_per_param
-from orchestrator.planning import Belief, rejections, winner
+from orchestrator.guarding import cheaper_unguarded, guard_lines
+from orchestrator.planning import UNGUARDED, Belief, rejections, winner
 from orchestrator.prices import Prices, age
 from orchestrator.render import bullets, following, say, table, tell
 
@@ -76,7 +77,8 @@ def short(plan: Plan, prices: Prices, console: Console, chance: Chance | None = 
     best = winner(plan)
     tell(console, answer(plan, best, prices, now))
     say_chance(plan, best, chance, console)
-    lines = [bill(best), as_played(plan, best), worst_case(plan, best)]
+    guard = guard_lines(plan, best) if plan.emulation is None else []
+    lines = [bill(best), as_played(plan, best), *guard, worst_case(plan, best)]
     bullets(console, [line for line in lines if line is not None])
     missing = shortfall(plan, best)
     if missing is not None:
@@ -205,7 +207,10 @@ def reasons(plan: Plan) -> list[str]:
             continue
         seen.add(other.offer.offer_id)
         found.append(f"{name}: {cluster(other)}, {beside(best, other)}")
-    return found
+    refused = cheaper_unguarded(plan, best)
+    if refused is not None:
+        found.append(f"refused: {cluster(refused)}, {beside(best, refused)}: {UNGUARDED}")
+    return [*found, *guard_lines(plan, best)]
 
 
 def beside(best: Estimate, other: Estimate) -> str:

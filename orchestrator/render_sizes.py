@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cost.law_range import known_loss
 from orchestrator import render_plan
 from orchestrator.figures import UNKNOWN, count, dollars, usd_per_param
+from orchestrator.guarding import guard_facts
 from orchestrator.plan_facts import (
     estimate_facts,
     experience_facts,
@@ -51,12 +52,15 @@ def full(
     belief: Belief,
     chance: Chance | None = None,
     *,
+    warning: str | None = None,
     top: int,
     now: datetime,
 ) -> None:
     """The answer, the sizes, the best offers for the chosen one, what it rests on."""
     best = winner(plan)
     tell(console, answer(best, prices, chosen_by, now))
+    if warning is not None:
+        say(console, f"Warning: {warning}")
     render_plan.say_chance(plan, best, chance, console)
     say(console, "", sizes_table(plan, choice), "")
     say(console, f"Offers for {count(plan.workload.num_params)} parameters:", "")
@@ -135,6 +139,7 @@ def facts(
     belief: Belief,
     chance: Chance | None = None,
     *,
+    warning: str | None = None,
     top: int,
 ) -> dict[str, Any]:
     """What `slm plan --params --json` prints."""
@@ -148,6 +153,8 @@ def facts(
         "prices": price_facts(prices),
         "model": model_facts(plan.workload),
         "best": estimate_facts(best),
+        "guard": guard_facts(plan, best),
+        "warning": warning,
         "chance": chance,
         "experience": experience_facts(plan.seen),
         "scores": score_facts(best, belief),

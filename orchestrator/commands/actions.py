@@ -33,6 +33,7 @@ class Actions(Protocol):
         on_event: Emit,
         switch: StopSwitch | None = None,
         checkpoint_interval_seconds: float | None = None,
+        notify_target: str | None = None,
     ) -> RunSummary: ...
 
     def resume(
@@ -43,6 +44,7 @@ class Actions(Protocol):
         budget_usd: Decimal | None,
         on_event: Emit,
         switch: StopSwitch | None = None,
+        notify_target: str | None = None,
     ) -> RunSummary: ...
 
     def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus: ...

@@ -78,6 +78,7 @@ def frontier(
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
     all_clouds: options.AllCloudsOption = False,
+    allow_unguarded: options.AllowUnguardedOption = False,
     gpus: options.GpusOption = None,
     nodes: options.NodesOption = None,
     corpus: options.CorpusOption = None,
@@ -114,7 +115,9 @@ def frontier(
     prices = prices_now()
     cap = budget or BUDGET_USD
     sizes = None if params is None else options.parse_range(params)
-    points = advice.frontier_points(prices, budget_usd=cap, sizes=sizes, mixtures=not dense, wishes=wishes)
+    points = advice.frontier_points(
+        prices, budget_usd=cap, sizes=sizes, mixtures=not dense, allow_unguarded=allow_unguarded, wishes=wishes
+    )
     if plot is not None:
         plots.frontier(points, float(cap), plot)
     if as_json:
@@ -140,6 +143,7 @@ def simulate(
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
     all_clouds: options.AllCloudsOption = False,
+    allow_unguarded: options.AllowUnguardedOption = False,
     gpus: options.GpusOption = None,
     nodes: options.NodesOption = None,
     sets: options.SetOption = None,
@@ -175,6 +179,7 @@ def simulate(
         objective=objective.value if objective else "usd_per_param",
         deadline_hours=deadline,
         all_clouds=all_clouds,
+        allow_unguarded=allow_unguarded,
         measured_tokens_per_second=planning.measured_here(home_from(os.environ), chosen),
         experience=experience_of(home_from(os.environ)),
     )

@@ -37,11 +37,13 @@ def launch(
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
     all_clouds: options.AllCloudsOption = False,
+    allow_unguarded: options.AllowUnguardedOption = False,
     gpus: options.GpusOption = None,
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
     precision: options.PrecisionOption = None,
     sets: options.SetOption = None,
+    notify: options.NotifyOption = None,
     yes: options.YesOption = False,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
@@ -76,6 +78,7 @@ def launch(
         objective=objective.value if objective else "usd_per_param",
         deadline_hours=deadline,
         all_clouds=all_clouds,
+        allow_unguarded=allow_unguarded,
         measured_tokens_per_second=planning.measured_here(home, chosen),
         experience=experience_of(home),
     )
@@ -99,6 +102,7 @@ def launch(
             on_event=emit,
             switch=switch,
             checkpoint_interval_seconds=finite(best.checkpoint_interval_seconds),
+            notify_target=notify,
         ),
         chosen.name,
         as_json=as_json,
@@ -112,6 +116,7 @@ def resume(
         Decimal | None,
         typer.Option("--budget", parser=options.parse_usd, metavar="USD", help="A new cap for the whole run."),
     ] = None,
+    notify: options.NotifyOption = None,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -133,7 +138,12 @@ def resume(
     actions = actions_of(context)
     watched(
         lambda emit, switch: actions.resume(
-            run, home=home_from(os.environ).create(), budget_usd=budget, on_event=emit, switch=switch
+            run,
+            home=home_from(os.environ).create(),
+            budget_usd=budget,
+            on_event=emit,
+            switch=switch,
+            notify_target=notify,
         ),
         run or "",
         as_json=as_json,

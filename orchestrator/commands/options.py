@@ -104,6 +104,13 @@ def parse_hours(text: str) -> float:
     return hours
 
 
+def parse_notify(text: str) -> str:
+    """A command or a web address; empty for nobody."""
+    from orchestrator.notify import checked_target
+
+    return checked_target(text) if text.strip() else ""
+
+
 def names_in(texts: Sequence[str] | None) -> tuple[str, ...] | None:
     """`--gpus A,B --gpus C` as three names; None where the option was not given."""
     if not texts:
@@ -169,6 +176,12 @@ DeadlineOption = Annotated[
 AllCloudsOption = Annotated[
     bool, typer.Option("--all-clouds", help="Rank clouds too that SkyPilot has no credentials for.")
 ]
+AllowUnguardedOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unguarded", help="Admit clouds where nothing would end a hung node: the cap may not hold there."
+    ),
+]
 CorpusOption = Annotated[
     str | None,
     typer.Option("--corpus", metavar="NAME", help="A corpus with a loss law of its own: fineweb, fineweb-edu, pile."),
@@ -204,6 +217,16 @@ TimeScaleOption = Annotated[
     typer.Option("--time-scale", parser=parse_positive, metavar="X", help="Billed seconds per real second (local)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
+NotifyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        parser=parse_notify,
+        envvar="SLM_NOTIFY",
+        metavar="COMMAND|URL",
+        help="Tell it of warnings, at 50, 80 and 95 % of the cap too, and of the end.",
+    ),
+]
 YesOption = Annotated[
     bool, typer.Option("--yes", "-y", help="Do not ask; on a paid backend --budget must be given too.")
 ]

@@ -44,6 +44,7 @@ def plan(
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
     all_clouds: options.AllCloudsOption = False,
+    allow_unguarded: options.AllowUnguardedOption = False,
     gpus: options.GpusOption = None,
     nodes: options.NodesOption = None,
     top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="How many offers to show.")] = DEFAULT_TOP,
@@ -95,7 +96,16 @@ def plan(
 
         asked = Asked(options.parse_range(params), tokens_per_param or TOKENS_PER_PARAM, budget or BUDGET_USD)
         wishes["precision"] = precision and precision.value
-        plan_sizes(asked, objective, wishes, prices_now(), top=top, explain=explain, as_json=as_json)
+        plan_sizes(
+            asked,
+            objective,
+            wishes,
+            prices_now(),
+            allow_unguarded=allow_unguarded,
+            top=top,
+            explain=explain,
+            as_json=as_json,
+        )
         return
     if recipe is None:
         raise UserError("name a recipe (`slm recipes` lists them), or let slm choose the size: --params max.")
@@ -110,6 +120,7 @@ def plan(
         budget_usd=budget or chosen.budget_usd,
         objective=objective.value if objective else "usd_per_param",
         measured_tokens_per_second=planning.measured_here(home, chosen),
+        allow_unguarded=allow_unguarded,
         **wishes,
     )
     show_plan(context, planned, prices, chosen, belief, top=top, explain=explain, as_json=as_json)

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from cost.errors import UserError
 from orchestrator.commands.actions import actions_of
 from orchestrator.commands.options import JsonOption, RunArgument
 from orchestrator.settings import home_from
+
+LEFT_EXIT_CODE = 1
 
 
 def status(run: RunArgument = None, as_json: JsonOption = False) -> None:
@@ -47,24 +50,52 @@ def logs(
         typer.echo(line)
 
 
-def stop(context: typer.Context, run: RunArgument = None, as_json: JsonOption = False) -> None:
+def stop(
+    context: typer.Context,
+    run: RunArgument = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Every unfinished run; then end what should not live, as `slm reconcile` does."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Ask a run for a checkpoint and its end.
 
-    Returns when nothing of it is left running.
+    Returns when nothing of it is left running. With --all the exit code is 1 if anything is left.
 
     \b
     Examples:
       slm stop
       slm stop demo-1
+      slm stop --all
     """
     from orchestrator import live, render
 
+    if everything:
+        stop_all(context, run, as_json=as_json)
+        return
     lines = live.PlainLines(render.console_on(sys.stderr), run or "")
     stopped = actions_of(context).stop(run, home=home_from(os.environ).create(), on_event=lines)
     if as_json:
         render.as_json({"runs": [stopped]})
     else:
         render.statuses([stopped], render.console_on(sys.stdout))
+
+
+def stop_all(context: typer.Context, run: str | None, *, as_json: bool) -> None:
+    """Every unfinished run, then everything that should not live."""
+    from orchestrator import ending, live, render, render_upkeep
+
+    if run is not None:
+        raise UserError(f"--all stops every run; leave out {run}, or leave out --all.")
+    lines = live.PlainLines(render.console_on(sys.stderr), "")
+    done = ending.stop_all(actions_of(context).stop, home_from(os.environ).create(), lines)
+    if as_json:
+        render.as_json(render_upkeep.ending_facts(done))
+    else:
+        render_upkeep.ending(done, render.console_on(sys.stdout))
+    if done.is_left:
+        raise typer.Exit(LEFT_EXIT_CODE)
 
 
 def ledger(run: RunArgument = None, as_json: JsonOption = False) -> None:

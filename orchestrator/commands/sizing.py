@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 from cost.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cost.frontier import ModelChoice
+    from cost.offers import Offer
     from cost.planner import Plan
     from cost.workload import Workload
     from orchestrator.commands.options import ObjectiveName
+    from orchestrator.planning import Planned
     from orchestrator.prices import Prices
 
 TOKENS_PER_PARAM = 20.0
@@ -41,6 +45,7 @@ def plan_sizes(
     wishes: dict[str, Any],
     prices: Prices,
     *,
+    allow_unguarded: bool,
     top: int,
     explain: bool,
     as_json: bool,
@@ -49,70 +54,101 @@ def plan_sizes(
     from orchestrator import advice, planning, render, render_explain, render_sizes
 
     chosen_by = objective.value if objective else LARGEST
-    planned, choice = choose(asked, chosen_by, wishes, prices)
+    planned, choice, warning = choose(asked, chosen_by, wishes, prices, allow_unguarded=allow_unguarded)
     best = planning.winner(planned.plan)
-    following = next_command(planned.plan.workload, asked, wishes)
+    unguarded = allow_unguarded or warning is not None
+    following = next_command(planned.plan.workload, asked, {**wishes, "allow_unguarded": unguarded})
     explanations = planning.explained(planned, best) if explain else None
     chance = advice.chance_of(planned)
     if as_json:
         facts = render_sizes.facts(
-            planned.plan, choice, prices, asked.tokens_per_param, chosen_by, wishes["belief"], chance, top=top
+            planned.plan,
+            choice,
+            prices,
+            asked.tokens_per_param,
+            chosen_by,
+            wishes["belief"],
+            chance,
+            warning=warning,
+            top=top,
         )
         render.as_json({**facts, "explanations": explanations, "next": following})
         return
     console = render.console_on(sys.stdout)
     render_sizes.full(
-        planned.plan, choice, prices, console, chosen_by, wishes["belief"], chance, top=top, now=datetime.now(UTC)
+        planned.plan,
+        choice,
+        prices,
+        console,
+        chosen_by,
+        wishes["belief"],
+        chance,
+        warning=warning,
+        top=top,
+        now=datetime.now(UTC),
     )
     if explanations is not None:
         render_explain.explanations(explanations, console)
     render.following(console, following)
 
 
-def choose(asked: Asked, chosen_by: str, wishes: dict[str, Any], prices: Prices) -> tuple[Any, ModelChoice]:
-    """The sizes that were looked at, and the plan of the chosen one over all offers.
+def choose(
+    asked: Asked, chosen_by: str, wishes: dict[str, Any], prices: Prices, *, allow_unguarded: bool
+) -> tuple[Planned, ModelChoice, str | None]:
+    """The sizes that were looked at, the plan of the chosen one over all offers, and what is wrong with it.
+
+    Where no guarded offer trains any size of the range, the answer is one of an unguarded offer, and the warning says
+    so: launch refuses it.
 
     Raises:
         UserError: The budget pays for none of them.
     """
     from dataclasses import replace
 
-    from cost.frontier import choose_model
     from cost.planner import make_plan
-    from cost.sizes import largest_range
     from orchestrator import planning
     from orchestrator.experience import Experience
 
     offers, options, locked = planning.options_without_recipe(prices, **wishes)
-    wanted = planning.offers_wanted(offers, options)
-    sizes = asked.sizes or largest_range(
-        wanted,
-        budget_usd=asked.budget_usd,
-        tokens_per_param=asked.tokens_per_param,
-        **options,
-    )
-    choice = choose_model(
-        wanted,
-        low=sizes[0],
-        high=sizes[1],
-        budget_usd=asked.budget_usd,
-        tokens_per_param=asked.tokens_per_param,
-        objective=chosen_by,
-        **options,
-    )
+    planning.offers_wanted(offers, options)
+    pools = [offers] if allow_unguarded else [planning.guarded_offers(offers), offers]
+    choices = [choice_of(asked, chosen_by, planning.offers_for(pools[0], options), options)]
+    if choices[-1].chosen is None and len(pools) > 1:
+        choices.append(choice_of(asked, chosen_by, planning.offers_for(pools[1], options), options))
+    choice = choices[-1]
     if choice.chosen is None:
         raise UserError(none_affordable(choice, asked))
     by: Any = "usd_per_param" if chosen_by == LARGEST else chosen_by
     plan = make_plan(choice.chosen.workload, offers, budget_usd=asked.budget_usd, objective=by, **options)
+    warning = None
+    if len(choices) > 1:
+        best = planning.winner(plan)
+        warning = f"{planning.refusal_of(best.offer)}. Among the others {none_affordable(choices[0], asked)}"
+    elif not allow_unguarded:
+        plan = planning.guarded(plan)
     experience = wishes.get("experience") or Experience()
     plan = replace(plan, rejected=(*plan.rejected, *locked), seen=experience.seen)
-    return planning.Planned(plan, options["market"].hazards), choice
+    return planning.Planned(plan, options["market"].hazards), choice, warning
+
+
+def choice_of(asked: Asked, chosen_by: str, offers: Sequence[Offer], options: dict[str, Any]) -> ModelChoice:
+    """The best size that these offers train; none where there are no offers."""
+    from cost.frontier import ModelChoice, choose_model
+    from cost.sizes import largest_range
+
+    if not offers:
+        return ModelChoice((), None)
+    money: dict[str, Any] = {"budget_usd": asked.budget_usd, "tokens_per_param": asked.tokens_per_param}
+    low, high = asked.sizes or largest_range(offers, **money, **options)
+    return choose_model(offers, low=low, high=high, objective=chosen_by, **money, **options)
 
 
 def none_affordable(choice: ModelChoice, asked: Asked) -> str:
     """Why the smallest model of the range cannot be trained, and what would change it."""
     from orchestrator.figures import count, dollars, duration
 
+    if not choice.plans:
+        return "there is no offer of these clouds, GPUs and kind."
     smallest: Plan = choice.plans[0]
     size = count(smallest.workload.num_params)
     if smallest.best is None:
@@ -141,6 +177,7 @@ def next_command(work: Workload, asked: Asked, wishes: dict[str, Any]) -> str:
     sets = [part for key, value in shape.items() for part in ("--set", f"{key}={value}")]
     kinds = {None: [], True: ["--spot"], False: ["--on-demand"]}[wishes["spot"]]
     deadline = ["--deadline", f"{wishes['deadline_hours']:g}h"] if wishes["deadline_hours"] is not None else []
+    unguarded = ["--allow-unguarded"] if wishes.get("allow_unguarded") else []
     precision = ["--precision", wishes["precision"]] if wishes.get("precision") else []
-    command = ["slm", "plan", NEAREST_RECIPE, "--budget", f"{asked.budget_usd}", *kinds, *deadline, *precision, *sets]
-    return shlex.join(command)
+    command = ["slm", "plan", NEAREST_RECIPE, "--budget", f"{asked.budget_usd}", *kinds, *deadline]
+    return shlex.join([*command, *unguarded, *precision, *sets])

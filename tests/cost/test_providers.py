@@ -121,7 +121,7 @@ def test_a_cloud_that_nobody_wrote_a_profile_for_has_no_killer_of_the_providers(
 @pytest.mark.parametrize(
     ("balance", "free", "said"),
     [
-        (None, "100", "nobody said"),
+        (None, "100", "what lies on it is unknown"),
         ("60", "59.99", "$60.00 lies on the prepaid account"),
         ("60", "60", None),
     ],
@@ -138,3 +138,11 @@ def test_a_balance_matters_only_where_nothing_else_works() -> None:
     assert not provider("aws").balance_only
     assert not provider("lambda").balance_only
     assert balance_refusal(provider("aws"), balance_usd=None, free_usd=Decimal(0)) is None
+
+
+def test_the_page_is_what_the_tables_say() -> None:
+    from bench.providers_page import page
+
+    assert (DATA.parents[1] / "docs" / "providers.md").read_text(encoding="utf-8") == page(), (
+        "write it anew: python -m bench.providers_page"
+    )

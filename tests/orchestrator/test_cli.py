@@ -25,7 +25,7 @@ from orchestrator.settings import Home
 from tasks.recipe import load_recipe
 from trainer.store import DirectoryStore
 
-COMMANDS = ("plan", "launch", "status", "logs", "stop", "resume", "ledger", "recipes", "prepare")
+COMMANDS = ("plan", "launch", "status", "logs", "stop", "resume", "ledger", "recipes", "prepare", "reconcile", "doctor")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def test_every_command_has_help_with_examples(slm: Slm, command: str) -> None:
     assert max(len(line) for line in shown.out.splitlines()) <= 110
 
 
-@pytest.mark.parametrize("command", ["plan", "launch", "status", "stop", "resume", "ledger", "recipes", "prepare"])
+@pytest.mark.parametrize(
+    "command", ["plan", "launch", "status", "stop", "resume", "ledger", "recipes", "prepare", "reconcile", "doctor"]
+)
 def test_every_command_that_prints_facts_has_json(slm: Slm, command: str) -> None:
     assert "--json" in slm(command, "--help").out
 
@@ -244,10 +246,10 @@ def test_plan_as_json_says_the_same(slm: Slm) -> None:
 
 
 def test_options_narrow_the_plan(slm: Slm) -> None:
-    arguments = ["plan", "gpt2-124m", "--json", "--on-demand", "--clouds", "lambda,nebius", "--gpus", "H100"]
+    arguments = ["plan", "gpt2-124m", "--json", "--on-demand", "--clouds", "gcp,hyperbolic", "--gpus", "H100"]
     facts = json.loads(slm(*arguments, "--budget", "$1,000").out)
     assert facts["budget_usd"] == 1000
-    assert {one["offer"]["cloud"] for one in facts["ranked"]} <= {"lambda", "nebius"}
+    assert {one["offer"]["cloud"] for one in facts["ranked"]} <= {"gcp", "hyperbolic"}
     assert all(one["offer"]["accelerator"].startswith("H100") for one in facts["ranked"])
     assert not any(one["offer"]["spot"] for one in facts["ranked"])
 

@@ -70,6 +70,7 @@ class FakeActions:
         on_event: Emit,
         switch: StopSwitch | None = None,
         checkpoint_interval_seconds: float | None = None,
+        notify_target: str | None = None,
     ) -> RunSummary:
         self.called = {
             "action": "launch",
@@ -78,6 +79,7 @@ class FakeActions:
             "budget_usd": budget_usd,
             "switch": switch,
             "interval": checkpoint_interval_seconds,
+            "notify": notify_target,
         }
         return self._supervised(home, on_event)
 
@@ -89,8 +91,10 @@ class FakeActions:
         budget_usd: Decimal | None,
         on_event: Emit,
         switch: StopSwitch | None = None,
+        notify_target: str | None = None,
     ) -> RunSummary:
         self.called = {"action": "resume", "run_id": run_id, "budget_usd": budget_usd, "switch": switch}
+        self.called["notify"] = notify_target
         return self._supervised(home, on_event)
 
     def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:

@@ -125,9 +125,9 @@ def test_a_mistake_is_one_clear_message_and_exit_code_2(slm: Slm, arguments: lis
 
 
 def test_the_largest_model_is_the_answer_of_a_range(slm: Slm) -> None:
-    asked = ("plan", "--budget", "100", "--params", "1.1e9..3e9", "--tokens-per-param", "20")
+    asked = ("plan", "--budget", "100", "--params", "8e8..3e9", "--tokens-per-param", "20")
     shown = slm(*asked)
-    assert shown.out.startswith("Largest: 1.")
+    assert shown.out.startswith("Largest: ")
     assert "$/param, predicted loss 2." in shown.out.splitlines()[0]
     assert "(prices: reference table, " in shown.out.splitlines()[0]
     found = facts(slm, *asked)
@@ -136,6 +136,39 @@ def test_the_largest_model_is_the_answer_of_a_range(slm: Slm) -> None:
     assert found["best"]["total_usd"] <= 100
     assert found["model"]["tokens_per_param"] == pytest.approx(20, rel=1e-3)
     assert found["best"]["usd_per_param"] == pytest.approx(found["best"]["total_usd"] / max(affordable))
+
+
+def test_a_range_that_only_unguarded_offers_train_is_answered_with_a_warning(slm: Slm) -> None:
+    asked = ("plan", "--budget", "100", "--params", "1.1e9..3e9", "--tokens-per-param", "20")
+    shown = slm(*asked)
+    assert shown.out.startswith("Largest: 1.")
+    assert shown.out.splitlines()[1].startswith("Warning: ")
+    found = facts(slm, *asked)
+    assert found["guard"]["refusal"] is not None
+    assert "--allow-unguarded" in found["warning"]
+    assert "the smallest model of the range" in found["warning"], "what the guarded offers would take"
+    assert "--allow-unguarded" in found["next"], "or the next command would refuse it"
+    admitted = facts(slm, *asked, "--allow-unguarded")
+    assert admitted["best"] == found["best"]
+    assert admitted["warning"] is None
+
+
+def test_an_unguarded_offer_is_refused_with_what_would_have_been(slm: Slm) -> None:
+    plain, admitted = facts(slm, "plan", "1.5b", "--spot"), facts(slm, "plan", "1.5b", "--spot", "--allow-unguarded")
+    assert plain["guard"]["refusal"] is None
+    assert admitted["best"]["total_usd"] < plain["best"]["total_usd"]
+    reasons = {one["offer"]: one["reason"] for one in plain["rejected"]}
+    assert "nothing ends a node whose guest hangs" in reasons[admitted["best"]["offer_id"]]
+    assert plain["num_ranked"] + len(plain["rejected"]) == admitted["num_ranked"] + len(admitted["rejected"])
+    text = " ".join(slm("plan", "1.5b", "--spot").out.split())
+    assert "- refused: 1 x " in text
+    assert "- ends a node without us at aws: guard, power-off, eventbridge-terminate" in text
+    assert "eventbridge-terminate is armed up to 5 min 00 s after a node's start" in text
+
+
+def test_a_cloud_that_only_an_empty_account_stops_says_how_much_may_lie_there(slm: Slm) -> None:
+    text = " ".join(slm("plan", "1.5b", "--clouds", "vast").out.split())
+    assert "keep at most $100.00 there, with automatic payment off" in text
 
 
 def test_the_next_command_plans_the_very_same_model(slm: Slm) -> None:

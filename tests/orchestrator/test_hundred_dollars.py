@@ -41,6 +41,11 @@ def test_the_page_answers_architecture_data_compute_hardware_and_doubt(made: str
         assert made.count(f"| {scenario} |") == 3
 
 
+def test_the_page_shows_what_clouds_without_a_limit_would_add(made: str) -> None:
+    assert made.count("| unguarded spot, no deadline |") == 3
+    assert "With `--allow-unguarded` the same money trains " in made.partition("## ")[0]
+
+
 def test_no_expected_bill_of_a_largest_model_is_over_the_budget(made: str) -> None:
     table = made.partition("## The largest model")[2].partition("##")[0]
     bills = [float(row.split("|")[6]) for row in table.splitlines() if row.startswith(("| spot", "| on-demand"))]
@@ -52,6 +57,6 @@ def test_the_commands_of_the_page_are_commands(made: str) -> None:
     from orchestrator import cli
 
     commands = made.partition("## Commands")[2].strip().strip("`").strip().splitlines()
-    assert len(commands) == 11
+    assert len(commands) == 13
     known = {one.callback.__name__ for one in cli.app.registered_commands if one.callback is not None}
     assert {shlex.split(line)[1] for line in commands} <= known

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -17,12 +18,18 @@ from cost.database import connect
 from cost.leases import Lease
 from cost.ledger import Ledger
 from cost.offers import load_reference_offers
-from orchestrator import cli, prices
+from orchestrator import cli, prices, render, render_upkeep, report
+from orchestrator.doctor import Finding, Level
+from orchestrator.ending import Ending
+from orchestrator.events import Event
+from orchestrator.inventory import reconcile
+from orchestrator.notify import message_of
 from orchestrator.prices import Prices, Unread
 from orchestrator.runs import Runs
 from orchestrator.settings import Home
 from tasks.recipe import load_recipe
 from tests.orchestrator.cloud_runs import ran_on
+from tests.orchestrator.test_inventory import a_cloud
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 ROW = re.compile(r"^\| (?P<key>[^|]+) \| (?P<type>[^|]+) \| (?P<meaning>[^|]*)\|$")
@@ -38,6 +45,8 @@ COMMANDS = {
     "slm recipes": (["recipes"],),
     "slm status": (["status"],),
     "slm ledger": (["ledger", "demo-1"],),
+    "slm reconcile": (["reconcile", "--dry-run"],),
+    "slm doctor": (["doctor"],),
 }
 
 
@@ -147,7 +156,28 @@ def checker(home: Home) -> Checker:
                 assert next(iter(document)) == "version"
                 for name, value in document.items():
                     checked.check(value, section, name)
+        for section, facts in upkeep(home).items():
+            out = io.StringIO()
+            render.as_json(facts, out)
+            for name, value in json.loads(out.getvalue()).items():
+                checked.check(value, section, name)
     return checked
+
+
+def upkeep(home: Home) -> dict[str, Any]:
+    """What is printed of things that live, without any that does."""
+    backend = a_cloud(f"slm-{home.owner_id()}-demo-2-1")
+    backend.deaf_to_stop = True
+    found = reconcile(home, [backend], sleep=lambda _: None)
+    seen = replace(found, problems=("local: cannot list what is alive",))
+    runs = tuple(report.status(None, home=home))
+    warning = Event("warning", "80 % of the cap is spent", datetime.now(UTC), {"lease_id": "slm-abc123-demo-1-1"})
+    return {
+        "slm reconcile": render_upkeep.inventory_facts(seen),
+        "slm stop --all": render_upkeep.ending_facts(Ending(runs, ("demo-1: it hangs",), False, seen)),
+        "slm doctor": render_upkeep.examination_facts([Finding("disk", Level.WARN, "full", "free some")]),
+        "what --notify sends": json.loads(message_of(warning, "demo-1").body),
+    }
 
 
 @pytest.mark.parametrize("section", sections())

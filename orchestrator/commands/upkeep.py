@@ -1,0 +1,77 @@
+"""reconcile, doctor: what lives, and whether everything is as it must be before money is spent."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from orchestrator.commands.options import JsonOption
+from orchestrator.settings import home_from
+
+WRONG_EXIT_CODE = 1
+
+
+def reconcile(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be ended.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List all that is ours, and end what nobody pays for any more.
+
+    Ours is what carries the name slm-OWNER-; nothing else is touched. What the books do not know, have settled, or have
+    paid for no longer is ended. A supervisor does the same at its start and every few minutes. Exit code 1 means that
+    something is left, or that a place could not be looked at.
+
+    \b
+    Examples:
+      slm reconcile --dry-run
+      slm reconcile
+    """
+    from orchestrator import inventory, render, render_upkeep
+    from orchestrator.backends.every import every_backend
+
+    home = home_from(os.environ).create()
+    found = inventory.reconcile(home, every_backend(home), dry_run=dry_run)
+    if as_json:
+        render.as_json(render_upkeep.inventory_facts(found))
+    else:
+        render_upkeep.inventory(found, render.console_on(sys.stdout))
+    if found.problems or (found.leaked and not dry_run):
+        raise typer.Exit(WRONG_EXIT_CODE)
+
+
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URI", help="A run store to examine. [default: the local one]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether everything is as it must be before money is spent.
+
+    What is configured, what ends a node on each cloud, the clock, the store's permissions, disk space, instances that
+    nobody pays for, and whether the books add up; each with the way out. Exit code 1 means that something fails.
+
+    \b
+    Examples:
+      slm doctor
+      slm doctor --store /mnt/shared/runs --json
+    """
+    from orchestrator import doctor as examination
+    from orchestrator import render, render_upkeep
+    from orchestrator.backends.every import every_backend
+
+    home = home_from(os.environ).create()
+    console = render.console_on(sys.stdout)
+    found = []
+    for finding in examination.examine(home, every_backend(home), store_uri=store):
+        found.append(finding)
+        if not as_json:
+            render_upkeep.finding(finding, console)
+    if as_json:
+        render.as_json(render_upkeep.examination_facts(found))
+    else:
+        render_upkeep.verdict(found, console)
+    if any(one.level is examination.Level.FAIL for one in found):
+        raise typer.Exit(WRONG_EXIT_CODE)
