@@ -32,6 +32,7 @@ from cost.recovery import (
     StopReason,
     decide,
 )
+from orchestrator.alarm import CapAlarm
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock
 from orchestrator.events import Emit, Event
@@ -85,10 +86,14 @@ class Supervisor:
     _failures: int = 0
     _waits: int = 0
     _last_step: int = -1
+    _alarm: CapAlarm = field(init=False)
     _lost_at: float | None = None
     _store_away_since: float | None = None
     _surely_over_at: dict[str, float] = field(default_factory=dict)
     """By lease that was taken over: real seconds at which, by our own clock alone, its last killer has fired."""
+
+    def __post_init__(self) -> None:
+        self._alarm = CapAlarm(self.ledger, self._tell)
 
     # -- the story -------------------------------------------------------------------------------
 
@@ -198,6 +203,7 @@ class Supervisor:
             tell=self._tell,
             on_running=lambda: self._move(RunState.RUNNING, ""),
             reconcile=self._end_strangers,
+            alarm=self._alarm,
             lost_at=self._lost_at,
         )
         try:
@@ -351,6 +357,7 @@ class Supervisor:
             self.clock.sleep(CONFIRM_SECONDS)
         now = self.clock.now_ms()
         settled = self.ledger.settle(lease.lease_id, ended_ms=now, at_ms=now, outcome=cause.value)
+        self._alarm.look()
         balance = self.ledger.balance()
         message = f"{lease.lease_id} settled: {cause.value}; ${balance.spent_usd:.2f} of ${balance.cap_usd:.2f} spent"
         self._tell("settled", message, spent_micro_usd=settled.spent_micro_usd, cause=cause.value)

@@ -17,6 +17,7 @@ from cost.errors import BudgetExceeded
 from cost.leases import Lease, micro_usd
 from cost.ledger import Ledger
 from cost.recovery import Cause
+from orchestrator.alarm import CapAlarm
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock
 from orchestrator.grants import Grants, affordable_until_ms
@@ -26,8 +27,6 @@ from trainer.store import Store, StoreError, StoreKeyMissing
 
 EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG, EXIT_NOTICE = 0, 10, 20, 40
 """Exit codes of the node's command; every other one means that the cluster broke."""
-WARN_AT = (50, 80, 95)
-"""Percent of the cap."""
 
 
 @dataclass(slots=True)
@@ -58,6 +57,7 @@ class Watch:
     tell: Callable[..., None]
     on_running: Callable[[], None]
     reconcile: Callable[[], None]
+    alarm: CapAlarm
     step: int | None = None
     _stopping: Cause | None = None
     _stop_detail: str = ""
@@ -76,7 +76,6 @@ class Watch:
     _grow_tries: int = 0
     lost_at: float | None = None
     """When the lease before this one was lost, for telling how long recovery took."""
-    _warned: int = 0
     _trainer_epoch: int = -1
     _unseen_since: float | None = None
     _store_away: bool = False
@@ -101,6 +100,7 @@ class Watch:
             return self._unseen(error)
         self._unseen_since = None
         account = self._accrue(state)
+        self.alarm.look()
         if state.usd_per_hour is not None and micro_usd(state.usd_per_hour) > account.worst_micro_usd:
             price, worst = state.usd_per_hour, account.lease.worst_usd_per_hour
             return Cause.TOO_DEAR, f"a node costs ${price:.2f}/h now, and at most ${worst:.2f}/h was set aside"
@@ -329,11 +329,6 @@ class Watch:
             num_nodes=account.num_nodes,
             preemptions=self.runs.get(self.run_id).preemptions,
         )
-        percent = int(100 * balance.spent_usd / balance.cap_usd) if balance.cap_usd else 0
-        for threshold in WARN_AT:
-            if percent >= threshold > self._warned:
-                self._warned = threshold
-                self.tell("warning", f"{threshold} % of the cap is spent: ${balance.spent_usd:.2f}")
 
     def _tell_skipped_checkpoints(self, epoch: int) -> None:
         """Say which damaged checkpoints the workers passed over when they began."""

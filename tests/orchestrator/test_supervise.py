@@ -566,3 +566,11 @@ def test_strangers_are_looked_for_while_a_run_goes_on(world: World) -> None:
     world.clock.after(22.0, lambda: (setattr(world.backend, "on_start", None), world.backend.start(stray, ["x"]))[0])
     assert world.supervisor(terms=Terms(reconcile_seconds=10.0)).run() is RunState.SUCCEEDED
     assert any("slm-abc123-other-1" in message for message in world.told("warning"))
+
+
+def test_half_of_the_cap_is_told_once_also_when_it_passes_between_steps(tmp_path: Path) -> None:
+    world = World(tmp_path, cap=Decimal("2.30"), num_steps=100)
+    world.clock.after(20.0, lambda: world.backend.take(world.backend.starts[-1].lease_id))
+    world.supervisor().run()
+    told = [event.data["percent"] for event in world.events if event.kind == "warning" and "percent" in event.data]
+    assert told == sorted(set(told)) and told[0] == 50 and told[-1] >= 80
