@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from faults.world import World
-from trainer.store import StoreError, StoreKeyMissing
+from trainer.store import Bytes, StoreError, StoreKeyMissing
 
 
 class MemoryStore:
@@ -39,6 +40,12 @@ class MemoryStore:
 
     def delete(self, key: str) -> None:
         self.data.pop(key, None)
+
+    def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
+        return self.read(key)[offset : offset + num_bytes]
+
+    def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
+        self.write(key, b"".join(pieces))
 
     def upload(self, key: str, source: Path) -> None:
         self.write(key, source.read_bytes())
