@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -216,9 +217,10 @@ class S3Store:
 
     def _head(self, key: str) -> dict[str, Any] | None:
         """What is known of a key; None when there is none."""
+        action, name = ("open", "") if key == MARKER else ("read", key)
         try:
             found: dict[str, Any] = self._persist(
-                "read", key, lambda: self._client.head_object(Bucket=self.bucket, Key=self._prefix + key)
+                action, name, lambda: self._client.head_object(Bucket=self.bucket, Key=self._prefix + key)
             )
         except StoreKeyMissing:
             return None
@@ -338,7 +340,7 @@ class S3Store:
             except (BotoCoreError, ClientError, Garbled) as error:
                 refusal = refusal_of(error)
                 failures += 1
-                if refusal is Refusal.MISSING and action == "read":
+                if refusal is Refusal.MISSING and action in ("read", "open"):
                     raise StoreKeyMissing(key, self.uri) from error
                 if refusal is Refusal.TAKEN and action == "create":
                     raise _Taken from error
@@ -412,4 +414,6 @@ def _overlaps(views: Sequence[memoryview], begin: int, end: int) -> Iterator[mem
 
 
 def _said(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0].strip().rstrip(".")[:300] or type(error).__name__
+    """Its first line, without the client's own count of repetitions, which are ours."""
+    first = re.sub(r" \(reached max retries: \d+\)", "", (str(error).splitlines() or [""])[0])
+    return first.strip().rstrip(".")[:300] or type(error).__name__

@@ -326,9 +326,7 @@ class _Run:
             checkpoint_step=None if self.checkpoints.newest is None else self.checkpoints.newest.step,
             checkpoint_stall_seconds=self.checkpoints.last_stall_seconds,
             checkpoint_save_seconds=self.checkpoints.last_save_seconds,
-            checkpoint_interval_seconds=self.pace.interval_seconds
-            if math.isfinite(self.pace.interval_seconds)
-            else None,
+            checkpoint_interval_seconds=self.pace.interval_seconds,
             data_wait_seconds=self.newest.data_wait_seconds,
             elapsed_seconds=time.monotonic() - self.started_at,
         )

@@ -47,9 +47,8 @@ class Progress:
     """How long training waited for the newest checkpoint."""
     checkpoint_save_seconds: float
     """From there until it was durable, while training went on."""
-    checkpoint_interval_seconds: float | None
-    """In force now: as told, or as it follows from the measured stall, the restart time and the losses;
-    None: only at the end."""
+    checkpoint_interval_seconds: float
+    """In force now: as told, or as it follows from the measured stall, the restart time and the losses."""
     data_wait_seconds: float
     """How long the newest step waited for its batch."""
     elapsed_seconds: float

@@ -14,6 +14,8 @@ from trainer.config import TrainConfig
 MEASURED_SAVES = 5
 """The median of so many: one slow disk does not change the rhythm, and the first save (which makes its buffers) drops
 out."""
+LONGEST_INTERVAL_SECONDS = 3600.0
+"""However rare losses are said to be: what nobody foresaw costs an hour at most."""
 SAVES_PER_INTERVAL = 2
 """An interval is never shorter than so many saves take from beginning to end."""
 
@@ -37,14 +39,15 @@ class Pace:
 
     @property
     def interval_seconds(self) -> float:
-        """From one save to the next; infinite where nothing is ever lost."""
+        """From one save to the next."""
         losses = self._config.losses_per_worker_hour
         if losses is None or not self._saves:
             return self._config.checkpoint_interval_seconds
-        return checkpoint_interval_seconds(
+        best = checkpoint_interval_seconds(
             median(stall for stall, _ in self._saves),
             losses * self._world_size,
             self._config.saved_at_notice,
             SAVES_PER_INTERVAL * median(seconds for _, seconds in self._saves),
             restart_seconds=self._restart_seconds,
         )
+        return min(best, LONGEST_INTERVAL_SECONDS)

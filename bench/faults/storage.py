@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults.world import World
-from trainer.store import Bytes, StoreError, StoreKeyMissing
+from trainer.store import Bytes, StoreError, StoreKeyMissing, checked_key
 
 
 class MemoryStore:
@@ -25,7 +25,7 @@ class MemoryStore:
         return versions[-2] if self.stale_reads and len(versions) > 1 else versions[-1]
 
     def write(self, key: str, data: bytes) -> None:
-        versions = self.data.setdefault(key, [])
+        versions = self.data.setdefault(checked_key(key), [])
         versions.append(data)
         del versions[:-3]
 
@@ -51,6 +51,7 @@ class MemoryStore:
         self.write(key, source.read_bytes())
 
     def download(self, key: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(self.read(key))
 
 

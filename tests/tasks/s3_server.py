@@ -117,6 +117,10 @@ class FaultProxy:
         self.slow_seconds = slow_seconds
         self.met: dict[str, int] = {}
         """How often each fault was met."""
+        self.answers: dict[str, tuple[int, bytes]] = {}
+        """By method: what to say instead of asking the server."""
+        self.refuse_conditions = False
+        """As servers do that know no If-None-Match."""
         self._upstream = urlsplit(upstream_url).netloc
         self._count = 0
         self._lock = threading.Lock()
@@ -163,6 +167,13 @@ class FaultProxy:
             self._hang_up(handler)
             return
         body = _body(handler, length)
+        if self.refuse_conditions and handler.headers.get("If-None-Match"):
+            self._reply(handler, 501, {}, b"<Error><Code>NotImplemented</Code></Error>")
+            return
+        if handler.command in self.answers:
+            status, content = self.answers[handler.command]
+            self._reply(handler, status, {}, content)
+            return
         if fault == "error":
             self._reply(handler, 500, {}, b"<Error><Code>InternalError</Code></Error>")
             return
