@@ -1,6 +1,6 @@
 """A run is never left without a loadable checkpoint: processes killed while saving, on a folder and on S3 with faults.
 
-    python bench/prove_store_kills.py --kills 500 --seed 0
+    python -m bench.prove_store_kills --kills 500 --seed 0
 
 Each child begins from the newest checkpoint, saves step after step, and is ended by SIGKILL at a random moment; the
 S3 store lies behind a proxy that fails requests, cuts bodies, loses replies and lists late. After each kill the newest
@@ -23,11 +23,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-
 import torch
-from forked import Forked
 
+from bench.forked import Forked
 from tasks import s3
 from tasks.stores import open_store
 from tests.tasks.s3_server import BUCKET, CREDENTIALS, FaultProxy, at_random, s3_server
@@ -42,7 +40,7 @@ TENSOR_SIZE = 40_000
 """Numbers in each; 1.3 MB together, so that S3 gets it in several parts."""
 PART_BYTES = 2**18
 KEEP_LAST = 2
-KILL_WITHIN_SECONDS = {"directory": 0.12, "s3": 0.8}
+KILL_WITHIN_SECONDS = {"directory": 0.5, "s3": 0.8}
 """Of the beginning; a save takes a fraction of it."""
 KILLED_EARLY = 0.1
 """Share of children that are killed within that time of their start, so that some die while they begin."""
@@ -182,12 +180,13 @@ def directory_store(folder: Path, given: argparse.Namespace) -> Iterator[tuple[s
 
 @contextmanager
 def s3_store(folder: Path, given: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    del folder
     os.environ.update(CREDENTIALS)
     s3.SMALLEST_PART_BYTES = PART_BYTES
     s3.STALE_UPLOAD_AGE = timedelta(days=365 * 200)  # moto says of every upload that it began in 2010
     with s3_server(smallest_part_bytes=1024) as url:
         # A process of its own: a child forked beside the proxy's threads could inherit one of their locks.
-        command = [sys.executable, __file__, "--proxy", url, "--seed", str(given.seed)]
+        command = [sys.executable, "-m", "bench.prove_store_kills", "--proxy", url, "--seed", str(given.seed)]
         command += ["--fault-scale", str(given.fault_scale)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as proxy:
             assert proxy.stdout is not None and proxy.stdin is not None

@@ -31,8 +31,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Its endpoint URL; one bucket called BUCKET is there. Ends with the block, or with this process."""
+def s3_server(smallest_part_bytes: int = 5 * 2**20) -> Iterator[str]:
+    """Its endpoint URL; one bucket called BUCKET is there. Ends with the block, or with this process.
+
+    `smallest_part_bytes` is what it accepts as a part of a multipart upload that is not the last.
+    """
     port = free_port()
     watch = "import os, threading, sys; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()"
     serve = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
