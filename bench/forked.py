@@ -50,8 +50,8 @@ class Forked:
         """What it says next; None when it has ended, or says nothing for so long."""
         deadline = time.monotonic() + within_seconds
         while b"\n" not in self._text:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._pipe], [], [], left)[0]:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self._pipe], [], [], left)[0]:
                 return None
             piece = os.read(self._pipe, 65536)
             if not piece:

@@ -41,9 +41,8 @@ def s3_server(smallest_part_bytes: int = 5 * 2**20) -> Iterator[str]:
     serve = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
     command = [sys.executable, "-c", f"{watch}\n{serve}"]
     quiet = subprocess.DEVNULL
-    server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env={**os.environ, **CREDENTIALS}
-    )
+    environment = {**os.environ, **CREDENTIALS, "S3_UPLOAD_PART_MIN_SIZE": str(smallest_part_bytes)}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         _await(port, server)
