@@ -36,9 +36,9 @@ from trainer.store import Store
 
 RATES = {"error": 0.03, "lost": 0.02, "cut": 0.02, "cut_request": 0.02, "stale": 0.03, "slow": 0.01}
 NUM_TENSORS = 8
-TENSOR_SIZE = 40_000
-"""Numbers in each; 1.3 MB together, so that S3 gets it in several parts."""
-PART_BYTES = 2**18
+TENSOR_SIZE = 10_000
+"""Numbers in each; 320 KB together, so that S3 gets it in several parts."""
+PART_BYTES = 2**17
 KEEP_LAST = 2
 KILL_WITHIN_SECONDS = {"directory": 0.5, "s3": 0.8}
 """Of the beginning; a save takes a fraction of it."""
