@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 from torch import Tensor
 
-from trainer.chain import checkpoints_of_chain
+from trainer.chain import checkpoints_of_chain, read_manifest
 from trainer.config import TrainConfig
 from trainer.loop import Result
 from trainer.store import DirectoryStore
@@ -113,6 +115,45 @@ def test_a_run_goes_on_at_another_world_size_from_the_same_weights_and_position(
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-3)
     worlds = [json.loads((tmp_path / "run" / "epochs" / f"{n}.json").read_text())["world_size"] for n in range(5)]
     assert worlds == [1, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_checkpoint_goes_from_replicated_to_sharded_and_back_to_one_worker(
+    tiny: TrainConfig,
+    run_single: RunSingle,
+    run_group: RunGroup,
+    tmp_path: Path,
+    saved_tensors: SavedTensors,
+    metrics_of: MetricsOf,
+    with_optimizer: WithOptimizer,
+    optimizer: str,
+) -> None:
+    config = with_optimizer(tiny, name=optimizer)
+    run_single(config, tmp_path / "whole")
+    run = tmp_path / "run"
+    other_batch = replace(config, micro_batch_size=4)
+    run_group(2, [job(config, run, stop_after=2)])
+    replicated = saved_tensors(run)
+    # Nothing is trained: what a sharded group has read is what it saves, bit by bit.
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+    run_group(2, [job(config, copied, sharded=True, save_again=True)])
+    sharded = saved_tensors(copied)
+    assert sharded.keys() == replicated.keys()
+    assert all(torch.equal(sharded[name], replicated[name]) for name in sharded if "random" not in name)
+    places = checkpoints_of_chain(DirectoryStore(copied))
+    assert read_manifest(DirectoryStore(copied), places[0]).tensors["model/head.weight"]["chunks"] == [
+        {"offsets": [0, 0], "sizes": [32, 16], "part": 0, "at": ANY},
+        {"offsets": [32, 0], "sizes": [32, 16], "part": 1, "at": ANY},
+    ]
+    # 2 replicated, 2 sharded with another micro-batch, 1, 2 sharded again, to the end.
+    run_group(2, [job(other_batch, run, sharded=True, stop_after=3)])
+    run_single(config, run, stop_after=4)
+    run_group(2, [job(config, run, sharded=True)])
+    rows, whole = metrics_of(run), metrics_of(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-3)
+    assert [row["gradient_norm"] for row in rows] == pytest.approx([row["gradient_norm"] for row in whole], rel=1e-2)
 
 
 @pytest.fixture(scope="module")
