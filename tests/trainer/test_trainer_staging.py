@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_positions_are_aligned_and_do_not_overlap(store: CountsReads) -> None:
             assert chunk["at"] % 64 == 0
             spans.append((chunk["at"], chunk["at"] + torch.Size(chunk["sizes"]).numel() * item))
     spans.sort()
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
 def test_no_more_is_read_than_is_needed(store: CountsReads, monkeypatch: pytest.MonkeyPatch) -> None:
