@@ -65,6 +65,7 @@ for command in (
     runs.logs,
     runs.stop,
     launching.resume,
+    launching.recover,
     runs.ledger,
     planning.recipes,
     planning.prepare,

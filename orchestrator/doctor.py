@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import platform
-import secrets
 import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +29,9 @@ from orchestrator.inventory import reconcile
 from orchestrator.report import books
 from orchestrator.settings import Home
 from orchestrator.sky_ask import Enabled, enabled_clouds
-from trainer.store import Store, StoreKeyMissing, open_store
+from tasks import stores
+from tasks.stores import open_store
+from trainer.store import Store
 
 GIB = 2**30
 FAIL_BELOW_GIB = 1.0
@@ -242,42 +242,16 @@ def storage(home: Home, uri: str | None) -> Iterator[Finding | Store]:
 
 
 def probe(store: Store) -> Iterator[Finding]:
-    """Write, read back, create twice, list and delete under a name of our own; leaves nothing there."""
-    key = f"{PROBE_PREFIX}{secrets.token_hex(8)}"
-    once = f"{key}-once"
-    try:
-        wrong = [name for name, works in attempts(store, key, once) if not works]
-    except (SlmError, OSError) as error:
-        yield Finding("store", Level.FAIL, str(error), "allow this user to read, write, list and delete there")
-        return
-    finally:
-        for leftover in (key, once):
-            with suppress(SlmError, OSError):
-                store.delete(leftover)
+    """Every permission and property that a run needs of its store."""
+    asked = stores.probe(store)
+    wrong = [one for one in asked if not one.ok]
     if not wrong:
-        yield Finding("store", Level.OK, f"{store.uri}: written, read back, created once, listed, deleted")
-    if "conditional write" in wrong:
-        detail = f"{store.uri}: a second create of one key is not refused, so two supervisors could both grant"
-        yield Finding("store", Level.FAIL, detail, "use another store")
-    other = [name for name in wrong if name != "conditional write"]
-    if other:
-        yield Finding("store", Level.FAIL, f"{store.uri}: {', '.join(other)} did not work", "use another store")
-
-
-def attempts(store: Store, key: str, once: str) -> Iterator[tuple[str, bool]]:
-    """What was asked of it, and whether it did it."""
-    store.write(key, b"first")
-    store.write(key, b"second")
-    yield "read back", store.read(key) == b"second"
-    yield "conditional write", (store.create(once, b"1"), store.create(once, b"2")) == (True, False)
-    yield "list", key in store.list(PROBE_PREFIX)
-    store.delete(key)
-    try:
-        store.read(key)
-    except StoreKeyMissing:
-        yield "delete", True
-    else:
-        yield "delete", False
+        yield Finding("store", Level.OK, f"{store.uri}: {', '.join(one.name for one in asked)}: as they should be")
+    for one in wrong:
+        way_out = "allow this user to read, write, list and delete there, or use another store"
+        if one.name == "conditional writes":
+            way_out = "use another store, or launch with --single-supervisor and run only one"
+        yield Finding("store", Level.FAIL, f"{store.uri}: {one.name}: {one.detail}", way_out)
 
 
 def folder_of(store: Store) -> Path | None:

@@ -16,6 +16,7 @@ from cost.errors import UserError
 from cost.journal import JournalDamaged, records_from
 from cost.ledger import take_over
 from orchestrator.runs import Run, Runs, RunState
+from orchestrator.settings import Home
 from trainer.store import Store, StoreError, StoreKeyMissing
 
 FOLDER = "books"
@@ -23,6 +24,8 @@ OWNERS = "owners"
 """Option of a run: the names under which its nodes were ever rented."""
 STORE = "store"
 """Option of a run: where its run store is, if it is not in the home of this machine."""
+MARKET = "market"
+"""Option of a run on the local backend: the folder of the market that it rents from."""
 
 
 class StoreJournal:
@@ -51,6 +54,33 @@ class StoreJournal:
             return self._store.read(key_of(number))
         except StoreKeyMissing:
             return None
+
+
+def store_uri(run: Run, home: Home) -> str:
+    """Where the run's store is."""
+    return str(run.options.get(STORE) or home.store_dir(run.run_id))
+
+
+def run_id_in(store: Store) -> str:
+    """The run that a store belongs to.
+
+    Raises:
+        UserError: It holds no books.
+    """
+    return str(facts_in(store)["run_id"])
+
+
+def facts_in(store: Store) -> Mapping[str, Any]:
+    """The newest that the records say of the run itself."""
+    facts: Mapping[str, Any] | None = None
+    for found in records_from(StoreJournal(store), 0):
+        facts = found.content.get("run", facts)
+    if facts is None:
+        raise UserError(
+            f"{store.uri} holds no books of a run; give the run store itself, the folder or prefix that holds "
+            f"{FOLDER}/, spec.json and checkpoints/."
+        )
+    return facts
 
 
 def key_of(number: int) -> str:
@@ -95,15 +125,7 @@ def recover(runs: Runs, store: Store) -> Run:
     Raises:
         UserError: The store holds no books, or books of another run stand here under that name.
     """
-    journal = StoreJournal(store)
-    facts: Mapping[str, Any] | None = None
-    for found in records_from(journal, 0):
-        facts = found.content.get("run", facts)
-    if facts is None:
-        raise UserError(
-            f"{store.uri} holds no books of a run; give the run store itself, the folder or prefix that holds "
-            f"{FOLDER}/, spec.json and checkpoints/."
-        )
+    journal, facts = StoreJournal(store), facts_in(store)
     run_id = str(facts["run_id"])
     options = {**facts["options"], STORE: store.uri}
     with transaction(runs.db):

@@ -20,6 +20,7 @@ from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
+from cost.database import transaction
 from cost.errors import SlmError, UserError
 from cost.leases import Lease
 from cost.ledger import Ledger
@@ -30,6 +31,7 @@ from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
+from orchestrator.losses import learned
 from orchestrator.notify import keep, notified
 from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
@@ -38,8 +40,9 @@ from orchestrator.supervise import Supervisor
 from orchestrator.terms import Terms, TermsOf, needed_usd, same_terms
 from orchestrator.watch import StopSwitch
 from tasks.recipe import Recipe
-from tasks.spec import RunSpec
-from trainer.store import Store, open_store
+from tasks.spec import Losses, RunSpec
+from tasks.stores import below, open_for_training, open_store
+from trainer.store import Store
 
 NODE_COMMAND = ("-m", "tasks", "node")
 MAX_CANDIDATES = 8
@@ -59,11 +62,15 @@ def launch(
     switch: StopSwitch | None = None,
     checkpoint_interval_seconds: float | None = None,
     notify_target: str | None = None,
+    losses: Mapping[str, float] | None = None,
+    single_supervisor: bool = False,
+    store: str | None = None,
 ) -> RunSummary:
     """Run the recipe to its end on the first of `offers` that can be had.
 
     An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
-    stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given.
+    stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given. `store` is the folder
+    or bucket under which a new run gets its run store, by default in this home.
 
     Raises:
         UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
@@ -80,19 +87,58 @@ def launch(
                 cap_usd,
                 Decimal(0),
             )
-        run = known or runs.create(
-            recipe_name=recipe.name,
-            recipe_digest=recipe.digest(),
-            recipe_json=recipe.model_dump_json(),
+            open_store(store or str(home.root / "store"))  # one that refuses says so before there is a run
+        run = known or created(
+            runs,
+            home,
+            recipe,
+            store=store,
+            cap_usd=cap_usd,
             options={
                 "backend": recipe.backend or "local",
                 "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
                 "checkpoint_interval_seconds": checkpoint_interval_seconds,
+                "losses": losses,
+                "single_supervisor": single_supervisor,
             },
-            cap_usd=cap_usd,
         )
         remember_whom_to_tell(home, run.run_id, notify_target)
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
+
+
+def created(
+    runs: Runs, home: Home, recipe: Recipe, *, store: str | None, cap_usd: Decimal, options: Mapping[str, Any]
+) -> Run:
+    """A new run, with the places that another machine would look for it in."""
+    with transaction(runs.db):
+        run = runs.create(
+            recipe_name=recipe.name,
+            recipe_digest=recipe.digest(),
+            recipe_json=recipe.model_dump_json(),
+            options=options,
+            cap_usd=cap_usd,
+        )
+        places = {journals.MARKET: str(home.run_dir(run.run_id) / "market")}
+        if store is not None:
+            places[journals.STORE] = below(store, f"slm-{home.owner_id()}-{run.run_id}")
+        runs.set_options(run.run_id, {**options, **places})
+    return runs.get(run.run_id)
+
+
+def recover(store_uri: str, *, home: Home) -> RunStatus:
+    """Make the books of a run from its run store, on a machine that knows nothing of it, and take it over.
+
+    Nothing is rented or ended: `resume` goes on with the run, `stop` ends it.
+
+    Raises:
+        UserError: There are no books in that store, or a living supervisor of this machine has the run.
+    """
+    home.create()
+    store = open_store(store_uri, create=False)
+    run_id = journals.run_id_in(store)
+    with SupervisorLock(lock_path(home, run_id), run_id), books(home) as runs:
+        run = journals.recover(runs, store)
+        return status_of(run, runs, home)
 
 
 def resume(
@@ -103,6 +149,7 @@ def resume(
     on_event: Emit,
     switch: StopSwitch | None = None,
     notify_target: str | None = None,
+    single_supervisor: bool = False,
 ) -> RunSummary:
     """Go on with a run that stopped, with a new cap if one is given.
 
@@ -114,6 +161,9 @@ def resume(
     if run.state is RunState.SUCCEEDED:
         raise UserError(f"run {run.run_id} is complete; see: slm status {run.run_id}")
     remember_whom_to_tell(home, run.run_id, notify_target)
+    if single_supervisor and not run.options.get("single_supervisor"):
+        with books(home) as runs:
+            runs.set_options(run.run_id, {**run.options, "single_supervisor": True})
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
 
 
@@ -173,7 +223,9 @@ def supervise(
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
             owners=run.options.get(journals.OWNERS, ()),
-            write_spec=lambda lease: write_spec(lease, run, recipe, store, data_dir),
+            write_spec=lambda lease: write_spec(
+                lease, run, recipe, store, data_dir, learned(run.options, ledger.accounts(), preemptions_of(runs, run))
+            ),
             emit=emit,
             switch=switch,
         )
@@ -186,8 +238,11 @@ def supervise(
 
 def store_of(run: Run, runs: Runs, home: Home) -> Store:
     """The run's store. One that vanished after the first lease held checkpoints: that is told, not made anew."""
-    uri = run.options.get(journals.STORE) or str(home.store_dir(run.run_id))
-    return open_store(uri, create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts())
+    return open_for_training(
+        journals.store_uri(run, home),
+        create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts(),
+        single_supervisor=bool(run.options.get("single_supervisor")),
+    )
 
 
 def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_usd: Decimal) -> None:
@@ -229,7 +284,14 @@ def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: TermsOf) -> li
     ]
 
 
-def write_spec(lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: Path) -> None:
+def preemptions_of(runs: Runs, run: Run) -> int:
+    """As the books count them now."""
+    return runs.get(run.run_id).preemptions
+
+
+def write_spec(
+    lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: Path, losses: Losses | None = None
+) -> None:
     """Tell the nodes of this lease what to do."""
     workers_per_node = max(1, lease.offer.gpus_per_node if run.options["backend"] != "local" else 1)
     spec = RunSpec(
@@ -245,6 +307,7 @@ def write_spec(lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: P
         max_workers=lease.num_nodes * workers_per_node,
         checkpoint_interval_seconds=run.options["checkpoint_interval_seconds"]
         or recipe.train_config().checkpoint_interval_seconds,
+        losses=losses,
     )
     store.write("spec.json", spec.to_bytes())
 
@@ -253,7 +316,7 @@ def backend_of(recipe: Recipe, run: Run, *, store: Store, home: Home, offers: Se
     """The backend that the run was launched on."""
     require_backend(run.options["backend"])
     return LocalBackend(
-        home.run_dir(run.run_id) / "market",
+        Path(run.options.get(journals.MARKET) or home.run_dir(run.run_id) / "market"),
         run.run_id,
         store_uri=store.uri,
         market=recipe.local.market,

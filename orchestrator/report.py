@@ -17,10 +17,12 @@ from cost.database import connect
 from cost.ledger import Balance, Ledger, LedgerEntry
 from orchestrator.events import read_events
 from orchestrator.goodput import goodput
+from orchestrator.journal import store_uri
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, is_supervised
 from orchestrator.settings import Home
 from tasks.recipe import Recipe
-from trainer.store import DirectoryStore, StoreKeyMissing
+from tasks.stores import open_store
+from trainer.store import Store, StoreError, StoreKeyMissing
 
 FOLLOW_SECONDS = 0.5
 
@@ -97,19 +99,17 @@ def logs(run_id: str | None, *, home: Home, follow: bool = False) -> Iterator[st
     """Lines of all nodes' logs, each with its node's name; with `follow`, until the run ends."""
     with books(home) as runs:
         run = runs.pick(run_id)
-    folder = home.store_dir(run.run_id) / "logs"
-    offsets: dict[Path, int] = {}
+    offsets: dict[str, int] = {}
     while True:
         with books(home) as runs:
             finished = runs.get(run.run_id).state in TERMINAL
-        for path in sorted(folder.glob("*.log")) if folder.exists() else []:
-            with path.open("rb") as file:
-                file.seek(offsets.get(path, 0))
-                content = file.read()
+        store = stored(run, home)
+        for key in store.list("logs/") if store is not None else []:
+            content = store.read(key)[offsets.get(key, 0) :] if store is not None else b""
             whole = content if finished or not follow else content[: content.rfind(b"\n") + 1]
-            offsets[path] = offsets.get(path, 0) + len(whole)
+            offsets[key] = offsets.get(key, 0) + len(whole)
             for line in whole.decode(errors="replace").splitlines():
-                yield f"{path.stem}: {line}"
+                yield f"{Path(key).stem}: {line}"
         if not follow or finished:
             return
         time.sleep(FOLLOW_SECONDS)
@@ -164,12 +164,20 @@ def summary_of(runs: Runs, run_id: str, home: Home, *, wall_seconds: float) -> R
 
 
 def goodput_of(run: Run, home: Home, accounts: Sequence[LeaseAccount]) -> float | None:
-    folder = home.store_dir(run.run_id)
-    if not folder.exists():
+    store = stored(run, home)
+    if store is None:
         return None
     recipe = Recipe.model_validate_json(run.recipe_json)
     scale = recipe.local.time_scale if run.options.get("backend") == "local" else 1.0
-    return goodput(DirectoryStore(folder, create=False), accounts, time_scale=scale)
+    return goodput(store, accounts, time_scale=scale)
+
+
+def stored(run: Run, home: Home) -> Store | None:
+    """The run's store as it is now; None before there is one, or while it cannot be reached."""
+    try:
+        return open_store(store_uri(run, home), create=False)
+    except StoreError:
+        return None
 
 
 @contextmanager
@@ -187,11 +195,9 @@ def lock_path(home: Home, run_id: str) -> Path:
 
 
 def read_json(run: Run, home: Home, key: str) -> dict[str, Any] | None:
-    folder = home.store_dir(run.run_id)
-    if not folder.exists():
-        return None
+    store = stored(run, home)
     try:
-        content = json.loads(DirectoryStore(folder, create=False).read(key))
-    except (StoreKeyMissing, ValueError):
+        content = None if store is None else json.loads(store.read(key))
+    except (StoreKeyMissing, StoreError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from decimal import Decimal
     from pathlib import Path
 
@@ -34,6 +34,9 @@ class Actions(Protocol):
         switch: StopSwitch | None = None,
         checkpoint_interval_seconds: float | None = None,
         notify_target: str | None = None,
+        losses: Mapping[str, float] | None = None,
+        single_supervisor: bool = False,
+        store: str | None = None,
     ) -> RunSummary: ...
 
     def resume(
@@ -45,9 +48,12 @@ class Actions(Protocol):
         on_event: Emit,
         switch: StopSwitch | None = None,
         notify_target: str | None = None,
+        single_supervisor: bool = False,
     ) -> RunSummary: ...
 
     def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus: ...
+
+    def recover(self, store_uri: str, *, home: Home) -> RunStatus: ...
 
     def prepare(self, recipe: Recipe, *, home: Home, on_event: Emit) -> Path: ...
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +45,8 @@ def launch(
     precision: options.PrecisionOption = None,
     sets: options.SetOption = None,
     notify: options.NotifyOption = None,
+    store: options.StoreOption = None,
+    single_supervisor: options.SingleSupervisorOption = False,
     yes: options.YesOption = False,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
@@ -58,9 +61,11 @@ def launch(
       slm launch demo --yes
       slm launch demo --budget 30 --market hazard:0.5 --nodes 2
       slm launch my.yaml --budget 100 --set model.num_layers=12 --detach
+      slm launch my.yaml --store s3://my-bucket/runs
     """
     from orchestrator import advice, background, planning, render, render_plan
     from orchestrator.experience import experience_of
+    from orchestrator.losses import believed
 
     home = home_from(os.environ)
     fields = options.overrides(sets, backend=backend, market=market, time_scale=time_scale, precision=precision)
@@ -103,6 +108,13 @@ def launch(
             switch=switch,
             checkpoint_interval_seconds=finite(best.checkpoint_interval_seconds),
             notify_target=notify,
+            losses=believed(
+                best,
+                planned.hazards.of(best.offer),
+                time_scale=chosen.local.time_scale if chosen.backend == "local" else 1.0,
+            ),
+            single_supervisor=single_supervisor,
+            store=absolute(store),
         ),
         chosen.name,
         as_json=as_json,
@@ -117,6 +129,7 @@ def resume(
         typer.Option("--budget", parser=options.parse_usd, metavar="USD", help="A new cap for the whole run."),
     ] = None,
     notify: options.NotifyOption = None,
+    single_supervisor: options.SingleSupervisorOption = False,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -144,6 +157,7 @@ def resume(
             on_event=emit,
             switch=switch,
             notify_target=notify,
+            single_supervisor=single_supervisor,
         ),
         run or "",
         as_json=as_json,
@@ -219,3 +233,36 @@ def in_background(context: typer.Context, *, as_json: bool) -> None:
 def finite(seconds: float) -> float | None:
     """None for an interval that never ends: a market without losses needs no checkpoint but the last."""
     return seconds if seconds < float("inf") else None
+
+
+def recover(
+    context: typer.Context,
+    store: Annotated[
+        str, typer.Option("--store", metavar="URI", help="The run store: a folder or s3://bucket/prefix of one run.")
+    ],
+    as_json: options.JsonOption = False,
+) -> None:
+    """Rebuild a run's books from its run store, on another machine, and take the run over.
+
+    The supervisor before can rent and grant no more; what it has paid for counts to the last killer's time. Nothing is
+    rented or ended by this: then go on with slm resume, or end it with slm stop.
+
+    \b
+    Examples:
+      slm recover --store s3://my-bucket/runs/slm-1f2e3d-demo-1
+      slm recover --store /mnt/shared/demo-1 --json
+    """
+    from orchestrator import render
+
+    found = actions_of(context).recover(absolute(store) or store, home=home_from(os.environ).create())
+    if as_json:
+        render.as_json({"runs": [found]})
+    else:
+        console = render.console_on(sys.stdout)
+        render.statuses([found], console)
+        console.print(f"\nNext: slm resume {found.run_id}")
+
+
+def absolute(store: str | None) -> str | None:
+    """A folder by its whole path, so that a command from elsewhere finds it too."""
+    return str(Path(store).expanduser().absolute()) if store is not None and "://" not in store else store

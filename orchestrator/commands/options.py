@@ -230,4 +230,18 @@ NotifyOption = Annotated[
 YesOption = Annotated[
     bool, typer.Option("--yes", "-y", help="Do not ask; on a paid backend --budget must be given too.")
 ]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URI",
+        help="Folder or s3://bucket/prefix under which the run store is made. [default: in SLM_HOME]",
+    ),
+]
+SingleSupervisorOption = Annotated[
+    bool,
+    typer.Option(
+        "--single-supervisor", help="For a run store without conditional writes: only this machine runs the run."
+    ),
+]
 DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Supervise in the background and return.")]

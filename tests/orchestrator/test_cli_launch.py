@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -71,6 +71,9 @@ class FakeActions:
         switch: StopSwitch | None = None,
         checkpoint_interval_seconds: float | None = None,
         notify_target: str | None = None,
+        losses: Mapping[str, float] | None = None,
+        single_supervisor: bool = False,
+        store: str | None = None,
     ) -> RunSummary:
         self.called = {
             "action": "launch",
@@ -80,6 +83,9 @@ class FakeActions:
             "switch": switch,
             "interval": checkpoint_interval_seconds,
             "notify": notify_target,
+            "losses": losses,
+            "single_supervisor": single_supervisor,
+            "store": store,
         }
         return self._supervised(home, on_event)
 
@@ -92,14 +98,20 @@ class FakeActions:
         on_event: Emit,
         switch: StopSwitch | None = None,
         notify_target: str | None = None,
+        single_supervisor: bool = False,
     ) -> RunSummary:
         self.called = {"action": "resume", "run_id": run_id, "budget_usd": budget_usd, "switch": switch}
         self.called["notify"] = notify_target
+        self.called["single_supervisor"] = single_supervisor
         return self._supervised(home, on_event)
 
     def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:
         self.called = {"action": "stop", "run_id": run_id}
         return self._supervised(home, on_event).status
+
+    def recover(self, store_uri: str, *, home: Home) -> RunStatus:
+        self.called = {"action": "recover", "store": store_uri}
+        return self.status
 
     def prepare(self, recipe: Recipe, *, home: Home, on_event: Emit) -> Path:
         on_event(Event("prepare", "preparing data", NOW))
@@ -276,6 +288,25 @@ def test_a_market_without_losses_needs_no_checkpoint_interval() -> None:
     assert actions.called["interval"] is None or actions.called["interval"] > 0
 
 
+def test_the_trainer_is_told_of_the_losses_that_the_plan_believes() -> None:
+    actions = FakeActions()
+    slm("launch", "demo", "--market", "hazard:0.5", "--spot", "--time-scale", "60", "--yes", actions=actions)
+    losses = actions.called["losses"]
+    assert losses["losses"] / losses["node_hours"] == pytest.approx(0.5)
+    assert losses["time_scale"] == 60
+    assert losses["restart_seconds"] > 0
+
+
+def test_a_single_supervisor_is_promised_by_an_option() -> None:
+    actions = FakeActions()
+    slm("launch", "demo", "--market", "calm", "--yes", actions=actions)
+    assert actions.called["single_supervisor"] is False
+    slm("launch", "demo", "--market", "calm", "--yes", "--single-supervisor", actions=actions)
+    assert actions.called["single_supervisor"] is True
+    slm("resume", "demo-1", "--single-supervisor", actions=actions)
+    assert actions.called["single_supervisor"] is True
+
+
 # ---------------------------------------------------------------- resume, stop, prepare
 
 
@@ -352,3 +383,25 @@ def test_the_plan_names_the_launch_with_the_same_precision(capsys: pytest.Captur
     assert facts["best"]["layout"]["precision"] == facts["model"]["precision"] == "fp32"
     assert slm("plan", "350m", "--precision", "bf16", "--gpus", "V100") == 2
     assert "V100 has no bf16 units" in capsys.readouterr().err
+
+
+def test_recover_hands_over_the_whole_path_and_says_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = FakeActions()
+    assert slm("recover", "--store", "demo-store", actions=actions) == 0
+    assert actions.called == {"action": "recover", "store": str(Path("demo-store").absolute())}
+    assert f"Next: slm resume {FINISHED.run_id}" in capsys.readouterr().out
+
+
+def test_a_bucket_is_handed_over_as_it_was_written() -> None:
+    actions = FakeActions()
+    assert slm("recover", "--store", "s3://bucket/run", "--json", actions=actions) == 0
+    assert actions.called["store"] == "s3://bucket/run"
+
+
+def test_recovering_from_a_folder_without_books_is_a_users_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["recover", "--store", str(tmp_path / "empty")])
+    assert end.value.code == 2 and "holds no books of a run" in capsys.readouterr().err

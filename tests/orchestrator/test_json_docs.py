@@ -173,6 +173,7 @@ def upkeep(home: Home) -> dict[str, Any]:
     runs = tuple(report.status(None, home=home))
     warning = Event("warning", "80 % of the cap is spent", datetime.now(UTC), {"lease_id": "slm-abc123-demo-1-1"})
     return {
+        "slm recover": {"runs": list(runs)},
         "slm reconcile": render_upkeep.inventory_facts(seen),
         "slm stop --all": render_upkeep.ending_facts(Ending(runs, ("demo-1: it hangs",), False, seen)),
         "slm doctor": render_upkeep.examination_facts([Finding("disk", Level.WARN, "full", "free some")]),
