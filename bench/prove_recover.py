@@ -1,9 +1,9 @@
 """A run taken over by a second machine that knows nothing of it but its run store.
 
-`python bench/prove_recover.py [--json]` launches the demo from one SLM_HOME with a run store in a folder that both reach,
-stops its supervisor with SIGSTOP (a laptop that sleeps), recovers the run in an empty second SLM_HOME and resumes it there.
-Then the first supervisor is woken. The second must adopt the living nodes and finish; the first must end, without having
-granted anything; the second's books must cover the cloud's own bill; nothing may be left running.
+`python bench/prove_recover.py [--steps N] [--json]` launches the demo from one SLM_HOME with a run store in a folder that
+both reach, stops its supervisor with SIGSTOP (a laptop that sleeps), recovers the run in an empty second SLM_HOME and
+resumes it there. Then the first supervisor is woken. The second must adopt the living nodes and finish; the first must
+end without having granted anything; the second's books must cover the cloud's own bill; nothing may be left running.
 """
 
 from __future__ import annotations
@@ -38,11 +38,22 @@ def epochs_in(store: Path) -> list[int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="slm-shared-") as shared, proof_in() as laptop, proof_in() as desktop:
         log = Path(shared) / "laptop.log"
-        launch = ["launch", "demo", "--yes", "--market", "calm", "--store", shared, "--set", "training.num_steps=300"]
+        launch = [
+            "launch",
+            "demo",
+            "--yes",
+            "--market",
+            "calm",
+            "--store",
+            shared,
+            "--set",
+            f"training.num_steps={arguments.steps}",
+        ]
         first = laptop.start(*launch, log=log)
         laptop.check(wait_for_step(laptop, 40), "the run trains on the first machine")
         [store] = Path(shared).glob("slm-*")
