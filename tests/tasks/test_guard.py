@@ -12,8 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,9 @@ from hypothesis import strategies as st
 
 from tasks import guard
 from tasks.guard import KILL, RESTART, TERMINATE, WAIT, Answer, State, decide, decide_fuse, issue, parse_answer
+from tests.tasks.guarded import GRANTS, LEASE, SLEEPER, Node, node, until
 
-SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-LEASE = "lease-1"
-GRANTS = f"grants/{LEASE}/0.json"
-
-
-def until(fact: Callable[[], Any], seconds: float = 15.0) -> Any:
-    """Wait for a fact, bounded; its value, or a failure that names the source line of the caller."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = fact()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"not true within {seconds} s")
-
+__all__ = ["node"]
 
 # -- the decision ----------------------------------------------------------------------------------
 
@@ -176,67 +162,6 @@ def test_the_guard_needs_only_an_old_python_and_its_standard_library() -> None:
 
 
 # -- with processes --------------------------------------------------------------------------------
-
-
-class Node:
-    """One guarded node under a folder, and what a test sees of it."""
-
-    def __init__(self, root: Path, command: list[str], *options: str, first_grant: float, mark: str = "") -> None:
-        self.mark = mark or f"test-{os.getpid()}-{root.name}"
-        self.dir, self.store = root / "node", root / "store"
-        self.store.mkdir(exist_ok=True)
-        self.log = (root / "log").open("ab")
-        arguments = ["--store", str(self.store), "--lease", LEASE, "--rank", "0", "--first-grant", str(first_grant)]
-        arguments += ["--period", "0.1", "--mark", self.mark, "--node-dir", str(self.dir), *options, "--", *command]
-        self.started = guard.boottime()
-        self.process = subprocess.Popen([sys.executable, "-I", "-S", guard.__file__, *arguments], stderr=self.log)
-
-    def alive(self) -> set[guard.Identity]:
-        self.process.poll()
-        return guard.family(self.mark)
-
-    def pid_of(self, name: str) -> int:
-        """guard: deadline.json, fuse: fuse.json, command: command.json; waits until that one is alive."""
-
-        def recorded() -> int:
-            self.process.poll()
-            facts = guard.read_json(str(self.dir / f"{name}.json"))
-            return facts["pid"] if facts and guard.alive((facts["pid"], facts["start"])) else 0
-
-        return int(until(recorded))
-
-    def request(self) -> dict[str, Any]:
-        return guard.read_json(str(self.store / f"guard/{LEASE}/0/request.json"))
-
-    def grant(self, seconds: float, *, epoch: int = 1, number: int | None = None) -> int:
-        """Answer the newest request as a supervisor does."""
-        number = until(self.request)["number"] if number is None else number
-        self.store.joinpath(GRANTS).parent.mkdir(parents=True, exist_ok=True)
-        guard.write_json(str(self.store / GRANTS), {"epoch": epoch, "number": number, "duration_seconds": seconds})
-        return number
-
-    def deadline(self) -> float:
-        """Seconds from the start of the node."""
-        return float(guard.read_json(str(self.dir / "deadline.json"))["deadline"]) - self.started
-
-    def events(self) -> list[str]:
-        log = self.store / f"guard/{LEASE}/0/log.jsonl"
-        return [json.loads(line)["event"] for line in log.read_text().splitlines()] if log.exists() else []
-
-
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
-    nodes: list[Node] = []
-
-    def make(command: list[str], *options: str, first_grant: float, mark: str = "") -> Node:
-        nodes.append(Node(tmp_path, command, *options, first_grant=first_grant, mark=mark))
-        return nodes[-1]
-
-    yield make
-    for each in nodes:
-        while guard.kill_family(each.mark):
-            each.process.poll()
-        each.log.close()
 
 
 # Children that a group kill misses: one in a session of its own that ignores SIGTERM, one without environment.
@@ -376,7 +301,7 @@ def test_a_notice_is_written_down_and_its_command_run_once(node: Callable[..., N
         url = f"http://127.0.0.1:{server.server_port}/preemption"
         told = tmp_path / "told"
         on_notice = f"/bin/sh -c 'echo {{seconds}} >> {told}'"
-        warned = node(SLEEPER, "--metadata", url, "--on-notice", on_notice, first_grant=30.0)
+        warned = node(SLEEPER, "--notice", f"url:{url}", "--on-notice", on_notice, first_grant=30.0)
         until(lambda: told.exists() and told.read_text())
         os.kill(warned.pid_of("deadline"), signal.SIGKILL)
         warned.process.wait()
