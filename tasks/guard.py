@@ -56,7 +56,7 @@ HUNG_TICKS = 25
 COMMAND_START_SECONDS = 10.0
 FAMILY_SECONDS = 5.0
 """How often descendants are recorded, for those that lose both their mark and their parent."""
-LAST_WORDS_SECONDS = 0.5
+LAST_WORDS_SECONDS, LAST_WORDS_BY_NET_SECONDS = 0.5, 2.0
 """How long a guard whose node is dead waits for its log to reach the store."""
 CHECK_SECONDS = 8.0
 """How long the killers have to show that they would work, before the command starts."""
@@ -1352,15 +1352,13 @@ class Guard:
             return self.state.issued[-1][1] if self.state.issued else self.command_since
 
     def _send_log(self) -> None:
+        """A line leaves the list when the store has it: who waits for an empty list waits for that."""
         with self.log_lock:
-            lines, self.log_lines = self.log_lines, []
+            lines = self.log_lines
         if lines:
-            try:
-                self.store.append(f"guard/{self.place}", "".join(lines))
-            except BaseException:
-                with self.log_lock:
-                    self.log_lines = [*lines, *self.log_lines][-MAX_LOG_LINES:]
-                raise
+            self.store.append(f"guard/{self.place}", "".join(lines))
+            with self.log_lock:
+                self.log_lines = self.log_lines[len(lines) :]
 
     # -- the cloud's notice: threads of their own
 
@@ -1431,7 +1429,8 @@ class Guard:
             self.contact_now.set()  # told at once: there may be no later
 
         end_node(self.killers, self.options.mark, self.options.escalate, log, self.known, reap=self._reap)
-        until = boottime() + LAST_WORDS_SECONDS
+        by_net = not isinstance(self.store, DirectoryStore)
+        until = boottime() + (LAST_WORDS_BY_NET_SECONDS if by_net else LAST_WORDS_SECONDS)
         while self.log_lines and boottime() < until:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
