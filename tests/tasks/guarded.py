@@ -44,7 +44,7 @@ class Node:
         *options: str,
         first_grant: float,
         mark: str = "",
-        store: str = "",
+        store: str | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
         self.mark = mark or f"test-{os.getpid()}-{root.name}"
@@ -52,16 +52,8 @@ class Node:
         self.store.mkdir(exist_ok=True)
         self.log = (root / "log").open("ab")
         options = options if "--kill" in options else (*KILLERS, *options)
-        arguments = [
-            "--store",
-            store or str(self.store),
-            "--lease",
-            LEASE,
-            "--rank",
-            "0",
-            "--first-grant",
-            str(first_grant),
-        ]
+        place = str(self.store) if store is None else store
+        arguments = ["--store", place, "--lease", LEASE, "--rank", "0", "--first-grant", str(first_grant)]
         arguments += ["--period", "0.1", "--mark", self.mark, "--node-dir", str(self.dir), *options, "--", *command]
         self.started = guard.boottime()
         self.process = subprocess.Popen(
