@@ -41,7 +41,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 MARK_VARIABLE = "SLM_NODE_MARK"
 TICK_SECONDS = 0.2
@@ -556,14 +556,18 @@ class DirectoryStore:
 
 
 class S3Store:
-    """`s3://bucket/prefix`: the object of a key is prefix/key. Requests are signed here, nothing else is needed."""
+    """`s3://bucket/prefix?endpoint_url=URL`: the object of a key is prefix/key. Needs no client library.
+
+    The endpoint is the option, else the URI's, else AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, else AWS itself.
+    """
 
     def __init__(self, uri: str, aws: Aws, endpoint: str = "", path_style: bool = False) -> None:
-        bucket, _, prefix = uri[len("s3://") :].partition("/")
-        self.bucket, self.prefix, self.aws = bucket, prefix.strip("/"), aws
-        environment = os.environ
-        self.endpoint = endpoint or environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL", "")
-        self.path_style = path_style or bool(self.endpoint) or "." in bucket
+        parts = urlsplit(uri)
+        self.bucket, self.prefix, self.aws = parts.netloc, unquote(parts.path).strip("/"), aws
+        named = [endpoint, dict(parse_qsl(parts.query)).get("endpoint_url")]
+        named += [os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")]
+        self.endpoint = next((url for url in named if url), "")
+        self.path_style = path_style or bool(self.endpoint) or "." in self.bucket
         self.skew = 0.0
         self.part = 0
 
@@ -649,7 +653,9 @@ def open_store(options: argparse.Namespace) -> Any:
         return PresignedStore(options.store[len("presigned:") :])
     if not options.store:
         os.makedirs(os.path.join(options.node_dir, "store"), exist_ok=True)
-    return DirectoryStore(options.store or os.path.join(options.node_dir, "store"))
+        return DirectoryStore(os.path.join(options.node_dir, "store"))
+    is_uri = options.store.startswith("file:")
+    return DirectoryStore(unquote(urlsplit(options.store).path) if is_uri else options.store)
 
 
 def http_moment(date: str) -> float:

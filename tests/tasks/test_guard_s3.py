@@ -126,6 +126,8 @@ def test_a_key_lies_under_bucket_and_prefix_in_the_path_or_in_the_host() -> None
         "https://runs.s3.eu-north-1.amazonaws.com/a/b/x%3D1/y.json"
     )
     assert S3Store("s3://my.runs", aws).url("y", "cn-north-1") == "https://s3.cn-north-1.amazonaws.com.cn/my.runs/y"
+    quoted = S3Store("s3://runs/a%20b?endpoint_url=http%3A%2F%2F127.0.0.1%3A9000&conditional_writes=no", aws)
+    assert quoted.url("y", "us-east-1") == "http://127.0.0.1:9000/runs/a%20b/y"
     local = S3Store("s3://runs/a", aws, "http://127.0.0.1:9000/")
     assert local.url("y", "us-east-1") == "http://127.0.0.1:9000/runs/a/y"
 
@@ -296,6 +298,12 @@ def test_a_wrong_wall_clock_does_not_keep_a_node_from_its_store(cloud: Cloud, tm
         assert store.read("x") == b"granted"
         server.shutdown()
     assert len(signed_at) == 3  # corrected once, remembered
+
+
+def test_a_folder_may_be_a_uri(tmp_path: Path) -> None:
+    words = ["--lease", "l", "--rank", "0", "--first-grant", "1", "--mark", "m", "--node-dir", "d", "--store"]
+    options = guard.parse([*words, f"file://{tmp_path}/a%20b", "--", "true"])
+    assert guard.open_store(options).root == f"{tmp_path}/a b"
 
 
 def test_the_environment_of_this_test_holds_no_keys() -> None:
