@@ -896,7 +896,7 @@ def unarmed(killers: Sequence[Killer], seconds: float = CHECK_SECONDS) -> Dict[s
     def ask(killer: Killer) -> None:
         try:
             killer.check()
-            del why[killer.name]
+            why.pop(killer.name, None)
         except Exception as error:  # whatever it is, this killer does not count
             why[killer.name] = str(error) or repr(error)
 
@@ -979,24 +979,33 @@ def _fire(killer: Killer, seconds: float, log: Callable[..., None]) -> None:
 class PowerOffTimer:
     """A power-off at the deadline that init carries out, whoever of us is dead by then; moved with every deadline."""
 
-    def __init__(self, means: str, mark: str, log: Callable[..., None]) -> None:
-        self.means, self.log = means, log
+    def __init__(self, means: str, mark: str, path: str, log: Callable[..., None]) -> None:
+        self.means, self.path, self.log = means, path, log
         self.name = "slm-" + "".join(letter if letter.isalnum() else "-" for letter in mark)
-        self.target = self.armed = 0.0
+        self.standing: List[float] = read_json(path).get("deadlines", [])
+        self.target = self.standing[-1] if self.standing else 0.0
         self.moved = threading.Event()
 
     def arm(self, deadline: float) -> None:
         """Now, waiting for it; raises OSError."""
         if os.geteuid() != 0:
             raise OSError("not root")
-        new, old = timer_commands(self.means, self.name, deadline - boottime(), self.armed)
+        new, old = timer_commands(self.means, self.name, deadline, boottime(), self.standing)
         if not new:
             raise OSError("less than a minute is left, and shutdown counts in minutes")
+        self._remember([*self.standing, deadline])  # before: a timer that nobody knows of would fire too early
         run_words(new)
-        self.armed = deadline
-        if old:
-            with contextlib.suppress(OSError):  # it may have fired, or be gone
-                run_words(old)
+        for words in old:
+            try:
+                run_words(words)
+            except OSError as error:  # it may be gone already
+                self.log("timer not removed", error=str(error))
+        self._remember([deadline])
+
+    def _remember(self, deadlines: List[float]) -> None:
+        self.standing = deadlines
+        with contextlib.suppress(OSError):  # a full disk
+            write_json(self.path, {"deadlines": deadlines})
 
     def move(self, deadline: float) -> None:
         """Soon, in the timer's own thread."""
@@ -1007,26 +1016,34 @@ class PowerOffTimer:
         while True:
             self.moved.wait()
             self.moved.clear()
-            if self.target == self.armed:
+            target = self.target
+            if self.standing[-1:] == [target]:
                 continue
             try:
-                self.arm(self.target)
+                self.arm(target)
             except Exception as error:  # the timer that stands fires early, which is the safe side
                 self.log("timer not moved", error=str(error))
 
 
-def timer_commands(means: str, name: str, left_seconds: float, armed: float) -> Tuple[List[str], List[str]]:
-    """What arms a power-off so many seconds from now, at the latest, and what then takes the one before away.
+def timer_commands(
+    means: str, name: str, deadline: float, now: float, standing: Sequence[float]
+) -> Tuple[List[str], List[List[str]]]:
+    """What arms a power-off at the deadline, or somewhat before it, and what then takes the ones that stand away.
 
     `shutdown` counts in minutes: rounded down, so that nothing runs that is not paid for, and nothing under a minute,
     when the one that stands is left to fire. A second `shutdown` replaces the first.
     """
+    left = deadline - now
     if means == "shutdown":
-        return (["shutdown", "-P", f"+{int(left_seconds // 60)}"], []) if left_seconds >= 60 else ([], [])
-    at = int((boottime() + left_seconds) * 1000)
-    unit = ["systemd-run", "--quiet", "--collect", f"--unit={name}-{at}", f"--on-active={max(0, int(left_seconds))}s"]
-    new = [*unit, "--timer-property=AccuracySec=1s", "systemctl", "poweroff"]
-    return new, ["systemctl", "stop", f"{name}-{int(armed * 1000)}.timer"] if armed else []
+        return (["shutdown", "-P", f"+{int(left // 60)}"], []) if left >= 60 else ([], [])
+    unit = f"--unit={_timer_unit(name, deadline)}"
+    new = ["systemd-run", "--quiet", "--collect", unit, f"--on-active={max(0, int(left))}s"]
+    new += ["--timer-property=AccuracySec=1s", "systemctl", "poweroff"]
+    return new, [["systemctl", "stop", f"{_timer_unit(name, one)}.timer"] for one in standing if one != deadline]
+
+
+def _timer_unit(name: str, deadline: float) -> str:
+    return f"{name}-{int(deadline * 1000)}"
 
 
 # -- notices: each returns seconds until the cloud takes the node, or None --------------------------------
@@ -1132,7 +1149,9 @@ class Guard:
         self.command: Optional[Identity] = None
         self.command_since = boottime()
         self.at_least = int(time.time() * 1000)
-        self.timer = PowerOffTimer(options.timer, options.mark, self.log) if options.timer else None
+        self.timer = (
+            PowerOffTimer(options.timer, options.mark, self._path("timer.json"), self.log) if options.timer else None
+        )
         self.is_fresh = not os.path.exists(self._path("deadline.json"))
         self.state = self._first_state()
 

@@ -77,6 +77,10 @@ class Node:
     def request(self) -> dict[str, Any]:
         return guard.read_json(str(self.store / f"guard/{LEASE}/0/request.json"))
 
+    def number_after(self, number: int) -> int:
+        """Of a request by the next guard, which begins with the clock's milliseconds; the one before counted by one."""
+        return int(until(lambda: (seen := self.request().get("number", 0)) > number + 100 and seen))
+
     def grant(self, seconds: float, *, epoch: int = 1, number: int | None = None) -> int:
         """Answer the newest request as a supervisor does."""
         number = until(self.request)["number"] if number is None else number

@@ -217,7 +217,7 @@ def test_powering_off_is_armed_for_root_only(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_timer_in_minutes_never_ends_after_what_is_paid() -> None:
     def command(left: float) -> list[str]:
-        return guard.timer_commands("shutdown", "slm-m", left, 0.0)[0]
+        return guard.timer_commands("shutdown", "slm-m", 1000.0 + left, 1000.0, [])[0]
 
     assert command(179.9) == ["shutdown", "-P", "+2"]
     assert command(60.0) == ["shutdown", "-P", "+1"]
@@ -225,10 +225,13 @@ def test_a_timer_in_minutes_never_ends_after_what_is_paid() -> None:
 
 
 def test_a_timer_of_systemd_is_set_anew_before_the_old_one_goes() -> None:
-    new, old = guard.timer_commands("systemd-run", "slm-m", 90.7, 12.5)
+    new, old = guard.timer_commands("systemd-run", "slm-m", 190.7, 100.0, [12.5])
     assert "--on-active=90s" in new
+    assert "--unit=slm-m-190700" in new
     assert new[-2:] == ["systemctl", "poweroff"]
-    assert old == ["systemctl", "stop", "slm-m-12500.timer"]
+    assert old == [["systemctl", "stop", "slm-m-12500.timer"]]
+    again = guard.timer_commands("systemd-run", "slm-m", 250.0, 110.0, [12.5, 190.7])[1]
+    assert [words[-1] for words in again] == ["slm-m-12500.timer", "slm-m-190700.timer"]
 
 
 def system_of(tmp_path: Path) -> tuple[dict[str, str], Path]:
@@ -252,6 +255,11 @@ def test_init_ends_the_node_at_a_time_that_moves_with_the_grants(node: Callable[
     paid.grant(300.0)
     until(lambda: f"systemctl stop {unit}.timer" in calls.read_text())
     assert "--on-active=29" in calls.read_text().splitlines()[1]
+    second = calls.read_text().splitlines()[1].split("--unit=")[1].split()[0]
+    os.kill(paid.pid_of("deadline"), signal.SIGKILL)  # the next guard knows which timer stands
+    paid.process.wait()
+    paid.grant(500.0, number=paid.number_after(paid.request()["number"]))
+    until(lambda: f"systemctl stop {second}.timer" in calls.read_text())
 
 
 @as_root

@@ -130,19 +130,13 @@ def test_a_stopped_guard_is_replaced_and_the_command_lives_on(node: Callable[...
     kept.grant(50.0, epoch=2)
     until(lambda: guard.read_json(str(kept.dir / "deadline.json"))["epoch"] == 2)
     os.kill(first, signal.SIGSTOP)
+    asked = kept.request()["number"]
     until(lambda: kept.pid_of("deadline") != first, seconds=30.0)
     kept.process.wait()  # it was ended, so that it cannot come back and hold the node to an old deadline
     assert kept.pid_of("command") == command
     assert kept.deadline() < 60.0
-    number = kept.grant(40.0, epoch=2, number=until(lambda: fresh_number(kept)))
+    number = kept.grant(40.0, epoch=2, number=kept.number_after(asked))
     until(lambda: guard_command("status", kept.dir)[1]["accepted"] == number)
-
-
-def fresh_number(node: Node) -> int:
-    """Of a request that the present guard sent."""
-    state = guard.read_json(str(node.dir / "deadline.json"))
-    request = node.request()
-    return int(request["number"]) if request["number"] > state["accepted"] + 1 else 0
 
 
 def test_a_stopped_fuse_is_replaced(node: Callable[..., Node]) -> None:
