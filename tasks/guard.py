@@ -838,16 +838,20 @@ def runpod_killer(api: str) -> Killer:
     def me() -> Tuple[str, str, str]:
         return api, container_variable("RUNPOD_POD_ID"), container_variable("RUNPOD_API_KEY")
 
-    def ask(request: Request) -> str:
+    def ask(request: Request) -> Dict[str, Any]:
         answer = call(request).json()
         if answer.get("errors"):  # GraphQL tells them in a reply with status 200
             raise OSError(json.dumps(answer["errors"])[:300])
-        return "HTTP 200"
+        return answer.get("data") or {}
 
-    def check() -> str:
-        return ask(runpod_pod(*me()))
+    def fire() -> str:
+        return f"answered {json.dumps(ask(runpod_terminate(*me())))}"
 
-    return Killer("runpod", PROVIDER, lambda: ask(runpod_terminate(*me())), check)
+    def check() -> None:
+        if not ask(runpod_pod(*me())).get("pod"):
+            raise OSError("RUNPOD_API_KEY does not see this pod")
+
+    return Killer("runpod", PROVIDER, fire, check)
 
 
 def vast_destroy(api: str, instance_id: str, key: str) -> Request:

@@ -156,11 +156,14 @@ def test_terminate_azure_deletes_the_machine_rather_than_stopping_it() -> None:
 def test_runpod_terminates_its_own_pod_and_reads_errors_out_of_a_good_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNPOD_POD_ID", "abc123")
     monkeypatch.setenv("RUNPOD_API_KEY", "rp-key")
-    with small_server({"POST /graphql": {"data": {"podTerminate": None}}}) as server:
+    with small_server({"POST /graphql": {"data": {"pod": {"id": "abc123"}}}}) as server:
         runpod = killer(f"runpod:{server.url}/graphql")
         assert unarmed([runpod]) == {}
         assert "podTerminate" not in json.loads(server.asked[-1].body)["query"]
-        assert fire(runpod) == "HTTP 200"
+        server.routes["POST /graphql"] = {"data": {"pod": None}}
+        assert unarmed([runpod]) == {"runpod": "RUNPOD_API_KEY does not see this pod"}
+        server.routes["POST /graphql"] = {"data": {"podTerminate": None}}
+        assert fire(runpod) == 'answered {"podTerminate": null}'
         sent = server.asked[-1]
         server.routes["POST /graphql"] = {"errors": [{"message": "not allowed"}]}
         with pytest.raises(OSError, match="not allowed"):
@@ -352,7 +355,7 @@ def test_a_restarted_guard_does_not_refuse(node: Callable[..., Node], tmp_path: 
     """What armed it may be out of reach by then, and a node without a guard is worse."""
     gate = tmp_path / "gate"
     gate.touch()
-    with small_server({"POST /graphql": {"data": {}}}) as server:
+    with small_server({"POST /graphql": {"data": {"pod": {"id": "p"}}}}) as server:
         env = {"RUNPOD_POD_ID": "p", "RUNPOD_API_KEY": "k"}
         words = ("--kill", "family", "--kill", f"runpod:{server.url}/graphql")
         kept = node(SLEEPER, *words, first_grant=30.0, env=env)
