@@ -46,6 +46,7 @@ class Node:
         mark: str = "",
         store: str | None = None,
         env: dict[str, str] | None = None,
+        python: str = PYTHON,
     ) -> None:
         self.mark = mark or f"test-{os.getpid()}-{root.name}"
         self.dir, self.store = root / "node", root / "store"
@@ -57,7 +58,7 @@ class Node:
         arguments += ["--period", "0.1", "--mark", self.mark, "--node-dir", str(self.dir), *options, "--", *command]
         self.started = guard.boottime()
         self.process = subprocess.Popen(
-            [PYTHON, "-I", "-S", guard.__file__, *arguments], stderr=self.log, env={**os.environ, **(env or {})}
+            [python, "-I", "-S", guard.__file__, *arguments], stderr=self.log, env={**os.environ, **(env or {})}
         )
 
     def alive(self) -> set[guard.Identity]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,43 @@ def test_the_guard_needs_only_an_old_python_and_its_standard_library() -> None:
         )
     }
     assert imported <= sys.stdlib_module_names
+
+
+def other_pythons() -> list[str]:
+    """One interpreter of each version on this machine, from 3.8 on, other than ours."""
+    names = [f"python3.{minor}" for minor in range(8, 20)]
+    paths = [Path("/usr/bin/python3"), *(Path(found) for name in names if (found := shutil.which(name)))]
+    paths += sorted(Path("~/.pyenv/versions").expanduser().glob("3.*/bin/python"))
+    by_version = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            said = subprocess.run([path, "-c", ASK_VERSION], capture_output=True, text=True, timeout=20, check=True)
+            by_version.setdefault(int(said.stdout), str(path))
+    return [by_version[minor] for minor in sorted(by_version) if minor >= 8 and minor != sys.version_info.minor]
+
+
+ASK_VERSION = "import sys; print(sys.version_info[1] if sys.version_info[0] == 3 else 0)"
+
+
+def test_any_python_of_this_machine_runs_a_node_to_its_end(tmp_path: Path) -> None:
+    pythons = other_pythons()
+    if not pythons:
+        pytest.skip("no python on this machine but the one that runs the tests")
+    for number, python in enumerate(pythons):
+        root = tmp_path / str(number)
+        root.mkdir()
+        each = Node(root, SLEEPER, first_grant=3.0, python=python)
+        try:
+            command = each.pid_of("command")
+            each.grant(4.0)
+            until(lambda each=each: each.deadline() > 3.5)
+            until(lambda each=each: not each.alive())
+            assert guard.start_time(command) is None
+            assert each.events()[-1] == "killed"
+        finally:
+            guard.kill_family(each.mark)
+            each.process.wait()
+            each.log.close()
 
 
 # -- with processes --------------------------------------------------------------------------------
