@@ -680,6 +680,8 @@ class Killer:
 
 
 FAMILY = "family"
+ACTING = "acting"
+"""The file by which a guard says that it fires the killers."""
 
 
 def killers_of(options: argparse.Namespace) -> List[Killer]:
@@ -920,12 +922,12 @@ def end_node(
     log: Callable[..., None],
     known: Iterable[Identity] = (),
     first: Sequence[Identity] = (),
-    reap: Callable[[], None] = lambda: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Fire one killer after the other, over and over, until nothing is left; returns only where processes are all.
 
     That the caller still runs is the sign that the node lives. The next killer follows when the one before failed, or
-    when the node still lives `escalate_seconds` later.
+    when the node still lives `escalate_seconds` later. `tick` is called all the while.
     """
     firing = [killer for killer in killers if killer.fire is not None or killer.name == FAMILY]
     only_family = all(killer.kind == PROCESS for killer in firing)
@@ -935,17 +937,17 @@ def end_node(
         for killer in firing or [Killer(FAMILY, PROCESS)]:
             log("kill", killer=killer.name, kind=killer.kind, attempt=attempt)
             if killer.kind == PROCESS:
-                ended = _end_family(mark, math.inf if only_family else escalate_seconds, known, first, reap)
+                ended = _end_family(mark, math.inf if only_family else escalate_seconds, known, first, tick)
                 log("killed", killer=killer.name, processes=ended)
                 if only_family:
                     return
             else:
-                _fire(killer, escalate_seconds, log)
+                _fire(killer, escalate_seconds, log, tick)
         time.sleep(1.0)
 
 
 def _end_family(
-    mark: str, seconds: float, known: Iterable[Identity], first: Sequence[Identity], reap: Callable[[], None]
+    mark: str, seconds: float, known: Iterable[Identity], first: Sequence[Identity], tick: Callable[[], None]
 ) -> int:
     """Kill until two looks in a row find nobody, or for so long where other means are left; how many were ended."""
     ended: Set[Identity] = set()
@@ -954,12 +956,12 @@ def _end_family(
         found = kill_family(mark, known, [identity for identity in first if alive(identity)])
         ended |= found
         quiet = 0 if found else quiet + 1
-        reap()
+        tick()
         time.sleep(0.03)
     return len(ended)
 
 
-def _fire(killer: Killer, seconds: float, log: Callable[..., None]) -> None:
+def _fire(killer: Killer, seconds: float, log: Callable[..., None], tick: Callable[[], None]) -> None:
     """In a thread, since it may hang; back as soon as it failed, else after `seconds`."""
     failed = threading.Event()
 
@@ -977,7 +979,7 @@ def _fire(killer: Killer, seconds: float, log: Callable[..., None]) -> None:
     threading.Thread(target=work, daemon=True).start()
     until = boottime() + seconds
     while boottime() < until and not failed.wait(0.1):
-        pass
+        tick()
 
 
 class PowerOffTimer:
@@ -1450,21 +1452,24 @@ class Guard:
         self.fuse = _spawn_self(["fuse", *rest, "--", *self.arguments], self.environment)
 
     def _end(self) -> None:
+        """Fire the killers. As long as this moves, the fuse leaves it to us: two at once would mix up their order."""
         self.log("deadline", late_seconds=boottime() - self.state.deadline)
+        beat(self._path(ACTING))
         self.contact_now.set()
 
         def log(event: str, **facts: object) -> None:
             self.log(event, **facts)
             self.contact_now.set()  # told at once: there may be no later
 
-        end_node(self.killers, self.options.mark, self.options.escalate, log, self.known, reap=self._reap)
+        end_node(self.killers, self.options.mark, self.options.escalate, log, self.known, tick=self._tick)
         by_net = not isinstance(self.store, DirectoryStore)
         until = boottime() + (LAST_WORDS_BY_NET_SECONDS if by_net else LAST_WORDS_SECONDS)
         while self.log_lines and boottime() < until:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _reap(self) -> None:
+    def _tick(self) -> None:
+        beat(self._path("guard.beat"))
         for child in [*self.children, *([self.fuse] if self.fuse else [])]:
             child.poll()
 
@@ -1508,7 +1513,7 @@ def fuse(options: argparse.Namespace) -> None:
             send(identity[0], signal.SIGKILL)  # it hangs; a new one takes over where it stood
             guard_alive = False
         action = decide_fuse(deadline, boottime(), guard_alive)
-        if action == KILL:
+        if action == KILL and not (guard_alive and os.path.exists(os.path.join(options.node_dir, ACTING))):
             _burn(options, [identity] if identity is not None else [], guard)
         if action == RESTART and boottime() > restarted + RESTART_SECONDS:
             restarted = boottime()
@@ -1525,8 +1530,13 @@ def _burn(options: argparse.Namespace, first: Sequence[Identity], guard: Optiona
             file.write(json.dumps({"boottime": boottime(), "event": event, **facts}) + "\n")
 
     of_guard = parse(options.command)
-    reap = guard.poll if guard is not None else lambda: None
-    end_node(killers_of(of_guard), options.mark, of_guard.escalate, log, (), first, reap)  # type: ignore[arg-type]
+
+    def tick() -> None:
+        beat(os.path.join(options.node_dir, "fuse.beat"))
+        if guard is not None:
+            guard.poll()
+
+    end_node(killers_of(of_guard), options.mark, of_guard.escalate, log, (), first, tick)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from tasks import guard
 from tasks.guard import KILL, RESTART, TERMINATE, WAIT, Answer, State, decide, decide_fuse, issue, parse_answer
-from tests.tasks.guarded import GRANTS, LEASE, SLEEPER, Node, node, until
+from tests.tasks.guarded import GRANTS, LEASE, SLACK_SECONDS, SLEEPER, Node, node, until
 
 __all__ = ["node"]
 
@@ -223,7 +223,7 @@ def test_an_unrenewed_node_ends_with_all_its_processes(node: Callable[..., Node]
         children = [int(pid) for pid in told.read_text().split()]
         assert all(guard.start_time(pid) for pid in children)
         until(lambda: not unpaid.alive())
-        assert 2.5 <= guard.boottime() - unpaid.started < 2.5 + 2.0
+        assert 2.5 <= guard.boottime() - unpaid.started < 2.5 + SLACK_SECONDS
         assert not any(guard.start_time(pid) for pid in children)
         assert unpaid.events()[0] == "armed"
         assert {"terminate", "deadline", "killed"} <= set(unpaid.events())
@@ -259,7 +259,7 @@ def test_grants_keep_a_node_until_the_store_vanishes(node: Callable[..., Node]) 
     assert paid.deadline() == before
     lost = paid.store.rename(paid.store.with_name("elsewhere"))
     until(lambda: not paid.alive())
-    assert before <= guard.boottime() - paid.started < before + 2.0
+    assert before <= guard.boottime() - paid.started < before + SLACK_SECONDS
     assert guard.start_time(command) is None
     assert lost.exists() and not paid.store.exists()
 
@@ -310,7 +310,7 @@ def test_the_fuse_ends_what_a_stopped_guard_left(node: Callable[..., Node]) -> N
     assert hung.pid_of("command") != hung.pid_of("fuse")
     os.kill(hung.pid_of("deadline"), signal.SIGSTOP)
     until(lambda: not hung.alive())
-    assert guard.boottime() - hung.started < 2.0 + guard.FUSE_MARGIN_SECONDS + 2.0
+    assert guard.boottime() - hung.started < 2.0 + guard.FUSE_MARGIN_SECONDS + SLACK_SECONDS
 
 
 def test_a_node_of_another_boot_ends_at_once(node: Callable[..., Node], tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_store_that_hangs_does_not_hold_up_the_end(node: Callable[..., Node], 
     stuck = node(SLEEPER, first_grant=2.0)
     until(lambda: stuck.alive())
     until(lambda: not stuck.alive())
-    assert guard.boottime() - stuck.started < 2.0 + 2.0
+    assert guard.boottime() - stuck.started < 2.0 + SLACK_SECONDS
 
 
 def test_a_full_disk_does_not_hold_up_the_end(node: Callable[..., Node]) -> None:
@@ -371,7 +371,7 @@ def test_a_full_disk_does_not_hold_up_the_end(node: Callable[..., Node]) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     until(lambda: not full.alive())
-    assert 2.0 <= guard.boottime() - full.started < 2.0 + 2.0
+    assert 2.0 <= guard.boottime() - full.started < 2.0 + SLACK_SECONDS
     assert not (full.dir / "deadline.json").exists()
 
 

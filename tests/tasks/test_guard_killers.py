@@ -248,16 +248,21 @@ def system_of(tmp_path: Path) -> tuple[dict[str, str], Path]:
     return {"PATH": f"{bin_dir}:{os.environ['PATH']}"}, calls
 
 
+def seconds_of(calls: Path) -> list[int]:
+    """Of each timer that systemd was asked for."""
+    return [int(part.split("s ")[0]) for part in calls.read_text().split("--on-active=")[1:]]
+
+
 @as_root
 def test_init_ends_the_node_at_a_time_that_moves_with_the_grants(node: Callable[..., Node], tmp_path: Path) -> None:
     env, calls = system_of(tmp_path)
     paid = node(SLEEPER, "--kill", "family", "--timer", "systemd-run", first_grant=40.5, env=env)
     paid.pid_of("command")
-    assert "--on-active=40s" in calls.read_text() or "--on-active=39s" in calls.read_text()
+    assert seconds_of(calls)[0] in range(20, 41)
     unit = calls.read_text().split("--unit=")[1].split()[0]
     paid.grant(300.0)
     until(lambda: f"systemctl stop {unit}.timer" in calls.read_text())
-    assert "--on-active=29" in calls.read_text().splitlines()[1]
+    assert seconds_of(calls)[1] in range(270, 301)
     second = calls.read_text().splitlines()[1].split("--unit=")[1].split()[0]
     os.kill(paid.pid_of("deadline"), signal.SIGKILL)  # the next guard knows which timer stands
     paid.process.wait()
@@ -296,16 +301,26 @@ def test_each_killer_that_fails_or_leaves_the_node_alive_is_followed_by_the_next
         f"command:echo useless >> {fired}",
     ]
     words = [word for each in killers for word in ("--kill", each)]
-    tough = node(SLEEPER, *words, "--escalate", "0.6", "--allow-unguarded", first_grant=1.5)
+    tough = node(SLEEPER, *words, "--escalate", "3", "--allow-unguarded", first_grant=1.5)
     rounds = until(lambda: fired.exists() and (lines := fired.read_text().split()) and len(lines) >= 4 and lines)
     assert rounds[:4] == ["broken", "hangs", "useless", "broken"]
     told = until(lambda: len(results(tough)) >= 2 and tough.log_lines())
     kills = [line for line in told if line["event"] == "kill"]
     assert [line["killer"].split()[1] for line in kills[:3]] == ["broken", "hangs", "useless"]
-    assert kills[1]["boottime"] - kills[0]["boottime"] < 0.55  # a failure is not waited out
-    assert kills[2]["boottime"] - kills[1]["boottime"] >= 0.6
+    assert kills[1]["boottime"] - kills[0]["boottime"] < 3.0  # a failure is not waited out
+    assert kills[2]["boottime"] - kills[1]["boottime"] >= 3.0
     broken = results(tough)[0]
     assert (broken["ok"], broken["result"]) == (False, "/bin/sh exited with 3: no such thing")
+
+
+def test_the_fuse_goes_on_where_a_guard_stands_still_while_it_fires(node: Callable[..., Node], tmp_path: Path) -> None:
+    fired = tmp_path / "fired"
+    words = ("--kill", f"command:echo one >> {fired}; sleep 600", "--escalate", "600", "--allow-unguarded")
+    stuck = node(SLEEPER, *words, first_grant=1.5)
+    until(lambda: fired.exists() and fired.read_text() == "one\n")
+    os.kill(stuck.pid_of("deadline"), signal.SIGSTOP)
+    until(lambda: fired.read_text() == "one\none\n")
+    assert (stuck.dir / "fuse.jsonl").exists()
 
 
 def test_the_fuse_fires_the_same_killers_when_the_guard_cannot(node: Callable[..., Node], tmp_path: Path) -> None:
