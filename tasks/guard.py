@@ -24,8 +24,6 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import hashlib
-import hmac
 import json
 import math
 import os
@@ -403,6 +401,9 @@ def signed(request: Request, credentials: Credentials, region: str, service: str
     Source: "Create a signed AWS API request", AWS Identity and Access Management User Guide; for S3 the path is encoded
     once and the hash of the body is a header.
     """
+    import hashlib
+    import hmac
+
     url = urlsplit(request.url)
     moment = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     body_hash = hashlib.sha256(request.body).hexdigest()
