@@ -40,6 +40,7 @@ e2e: $(STAMP)
 	$(BIN)/python bench/prove_demo.py
 	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 2
+	$(BIN)/python bench/prove_cap_local.py --minutes 1
 	$(BIN)/python bench/prove_interrupts.py --moments 3
 	$(BIN)/python bench/prove_mutations.py
 
@@ -48,6 +49,7 @@ prove: $(STAMP)
 	$(BIN)/python bench/prove_demo.py
 	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 20
+	$(BIN)/python bench/prove_cap_local.py --minutes 10
 	$(BIN)/python bench/prove_interrupts.py --moments 12
 	$(BIN)/python -m bench.prove_resume --kills 50
 	$(BIN)/python -m bench.prove_store_kills --kills 500

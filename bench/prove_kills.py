@@ -143,14 +143,14 @@ def besiege(siege: Siege, kills_each: int) -> None:
         print(f"{done} kills, {sum(siege.repaired.values())} repaired, last {pair}", file=sys.stderr, flush=True)
 
 
-def check_books(proof: Proof) -> dict[str, object]:
+def check_books(proof: Proof, run_id: str = "demo-1") -> dict[str, object]:
     """Replay every entry: never over the cap, never below the cloud's own bill."""
-    view = proof.json("ledger", "demo-1") or {}
+    view = proof.json("ledger", run_id) or {}
     committed = highest = Decimal(0)
     for entry in view.get("entries", []):
         committed += Decimal(str(entry["spent_usd"])) + Decimal(str(entry["held_usd"]))
         highest = max(highest, committed)
-    bill = proof.true_bill_usd("demo-1")
+    bill = proof.true_bill_usd(run_id)
     spent = Decimal(str(view.get("spent_usd", "-1")))
     proof.check(highest <= CAP_USD, f"committed never exceeds the cap: ${highest:.4f} <= ${CAP_USD}")
     proof.check(spent >= bill, f"the books (${spent:.4f}) are not below the cloud's own bill (${bill:.4f})")

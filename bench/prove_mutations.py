@@ -55,6 +55,20 @@ MUTATIONS = (
         "tests/tasks/test_guard.py",
     ),
     Mutation(
+        "two kinds of killers",
+        "tasks/guard.py",
+        "        if len(kinds) >= 2 or self",
+        "        if len(kinds) >= 1 or self",
+        "tests/tasks/test_guard_killers.py",
+    ),
+    Mutation(
+        "a guard that stands still",
+        "tasks/guard.py",
+        "and not pulse.beats():",
+        "and False:",
+        "tests/tasks/test_guard_watch.py",
+    ),
+    Mutation(
         "manifest last",
         "trainer/checkpoint.py",
         '        key = f"part-{self.rank:05d}.bin"\n',

@@ -18,6 +18,8 @@ from tasks.stores import open_store
 from trainer.store import DirectoryStore
 
 HOST = "127.0.0.1"
+KILLERS = ("family", "provider-limit:market")
+"""What ends a node of this cloud: its guard, and the market's own time limit."""
 NODE_VARIABLES = (
     "SLM_SPEC",
     "SLM_STORE",
@@ -67,12 +69,13 @@ def spawn(order: Order, node: Node, store: Path, head_port: int, metadata_url: s
         "--rank": str(node.rank),
         "--first-grant": str(order.first_grant_seconds),
         "--period": str(order.guard_period_seconds),
-        "--metadata": f"{metadata_url}/{node.instance_id}/preemption",
+        "--notice": f"url:{metadata_url}/{node.instance_id}/preemption",
         "--on-notice": order.on_notice,
         "--mark": node.instance_id,
         "--node-dir": node.node_dir,
     }
     arguments = [word for option, value in options.items() if value for word in (option, value)]
+    arguments += [word for killer in KILLERS for word in ("--kill", killer)]
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, *arguments, "--", *order.command],
