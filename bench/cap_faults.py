@@ -34,14 +34,14 @@ WHY_LEFT = {
 
 
 def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """The figures over all schedules; usd columns are scaled to a cap of $100."""
+    """The figures over all schedules; each is scaled to a cap of $100."""
     held = [one for one in results if not one.broken]
     shares = sorted(100 * one.bill_usd / one.cap_usd for one in held)
     kinds = Counter(name for one in results for name in one.faults)
     wrong = [one for one in held if one.violation]
     short = [one for one in held if one.books_short]
     beyond = [one for one in results if one.broken and (one.violation or one.books_short)]
-    spent = sum(one.bill_usd for one in results)
+    spent = sum(one.bill_usd / one.cap_usd for one in results)
     return {
         "schedules": len(results),
         "violations": len(wrong),
@@ -49,9 +49,9 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "overshoot_beyond_bound": len(beyond),
         "max_usd": round(shares[-1], 2) if shares else 0.0,
         "p99_usd": round(shares[int(0.99 * (len(shares) - 1))], 2) if shares else 0.0,
-        "kept_share": round(sum(one.kept_usd for one in results) / spent, 4) if spent else 0.0,
+        "kept_share": round(sum(one.kept_usd / one.cap_usd for one in results) / spent, 4) if spent else 0.0,
         "use": round(sum(shares) / 100 / len(shares), 4) if shares else 0.0,
-        "startup_share": round(sum(one.startup_usd for one in results) / spent, 4) if spent else 0.0,
+        "startup_share": round(sum(one.startup_usd / one.cap_usd for one in results) / spent, 4) if spent else 0.0,
         "unspent_by_cause": unspent_by_cause(results),
         "kept_by_profile": kept_by_profile(results),
         "invariant_checks": sum(one.checks for one in results),
@@ -65,13 +65,13 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
 
 
 def unspent_by_cause(results: Sequence[Result]) -> dict[str, float]:
-    """What stays of all caps, as shares of them, by why it stays."""
-    caps = sum(one.cap_usd for one in results)
+    """What stays of the caps, as shares of them, by why it stays."""
     shares: Counter[str] = Counter()
     for one in results:
-        shares["charged at the worst price, never confirmed"] += one.cap_usd - one.left_usd - one.bill_usd
-        shares[WHY_LEFT[one.end]] += one.left_usd
-    return {cause: round(usd / caps, 4) for cause, usd in shares.most_common()}
+        unconfirmed = one.cap_usd - one.left_usd - one.bill_usd
+        shares["charged at the worst price, never confirmed"] += unconfirmed / one.cap_usd
+        shares[WHY_LEFT[one.end]] += one.left_usd / one.cap_usd
+    return {cause: round(share / len(results), 4) for cause, share in shares.most_common()}
 
 
 def kept_by_profile(results: Sequence[Result]) -> dict[str, float]:
@@ -79,11 +79,11 @@ def kept_by_profile(results: Sequence[Result]) -> dict[str, float]:
     found: dict[str, list[Result]] = {}
     for one in results:
         found.setdefault(one.profile, []).append(one)
-    return {
-        name: round(sum(one.kept_usd for one in group) / sum(one.bill_usd for one in group), 4)
-        for name, group in sorted(found.items())
-        if sum(one.bill_usd for one in group)
-    }
+    shares = {}
+    for name, group in sorted(found.items()):
+        spent = sum(one.bill_usd / one.cap_usd for one in group)
+        shares[name] = round(sum(one.kept_usd / one.cap_usd for one in group) / spent, 4) if spent else 0.0
+    return shares
 
 
 def main() -> int:
