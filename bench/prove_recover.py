@@ -1,9 +1,9 @@
 """A run taken over by a second machine that knows nothing of it but its run store.
 
 `python bench/prove_recover.py [--steps N] [--json]` launches the demo from one SLM_HOME with a run store in a folder
-that both reach, stops its supervisor with SIGSTOP (a laptop that sleeps), recovers the run in an empty second SLM_HOME and
-resumes it there. Then the first supervisor is woken. The second must adopt the living nodes and finish; the first must
-end without having granted anything; the second's books must cover the cloud's own bill; nothing may be left running.
+that both reach, stops its supervisor with SIGSTOP (a laptop that sleeps), recovers the run in an empty second SLM_HOME
+and resumes it there. Then the first supervisor is woken. The second must adopt the living nodes and finish; the first
+must end without having granted anything; the second's books must cover the cloud's bill; nothing may be left running.
 """
 
 from __future__ import annotations

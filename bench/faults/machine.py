@@ -37,13 +37,13 @@ TERMS = Terms(
     kill_latency_seconds=60.0,
     drain_seconds=90.0,
     stop_grace_seconds=180.0,
-    stall_seconds=900.0,
+    stall_seconds=600.0,
     grow_delay_seconds=30.0,
     confirm_seconds=60.0,
     create_seconds=30.0,
     call_seconds=30.0,
     store_patience_seconds=1200.0,
-    poll_seconds=30.0,
+    poll_seconds=45.0,
     accrue_seconds=120.0,
 )
 OWNER = "abc123"
