@@ -201,7 +201,7 @@ class _Run:
         pieces = list(self._micro_batches(batch, self.config.global_batch_size))
         for number, piece in enumerate(pieces, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
-                loss = self.model(*piece)
+                loss = self.model(*piece.given())
                 self.fabric.backward(loss)
             loss_sum += loss.detach()
         return loss_sum
@@ -211,10 +211,10 @@ class _Run:
         size = self.config.micro_batch_size
         largest_share = -(-global_batch_size // self.world_size)
         for begin in range(0, largest_share, size):
-            piece = Batch(*(rows[begin : begin + size] for rows in batch))
+            piece = batch.rows(begin, begin + size)
             if len(piece.tokens) == 0:
-                piece = masked_batch(self.config.model.sequence_length)
-            yield Batch(*(rows.to(self.fabric.device, non_blocking=True) for rows in piece))
+                piece = masked_batch(self.config.model.sequence_length, with_documents=batch.documents is not None)
+            yield piece.to(self.fabric.device)
 
     def _agree(self, loss_sum: Tensor, num_targets: int) -> tuple[float, int, Signal]:
         """The one small all-reduce of a step: loss, count, and what any worker wants."""
@@ -230,7 +230,7 @@ class _Run:
         loss_sum = torch.zeros((), device=self.fabric.device)
         with torch.no_grad():
             for piece in self._micro_batches(batch, self.heldout.global_batch_size):
-                loss_sum += self.model(*piece)
+                loss_sum += self.model(*piece.given())
         total, count = self._sum(loss_sum, _num_targets(batch))
         return total / count
 
@@ -261,6 +261,7 @@ class _Run:
             facts = {
                 **dataclasses.asdict(result),
                 "tokens": self.at.tokens,
+                "source_epochs": self.loader.epochs(self.at.step),
                 "first_heldout_loss": self.at.first_heldout_loss,
                 "unigram_entropy": self.index.heldout_unigram_entropy,
             }
@@ -296,6 +297,7 @@ class _Run:
             checkpoint_stall_seconds=self.checkpoints.last_stall_seconds,
             data_wait_seconds=self.newest.data_wait_seconds,
             elapsed_seconds=time.monotonic() - self.started_at,
+            source_epochs=self.loader.epochs(self.at.step),
         )
 
     def _diverged(self, loss: float, norm: float, factor: float) -> str:
@@ -308,10 +310,11 @@ class _Run:
         )
 
 
-def masked_batch(sequence_length: int) -> Batch:
+def masked_batch(sequence_length: int, *, with_documents: bool = False) -> Batch:
     """One sequence that counts for nothing: its loss and its gradients are zero."""
     tokens_BT = torch.zeros((1, sequence_length), dtype=torch.int64)
-    return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED))
+    documents_BT = tokens_BT.int() if with_documents else None
+    return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED), documents_BT)
 
 
 def _num_targets(batch: Batch) -> int:

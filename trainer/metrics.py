@@ -49,6 +49,8 @@ class Progress:
     """How long the newest step waited for its batch."""
     elapsed_seconds: float
     """Since this group of workers began to train."""
+    source_epochs: Mapping[str, float]
+    """How often each source of the mix has been seen, as a multiple of all its sequences."""
 
 
 class Rate:

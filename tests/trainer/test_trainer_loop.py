@@ -59,6 +59,7 @@ def test_a_finished_run_says_so(tiny: TrainConfig, run_single: RunSingle, tmp_pa
     assert json.loads((tmp_path / "result.json").read_text()) == {
         **asdict(result),
         "tokens": 6 * 8 * 16,
+        "source_epochs": {"text": 33 / 149, "code": 15 / 43},  # 0.7 and 0.3 of 48 sequences
         "first_heldout_loss": pytest.approx(math.log(64), abs=1e-4),
         "unigram_entropy": 4.1,
     }
