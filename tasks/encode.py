@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import threading
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cost.errors import SlmError
 from tasks.shards import TOKEN_BYTES
-from tasks.tokenizer import encode, read_tokenizer
+from tasks.tokenizer import encode_to_numpy, pieces, read_tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -129,14 +130,13 @@ def _unpacked(results: Iterable[tuple[list[Text], Encoded]]) -> Iterator[Encoded
 
 
 def _encode(encoding: tiktoken.Encoding, end_of_text: int, texts: Iterable[Text]) -> Encoded:
-    tokens = array("H")
-    lengths = []
+    end = np.array([end_of_text], dtype=np.uint32)
+    parts, lengths = [end[:0]], []
     for text in texts:
-        ids = encode(encoding, text.text)
-        ids.append(end_of_text)
-        tokens.fromlist(ids)
-        lengths.append(len(ids))
-    return tokens.tobytes(), lengths
+        arrays = [encode_to_numpy(encoding, piece) for piece in pieces(text.text)]
+        parts += [*arrays, end]
+        lengths.append(sum(map(len, arrays)) + 1)
+    return np.concatenate(parts).astype(np.uint16).tobytes(), lengths
 
 
 def _load(path: Path) -> tuple[tiktoken.Encoding, int]:
