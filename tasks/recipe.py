@@ -104,6 +104,8 @@ class Checkpoint(_Part):
     interval_seconds: PositiveFloat | None = None
     every_steps: PositiveInt | None = None
     keep_last: PositiveInt = 3
+    milestone_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this are kept for good."""
 
 
 class Nodes(_Part):
@@ -206,6 +208,7 @@ class Recipe(_Part):
             checkpoint_interval_seconds=interval or TrainConfig.checkpoint_interval_seconds,
             checkpoint_every_steps=self.checkpoint.every_steps,
             keep_last=self.checkpoint.keep_last,
+            milestone_every_steps=self.checkpoint.milestone_every_steps,
             compile=self.training.compile,
             num_threads=self.training.num_threads,
         )

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from cost.errors import SlmError
 from tasks.node_env import NodeEnv, boottime
 from tasks.spec import RunSpec
+from tasks.stores import open_store
 from trainer.chain import Superseded
-from trainer.store import Store, StoreError, StoreKeyMissing, open_store
+from trainer.store import Store, StoreError, StoreKeyMissing
 
 if TYPE_CHECKING:
     from trainer.loop import Result, Signal

@@ -29,6 +29,7 @@ from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
 from trainer.model import IGNORED, build_model, weights_sha256
 from trainer.optim import Updates, scale_and_clip
+from trainer.pacing import Pace
 from trainer.schedule import learning_rate_factor
 from trainer.store import Store
 
@@ -48,6 +49,8 @@ class Signal:
     checkpoint: bool = False
     stop: bool = False
     reason: str = ""
+    due: bool = False
+    """The interval is over; the loop says so itself."""
 
 
 class Signals(Protocol):
@@ -97,9 +100,11 @@ def train(
     Call it on every rank of a launched `fabric`. `stop_after` ends at that step as a stop signal would.
     Raises SlmError when the loss is not finite, StoreError when the store or a disk fails.
     """
-    return _Run(config, fabric, data_dir, store, lease_id, signals, phase).until(
-        config.num_steps if stop_after is None else min(stop_after, config.num_steps)
-    )
+    run = _Run(config, fabric, data_dir, store, lease_id, signals, phase)
+    try:
+        return run.until(config.num_steps if stop_after is None else min(stop_after, config.num_steps))
+    finally:
+        run.checkpoints.close()
 
 
 class _Run:
@@ -136,7 +141,14 @@ class _Run:
         phase("model")
 
         self.identity = Identity(config, self.index.tokenizer_sha256, self.index.fingerprint)
-        self.checkpoints = Checkpoints(store, rank=self.rank, world_size=self.world_size, keep_last=config.keep_last)
+        self.checkpoints = Checkpoints(
+            store,
+            rank=self.rank,
+            world_size=self.world_size,
+            keep_last=config.keep_last,
+            milestone_every_steps=config.milestone_every_steps,
+        )
+        self.pace = Pace(config, self.world_size)
         self.at = self.checkpoints.begin(self._tensors(), self.identity, lease_id)
         phase("load")
 
@@ -158,14 +170,17 @@ class _Run:
             signal = self._step()
             if first:
                 self.phase("first_step")
+                self.pace.started(time.monotonic() - self.started_at)
                 first = False
             stop = signal.stop or at.step >= last_step
             evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
             if evaluated:
                 at.heldout_loss = self._evaluate()
             self._report(evaluated)
-            if stop or signal.checkpoint or _divides(config.checkpoint_every_steps, at.step):
-                self._save()
+            # What somebody asked for is stored for good before training goes on: what follows may be the end.
+            durable = stop or signal.checkpoint
+            if durable or signal.due or _divides(config.checkpoint_every_steps, at.step):
+                self._save(durable=durable)
         return self._finish()
 
     def _step(self) -> Signal:
@@ -219,10 +234,26 @@ class _Run:
     def _agree(self, loss_sum: Tensor, num_targets: int) -> tuple[float, int, Signal]:
         """The one small all-reduce of a step: loss, count, and what any worker wants."""
         mine = self.signals.poll(self.at.step)
-        due = self.rank == 0 and time.monotonic() - self.saved_at >= self.config.checkpoint_interval_seconds
-        wishes = [num_targets, mine.checkpoint or due, mine.stop]
-        total, count, checkpoint, stop = self._sum(loss_sum, *wishes)
-        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason)
+        self._note_saves()
+        elapsed = time.monotonic() - self.saved_at
+        due = self.rank == 0 and not self.checkpoints.is_saving and elapsed >= self.pace.interval_seconds
+        wishes = [num_targets, mine.checkpoint, mine.stop, due, self.checkpoints.has_failed]
+        total, count, checkpoint, stop, dues, failures = self._sum(loss_sum, *wishes)
+        if failures > 0:  # on all ranks at this step: each raises what one of them met
+            self.checkpoints.wait()
+        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason, due=dues > 0)
+
+    def _note_saves(self) -> None:
+        """A save that became durable since the last step counts for the interval."""
+        before = self.checkpoints.newest
+        self.checkpoints.poll()
+        if self.checkpoints.newest != before:
+            self._measure_save()
+
+    def _measure_save(self) -> None:
+        self.pace.saved(
+            stall_seconds=self.checkpoints.last_stall_seconds, save_seconds=self.checkpoints.last_save_seconds
+        )
 
     def _evaluate(self) -> float:
         """Mean held-out loss in nats per token, over all ranks."""
@@ -246,9 +277,9 @@ class _Run:
         tensors = {f"model/{name}": value.detach() for name, value in self.weights.named_parameters()}
         return tensors | {f"optimizer/{name}": value for name, value in self.updates.state().items()}
 
-    def _save(self) -> None:
+    def _save(self, *, durable: bool) -> None:
         self.reporter.flush()
-        self.checkpoints.save(self._tensors(), self.identity, self.at)
+        self.checkpoints.save(self._tensors(), self.identity, self.at, durable=durable)
         self.saved_at = time.monotonic()
         self.reporter.progress(self._progress())
 
@@ -295,6 +326,8 @@ class _Run:
             epoch=self.checkpoints.epoch,
             checkpoint_step=None if self.checkpoints.newest is None else self.checkpoints.newest.step,
             checkpoint_stall_seconds=self.checkpoints.last_stall_seconds,
+            checkpoint_save_seconds=self.checkpoints.last_save_seconds,
+            checkpoint_interval_seconds=self.pace.interval_seconds,
             data_wait_seconds=self.newest.data_wait_seconds,
             elapsed_seconds=time.monotonic() - self.started_at,
             source_epochs=self.loader.epochs(self.at.step),

@@ -45,6 +45,10 @@ class Progress:
     checkpoint_step: int | None
     checkpoint_stall_seconds: float
     """How long training waited for the newest checkpoint."""
+    checkpoint_save_seconds: float
+    """From there until it was durable, while training went on."""
+    checkpoint_interval_seconds: float
+    """In force now: as told, or as it follows from the measured stall, the restart time and the losses."""
     data_wait_seconds: float
     """How long the newest step waited for its batch."""
     elapsed_seconds: float

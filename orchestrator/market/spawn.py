@@ -14,7 +14,8 @@ from pathlib import Path
 from cost.errors import UserError
 from orchestrator.market.books import Node
 from tasks import guard
-from trainer.store import DirectoryStore, open_store
+from tasks.stores import open_store
+from trainer.store import DirectoryStore
 
 HOST = "127.0.0.1"
 NODE_VARIABLES = (

@@ -128,6 +128,8 @@ def test_the_train_config_says_what_the_recipe_says() -> None:
     assert config.optimizer == recipe.optimizer
     assert (config.num_steps, config.precision, config.seed) == (10, "fp32", 5)
     assert (config.checkpoint_every_steps, config.keep_last) == (4, 3)
+    assert config.milestone_every_steps is None
+    assert load_recipe("demo", ["checkpoint.milestone_every_steps=50"]).train_config().milestone_every_steps == 50
     assert (config.global_batch_size, config.micro_batch_size) == (32, recipe.training.micro_batch_size)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lightning.fabric.strategies import DDPStrategy
 from cost.errors import SlmError
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Signal, fabric_precision, train
-from trainer.store import DirectoryStore
+from trainer.store import Bytes, DirectoryStore
 
 
 class Wishes:
@@ -63,7 +64,7 @@ def job(
 
 
 class BrokenUpload(DirectoryStore):
-    def upload(self, key: str, source: Path) -> None:
+    def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
         raise self.failure(key)
 
     def failure(self, key: str) -> SlmError:

@@ -136,8 +136,8 @@ def test_what_one_rank_wants_all_do_at_the_same_step(ends: dict[str, Any]) -> No
 def test_each_rank_saves_its_share(ends: dict[str, Any]) -> None:
     store = DirectoryStore(ends["folder"] / "wished")
     sizes = {key.rsplit("/", 1)[1]: len(store.read(key)) for key in store.list("checkpoints/epoch=0/step=4/")}
-    assert sizes.keys() == {"__0_0.distcp", "__1_0.distcp", "metadata", "manifest.json"}
-    assert 0.4 < sizes["__0_0.distcp"] / sizes["__1_0.distcp"] < 2.5
+    assert sizes.keys() == {"part-00000.bin", "part-00001.bin", "manifest.json"}
+    assert 0.4 < sizes["part-00000.bin"] / sizes["part-00001.bin"] < 2.5
 
 
 def test_an_upload_that_fails_on_one_rank_is_raised_on_all_and_leaves_no_checkpoint(
