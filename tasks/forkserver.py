@@ -53,7 +53,8 @@ class ForkServer:
             # One BLAS thread: a fork takes only the thread that calls it along.
             environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "tasks.forkserver", "serve", str(self.socket_path), str(os.getpid())]
-            self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
+            # A group of its own: a SIGTERM to the node's is a notice, which the workers are to hear of by its file.
+            self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, process_group=0)
 
     def wait_ready(self, seconds: float) -> bool:
         """Whether the imports are done within `seconds`."""

@@ -51,6 +51,8 @@ class Signal:
     reason: str = ""
     due: bool = False
     """The interval is over; the loop says so itself."""
+    hold: bool = False
+    """A node goes soon, and what was begun now would not end in time or would be in the way of the last save."""
 
 
 class Signals(Protocol):
@@ -179,7 +181,8 @@ class _Run:
             self._report(evaluated)
             # What somebody asked for is stored for good before training goes on: what follows may be the end.
             durable = stop or signal.checkpoint
-            if durable or signal.due or _divides(config.checkpoint_every_steps, at.step):
+            wanted = durable or signal.due or _divides(config.checkpoint_every_steps, at.step)
+            if stop or (wanted and not signal.hold):
                 self._save(durable=durable)
         return self._finish()
 
@@ -237,11 +240,11 @@ class _Run:
         self._note_saves()
         elapsed = time.monotonic() - self.saved_at
         due = self.rank == 0 and not self.checkpoints.is_saving and elapsed >= self.pace.interval_seconds
-        wishes = [num_targets, mine.checkpoint, mine.stop, due, self.checkpoints.has_failed]
-        total, count, checkpoint, stop, dues, failures = self._sum(loss_sum, *wishes)
+        wishes = [num_targets, mine.checkpoint, mine.stop, due, mine.hold, self.checkpoints.has_failed]
+        total, count, checkpoint, stop, dues, holds, failures = self._sum(loss_sum, *wishes)
         if failures > 0:  # on all ranks at this step: each raises what one of them met
             self.checkpoints.wait()
-        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason, due=dues > 0)
+        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason, due=dues > 0, hold=holds > 0)
 
     def _note_saves(self) -> None:
         """A save that became durable since the last step counts for the interval."""

@@ -236,3 +236,18 @@ def test_a_cpu_has_no_peak() -> None:
 def test_precision_is_named_as_fabric_names_it() -> None:
     assert fabric_precision(TrainConfig(precision="bf16")) == "bf16-mixed"
     assert fabric_precision(TrainConfig(precision="fp32")) == "32-true"
+
+
+class Leaving:
+    """Holds checkpoints back from the second step on, and leaves after the fifth."""
+
+    def poll(self, step: int) -> Signal:
+        return Signal(hold=step >= 1, stop=step >= 4)
+
+
+def test_on_the_way_out_no_checkpoint_is_begun_but_the_last(
+    tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
+) -> None:
+    result = run_single(replace(tiny, checkpoint_every_steps=1), tmp_path, signals=Leaving())
+    assert (result.outcome, result.step) == ("stopped", 5)
+    assert [place.step for place in checkpoints_of_chain(DirectoryStore(tmp_path))] == [5, 1]
