@@ -231,6 +231,7 @@ def _reap(reports: dict[int, socket.socket]) -> None:
 def _become(request: dict[str, Any], streams: array.array[int], server_pid: int) -> NoReturn:
     """In the fork: turn into `python argv...`, as if freshly started, and leave by way of the caller."""
     _die_with_parent(server_pid)
+    os.setpgid(0, 0)  # a raylet may kill the whole group of a worker that it ends: this must not be the server's
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for target, stream in zip(STREAMS, streams, strict=True):
         os.dup2(stream, target)

@@ -88,8 +88,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         signals = NodeSignals(env, store, fabric.global_rank, step)
         writes = fabric.global_rank == 0
 
+        start_seconds = phases.seconds()
+
         def phase(name: str) -> None:
             phases.mark(name)
+            start_seconds.update(phases.seconds())
             if name == "first_step" and writes:
                 phases.write(store, env, fabric.world_size)
 
@@ -101,6 +104,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             lease_id=env.lease_id,
             signals=signals,
             phase=phase,
+            start_seconds=start_seconds,
         )
         return outcome(fabric, signals, result)
     except BaseException as error:

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,7 +36,7 @@ from trainer.store import Store
 log = logging.getLogger(__name__)
 
 PHASES = ("data", "model", "load", "first_step")
-"""What `train` calls `phase` with, in this order."""
+"""What `train` calls `phase` with, in this order; with compilation, `compile` before the last."""
 RESULT_KEY = "result.json"
 HELDOUT_SEED = 0
 """The held-out windows are the same in all runs on the same data, so that their losses can be compared."""
@@ -96,13 +96,15 @@ def train(
     signals: Signals,
     phase: Callable[[str], None],
     stop_after: int | None = None,
+    start_seconds: Mapping[str, float] | None = None,
 ) -> Result:
     """Train until done or told to stop; goes on from the newest whole checkpoint by itself.
 
     Call it on every rank of a launched `fabric`. `stop_after` ends at that step as a stop signal would.
+    `start_seconds`, which the caller goes on filling, is reported as what the start took.
     Raises SlmError when the loss is not finite, StoreError when the store or a disk fails.
     """
-    run = _Run(config, fabric, data_dir, store, lease_id, signals, phase)
+    run = _Run(config, fabric, data_dir, store, lease_id, signals, phase, start_seconds or {})
     try:
         return run.until(config.num_steps if stop_after is None else min(stop_after, config.num_steps))
     finally:
@@ -121,7 +123,9 @@ class _Run:
         lease_id: str,
         signals: Signals,
         phase: Callable[[str], None],
+        start_seconds: Mapping[str, float],
     ) -> None:
+        self.start_seconds = start_seconds
         self.config, self.fabric, self.store, self.signals, self.phase = config, fabric, store, signals, phase
         self.rank, self.world_size = fabric.global_rank, fabric.world_size
         self.started_at = self.saved_at = time.monotonic()
@@ -166,6 +170,9 @@ class _Run:
         if at.first_heldout_loss is None:
             at.heldout_loss = at.first_heldout_loss = self._evaluate()
         self.reporter.progress(self._progress())
+        if config.compile and at.step < last_step:
+            self._compile()
+            self.phase("compile")
         self.saved_at = time.monotonic()
         first, stop = True, at.step >= last_step
         while not stop:
@@ -212,6 +219,14 @@ class _Run:
         rate = factor * config.optimizer.learning_rate
         self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds)
         return signal
+
+    def _compile(self) -> None:
+        """Have forward and backward compiled for the shape of a micro-batch, on sequences that count for nothing."""
+        size = min(self.config.micro_batch_size, -(-self.config.global_batch_size // self.world_size))
+        one = masked_batch(self.config.model.sequence_length, with_documents=self.loader.max_documents is not None)
+        piece = Batch(*(None if each is None else each.repeat(size, 1) for each in one)).to(self.fabric.device)  # type: ignore[arg-type]
+        self.fabric.backward(self.model(*piece.given()))
+        self.updates.zero_grad()
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of this rank's share, reduced over ranks with the last; returns its summed loss."""
@@ -334,6 +349,7 @@ class _Run:
             data_wait_seconds=self.newest.data_wait_seconds,
             elapsed_seconds=time.monotonic() - self.started_at,
             source_epochs=self.loader.epochs(self.at.step),
+            start_seconds=dict(self.start_seconds),
         )
 
     def _diverged(self, loss: float, norm: float, factor: float) -> str:
