@@ -12,6 +12,7 @@ import json
 import os
 import re
 import statistics
+import threading
 import time
 import traceback
 from collections import deque
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cost.errors import SlmError
+from tasks.compile_cache import CompileCache
 from tasks.node_env import NodeEnv, boottime
 from tasks.notice import plan
 from tasks.spec import RunSpec
@@ -87,7 +89,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         phases.mark("fabric")
         signals = NodeSignals(env, store, fabric.global_rank, step)
         writes = fabric.global_rank == 0
-
+        train_config = spec.train_config()
+        compiled = None
+        if train_config.compile:
+            compiled = CompileCache(store, env.node_dir / f"compiled-{fabric.local_rank}")
+            phases.mark("compile_cache")
         start_seconds = phases.seconds()
 
         def phase(name: str) -> None:
@@ -95,9 +101,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             start_seconds.update(phases.seconds())
             if name == "first_step" and writes:
                 phases.write(store, env, fabric.world_size)
+                if compiled is not None:
+                    threading.Thread(target=compiled.keep, name="slm-keep-compiled", daemon=True).start()
 
         result = train(
-            spec.train_config(),
+            train_config,
             fabric=fabric,
             data_dir=Path(spec.data_dir),
             store=store,
