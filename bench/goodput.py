@@ -232,6 +232,7 @@ def main() -> int:
             f"{node}_{how}": summary(found, node, how) for node in ("other", "head") for how in ("killed", "drained")
         }
         killed = kinds["other_killed"]
+        proof.check(killed is not None, "a node other than the head's is killed and recovered from; take more minutes")
         if killed is not None:
             within = killed["median_seconds"] <= BOUND_SECONDS
             proof.check(within, f"median from kill to training again {killed['median_seconds']} s <= {BOUND_SECONDS} s")

@@ -221,10 +221,9 @@ class _Run:
         return signal
 
     def _compile(self) -> None:
-        """Have forward and backward compiled for the shape of a micro-batch, on sequences that count for nothing."""
-        size = min(self.config.micro_batch_size, -(-self.config.global_batch_size // self.world_size))
-        one = masked_batch(self.config.model.sequence_length, with_documents=self.loader.max_documents is not None)
-        piece = Batch(*(None if each is None else each.repeat(size, 1) for each in one)).to(self.fabric.device)  # type: ignore[arg-type]
+        """Have forward and backward compiled, on the first piece of the coming batch; nothing of it is kept."""
+        batch = self.loader.batch(self.at.step, self.rank, self.world_size)
+        piece = next(self._micro_batches(batch, self.config.global_batch_size))
         self.fabric.backward(self.model(*piece.given()))
         self.updates.zero_grad()
 

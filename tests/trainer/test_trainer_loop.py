@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -251,3 +252,15 @@ def test_on_the_way_out_no_checkpoint_is_begun_but_the_last(
     result = run_single(replace(tiny, checkpoint_every_steps=1), tmp_path, signals=Leaving())
     assert (result.outcome, result.step) == ("stopped", 5)
     assert [place.step for place in checkpoints_of_chain(DirectoryStore(tmp_path))] == [5, 1]
+
+
+def test_compilation_is_a_phase_of_its_own_and_changes_nothing(
+    tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced and guarded as always; the code behind it is torch's own, which takes seconds instead of minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    phases: list[str] = []
+    config = replace(tiny, num_steps=2)
+    compiled = run_single(replace(config, compile=True), tmp_path / "compiled", phase=phases.append)
+    assert phases == ["data", "model", "load", "compile", "first_step"]
+    assert compiled == run_single(config, tmp_path / "plain")
