@@ -128,6 +128,8 @@ class Checkpoints:
         """How long training waited for the newest save."""
         self.last_save_seconds = 0.0
         """From the beginning of the newest durable save until it was durable."""
+        self.last_cpu_seconds = 0.0
+        """What the thread that stored it computed meanwhile: checksums, and copying into the operating system."""
         self.bytes_read = 0
         """What this rank read to begin."""
         self._staging: Staging | None = None
@@ -197,7 +199,7 @@ class Checkpoints:
             return
         saving, self._saving = self._saving, None
         seconds = saving.join()
-        self.newest, self.last_save_seconds = saving.place, seconds
+        self.newest, self.last_save_seconds, self.last_cpu_seconds = saving.place, seconds, saving.cpu_seconds
 
     def close(self, within_seconds: float = CLOSE_SECONDS) -> None:
         """Let a save in flight end, for some time; to be called when training ended, however it did."""
@@ -311,6 +313,7 @@ class _Saving:
     def __init__(self, place: Place, started: float, work: Callable[[], None]) -> None:
         self.place = place
         self.error: BaseException | None = None
+        self.cpu_seconds = 0.0
         self._started = started
         self._ended = started
         self._work = work
@@ -334,6 +337,7 @@ class _Saving:
             self._work()
         except BaseException as error:  # whatever it is, the loop raises it
             self.error = error
+        self.cpu_seconds = time.thread_time()
         self._ended = time.monotonic()
 
 

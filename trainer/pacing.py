@@ -14,8 +14,8 @@ from trainer.config import TrainConfig
 MEASURED_SAVES = 5
 """The median of so many: one slow disk does not change the rhythm, and the first save (which makes its buffers) drops
 out."""
-LONGEST_INTERVAL_SECONDS = 3600.0
-"""However rare losses are said to be: what nobody foresaw costs an hour at most."""
+LONGEST_INTERVAL_SECONDS = 900.0
+"""However rare losses are said to be: what nobody foresaw costs a quarter of an hour at most."""
 SAVES_PER_INTERVAL = 2
 """An interval is never shorter than so many saves take from beginning to end."""
 

@@ -31,16 +31,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Its endpoint URL; one bucket called BUCKET is there. Ends with the block, or with this process."""
+def s3_server(smallest_part_bytes: int = 5 * 2**20) -> Iterator[str]:
+    """Its endpoint URL; one bucket called BUCKET is there. Ends with the block, or with this process.
+
+    `smallest_part_bytes` is what it accepts as a part of a multipart upload that is not the last.
+    """
     port = free_port()
     watch = "import os, threading, sys; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()"
     serve = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
     command = [sys.executable, "-c", f"{watch}\n{serve}"]
     quiet = subprocess.DEVNULL
-    server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env={**os.environ, **CREDENTIALS}
-    )
+    environment = {**os.environ, **CREDENTIALS, "S3_UPLOAD_PART_MIN_SIZE": str(smallest_part_bytes)}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         _await(port, server)

@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 
 from cost.errors import SlmError
+from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Signal, fabric_precision, train
+from trainer.model import build_model
+from trainer.optim import Updates
 from trainer.store import Bytes, DirectoryStore
 
 
@@ -43,10 +47,16 @@ def job(
     stop_after: int | None = None,
     wishes: dict[str, dict[str, dict[str, Any]]] | None = None,
     broken_upload_on: int | None = None,
+    save_again: bool = False,
 ) -> dict[str, Any]:
-    """Train once; returns the result or the error that this rank saw."""
+    """Train once; returns the result or the error that this rank saw.
+
+    With `save_again` nothing is trained: what was read is saved once more, as the next step.
+    """
     fields = {**config, "model": ModelConfig(**config["model"]), "optimizer": OptimizerConfig(**config["optimizer"])}
     target = BrokenUpload(Path(store)) if fabric.global_rank == broken_upload_on else DirectoryStore(Path(store))
+    if save_again:
+        return saved_again(fabric, TrainConfig(**fields), target)
     try:
         result = train(
             TrainConfig(**fields),
@@ -63,6 +73,20 @@ def job(
     return asdict(result)
 
 
+def saved_again(fabric: Fabric, config: TrainConfig, store: DirectoryStore) -> dict[str, Any]:
+    weights = build_model(config.model, seed=99)
+    fabric.setup_module(weights)
+    updates = Updates(weights, config.optimizer)
+    tensors = {f"model/{name}": value.detach() for name, value in weights.named_parameters()}
+    tensors |= {f"optimizer/{name}": value for name, value in updates.state().items()}
+    checkpoints = Checkpoints(store, rank=fabric.global_rank, world_size=fabric.world_size, keep_last=9)
+    identity = Identity(config, "t" * 64, "f" * 64)
+    counters = checkpoints.begin(tensors, identity, "lease-0")
+    counters.step += 1
+    checkpoints.save(tensors, identity, counters)
+    return {"bytes_read": checkpoints.bytes_read}
+
+
 class BrokenUpload(DirectoryStore):
     def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
         raise self.failure(key)
@@ -73,6 +97,20 @@ class BrokenUpload(DirectoryStore):
         return StoreError(f"cannot upload {key}: this rank's disk is full")
 
 
+def sharding(world_size: int) -> ModelParallelStrategy:
+    """FSDP2: each block, and the rest, in equal rows over all workers."""
+
+    def shard(model: torch.nn.Module, mesh: Any) -> torch.nn.Module:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(model, mesh=mesh["data_parallel"])
+        return model
+
+    return ModelParallelStrategy(
+        shard, data_parallel_size=world_size, tensor_parallel_size=1, process_group_backend="gloo"
+    )
+
+
 def main() -> None:
     data_dir, folder = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -80,12 +118,13 @@ def main() -> None:
     fabrics: dict[str, Fabric] = {}
     for arguments in json.loads((folder / "jobs.json").read_text()):
         precision = fabric_precision(TrainConfig(precision=arguments["config"]["precision"]))
-        if precision not in fabrics:
-            strategy = DDPStrategy(process_group_backend="gloo")
+        kind = f"{precision} sharded" if arguments.pop("sharded", False) else precision
+        if kind not in fabrics:
             world_size = int(os.environ["WORLD_SIZE"])
-            fabrics[precision] = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision=precision)
-            fabrics[precision].launch()
-        fabric = fabrics[precision]
+            strategy = sharding(world_size) if "sharded" in kind else DDPStrategy(process_group_backend="gloo")
+            fabrics[kind] = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision=precision)
+            fabrics[kind].launch()
+        fabric = fabrics[kind]
         reports.append(job(fabric, data_dir, **arguments))
     (folder / f"report{fabric.global_rank}.json").write_text(json.dumps(reports))
 

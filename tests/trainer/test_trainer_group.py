@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.chain import checkpoints_of_chain
+from trainer.chain import checkpoints_of_chain, read_manifest
 from trainer.config import TrainConfig
 from trainer.loop import Result
 from trainer.store import DirectoryStore
@@ -113,6 +113,48 @@ def test_a_run_goes_on_at_another_world_size_from_the_same_weights_and_position(
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-3)
     worlds = [json.loads((tmp_path / "run" / "epochs" / f"{n}.json").read_text())["world_size"] for n in range(5)]
     assert worlds == [1, 2, 2, 1, 1]
+
+
+def test_a_checkpoint_goes_from_replicated_to_sharded_and_back_to_one_worker(
+    tiny: TrainConfig,
+    run_single: RunSingle,
+    run_group: RunGroup,
+    tmp_path: Path,
+    saved_tensors: SavedTensors,
+    metrics_of: MetricsOf,
+    with_optimizer: WithOptimizer,
+) -> None:
+    configs = {name: with_optimizer(tiny, name=name) for name in ("muon", "adamw")}
+    jobs = []
+    for name, config in configs.items():
+        jobs += [
+            job(config, tmp_path / f"{name}-replicated", stop_after=2),
+            job(config, tmp_path / f"{name}-again", stop_after=2),
+            job(config, tmp_path / f"{name}-again", sharded=True, save_again=True),
+            job(config, tmp_path / name, stop_after=2),
+            job(replace(config, micro_batch_size=4), tmp_path / name, sharded=True, stop_after=3),
+        ]
+    run_group(2, jobs)
+    for name, config in configs.items():
+        # Nothing was trained: what a sharded group has read is what it saved, bit by bit.
+        replicated, sharded = saved_tensors(tmp_path / f"{name}-replicated"), saved_tensors(tmp_path / f"{name}-again")
+        assert sharded.keys() == replicated.keys()
+        assert all(torch.equal(sharded[one], replicated[one]) for one in sharded if not one.startswith("random/"))
+        store = DirectoryStore(tmp_path / f"{name}-again")
+        head = read_manifest(store, checkpoints_of_chain(store)[0]).tensors["model/head.weight"]
+        assert [(one["offsets"], one["sizes"], one["part"]) for one in head["chunks"]] == [
+            ([0, 0], [32, 16], 0),
+            ([32, 0], [32, 16], 1),
+        ]
+        run_single(config, tmp_path / name, stop_after=4)
+    run_group(2, [job(config, tmp_path / name, sharded=True) for name, config in configs.items()])
+    for name, config in configs.items():  # 2 replicated, 2 sharded with another micro-batch, 1, 2 sharded to the end
+        run_single(config, tmp_path / f"{name}-whole")
+        rows, whole = metrics_of(tmp_path / name), metrics_of(tmp_path / f"{name}-whole")
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-3)
+        norms = [row["gradient_norm"] for row in whole]
+        assert [row["gradient_norm"] for row in rows] == pytest.approx(norms, rel=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,6 @@ def test_the_first_save_and_one_slow_one_do_not_count() -> None:
     assert paced(TOLD, 2, [(50.0, 60.0), (2.0, 3.0), (2.0, 3.0), (9.0, 3.0), (2.0, 3.0)]) == pytest.approx(120.0)
 
 
-def test_it_is_never_shorter_than_two_saves_and_never_longer_than_an_hour() -> None:
+def test_it_is_never_shorter_than_two_saves_and_never_longer_than_a_quarter_of_an_hour() -> None:
     assert paced(TOLD, 2, [(2.0, 300.0)]) == 600.0
-    assert paced(replace(TOLD, losses_per_worker_hour=0.0), 2, [(2.0, 3.0)]) == 3600.0
+    assert paced(replace(TOLD, losses_per_worker_hour=0.0), 2, [(2.0, 3.0)]) == 900.0

@@ -455,6 +455,6 @@ def test_the_interval_follows_what_saves_are_measured_to_cost(
     run_single(config, tmp_path)
     progress = json.loads((tmp_path / "progress" / "latest.json").read_text())
     # Saves cost milliseconds and losses come every 100,000 years: after those of the plan's interval, only the last.
-    assert progress["checkpoint_interval_seconds"] == 3600
+    assert progress["checkpoint_interval_seconds"] == 900
     assert progress["checkpoint_step"] == 40
     assert 0 < progress["checkpoint_stall_seconds"] <= progress["checkpoint_save_seconds"] + 1
