@@ -64,6 +64,10 @@ bench: $(STAMP)
 	$(BIN)/python bench/keep.py plan-speed -- python bench/plan_speed.py --json
 	$(BIN)/python bench/keep.py checkpoint -- python bench/checkpoint.py
 	$(BIN)/python bench/keep.py recovery-local -- python -m bench.recovery_local --rounds 3 --json
+	$(BIN)/python bench/keep.py loader -- python bench/loader.py --json
+	$(BIN)/python bench/keep.py tokenize -- python bench/tokenize.py --json
+	$(BIN)/python bench/keep.py exactness -- python bench/exactness.py --json
+	$(BIN)/python bench/keep.py goodput -- python bench/goodput.py --json
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

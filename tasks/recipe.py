@@ -127,7 +127,10 @@ class Local(_Part):
     """The spot market that the local backend plays on this machine."""
 
     market: str = "calm"
-    """calm, hazard:PER_HOUR (losses per node and billed hour) or trace:FILE (trace:demo comes with slm)."""
+    """calm, hazard:PER_HOUR (losses per node and billed hour) or trace:FILE (trace:demo comes with slm).
+
+    The last two take options behind commas: notice=SHARE and notice_seconds=S of the losses that are announced.
+    """
     time_scale: PositiveFloat = 1.0
     """Billed seconds per real second."""
     seed: int = 0
@@ -137,7 +140,8 @@ class Local(_Part):
     @classmethod
     def _known_market(cls, value: str) -> str:
         kind, _, argument = value.partition(":")
-        good = {"calm": argument == "" and ":" not in value, "trace": argument != "", "hazard": _is_rate(argument)}
+        rate = argument.partition(",")[0]  # what follows is the market's to understand
+        good = {"calm": argument == "" and ":" not in value, "trace": argument != "", "hazard": _is_rate(rate)}
         if not good.get(kind, False):
             raise ValueError(f"should be calm, hazard:PER_HOUR or trace:FILE{_did_you_mean(kind, list(good))}")
         return value

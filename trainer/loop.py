@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,7 +36,7 @@ from trainer.store import Store
 log = logging.getLogger(__name__)
 
 PHASES = ("data", "model", "load", "first_step")
-"""What `train` calls `phase` with, in this order."""
+"""What `train` calls `phase` with, in this order; with compilation, `compile` before the last."""
 RESULT_KEY = "result.json"
 HELDOUT_SEED = 0
 """The held-out windows are the same in all runs on the same data, so that their losses can be compared."""
@@ -51,6 +51,8 @@ class Signal:
     reason: str = ""
     due: bool = False
     """The interval is over; the loop says so itself."""
+    hold: bool = False
+    """A node goes soon, and what was begun now would not end in time or would be in the way of the last save."""
 
 
 class Signals(Protocol):
@@ -94,13 +96,15 @@ def train(
     signals: Signals,
     phase: Callable[[str], None],
     stop_after: int | None = None,
+    start_seconds: Mapping[str, float] | None = None,
 ) -> Result:
     """Train until done or told to stop; goes on from the newest whole checkpoint by itself.
 
     Call it on every rank of a launched `fabric`. `stop_after` ends at that step as a stop signal would.
+    `start_seconds`, which the caller goes on filling, is reported as what the start took.
     Raises SlmError when the loss is not finite, StoreError when the store or a disk fails.
     """
-    run = _Run(config, fabric, data_dir, store, lease_id, signals, phase)
+    run = _Run(config, fabric, data_dir, store, lease_id, signals, phase, start_seconds or {})
     try:
         return run.until(config.num_steps if stop_after is None else min(stop_after, config.num_steps))
     finally:
@@ -119,7 +123,9 @@ class _Run:
         lease_id: str,
         signals: Signals,
         phase: Callable[[str], None],
+        start_seconds: Mapping[str, float],
     ) -> None:
+        self.start_seconds = start_seconds
         self.config, self.fabric, self.store, self.signals, self.phase = config, fabric, store, signals, phase
         self.rank, self.world_size = fabric.global_rank, fabric.world_size
         self.started_at = self.saved_at = time.monotonic()
@@ -164,6 +170,9 @@ class _Run:
         if at.first_heldout_loss is None:
             at.heldout_loss = at.first_heldout_loss = self._evaluate()
         self.reporter.progress(self._progress())
+        if config.compile and at.step < last_step:
+            self._compile()
+            self.phase("compile")
         self.saved_at = time.monotonic()
         first, stop = True, at.step >= last_step
         while not stop:
@@ -179,7 +188,8 @@ class _Run:
             self._report(evaluated)
             # What somebody asked for is stored for good before training goes on: what follows may be the end.
             durable = stop or signal.checkpoint
-            if durable or signal.due or _divides(config.checkpoint_every_steps, at.step):
+            wanted = durable or signal.due or _divides(config.checkpoint_every_steps, at.step)
+            if stop or (wanted and not signal.hold):
                 self._save(durable=durable)
         return self._finish()
 
@@ -210,13 +220,20 @@ class _Run:
         self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds)
         return signal
 
+    def _compile(self) -> None:
+        """Have forward and backward compiled, on the first piece of the coming batch; nothing of it is kept."""
+        batch = self.loader.batch(self.at.step, self.rank, self.world_size)
+        piece = next(self._micro_batches(batch, self.config.global_batch_size))
+        self.fabric.backward(self.model(*piece.given()))
+        self.updates.zero_grad()
+
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of this rank's share, reduced over ranks with the last; returns its summed loss."""
         loss_sum = torch.zeros((), device=self.fabric.device)
         pieces = list(self._micro_batches(batch, self.config.global_batch_size))
         for number, piece in enumerate(pieces, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
-                loss = self.model(*piece)
+                loss = self.model(*piece.given())
                 self.fabric.backward(loss)
             loss_sum += loss.detach()
         return loss_sum
@@ -226,10 +243,10 @@ class _Run:
         size = self.config.micro_batch_size
         largest_share = -(-global_batch_size // self.world_size)
         for begin in range(0, largest_share, size):
-            piece = Batch(*(rows[begin : begin + size] for rows in batch))
+            piece = batch.rows(begin, begin + size)
             if len(piece.tokens) == 0:
-                piece = masked_batch(self.config.model.sequence_length)
-            yield Batch(*(rows.to(self.fabric.device, non_blocking=True) for rows in piece))
+                piece = masked_batch(self.config.model.sequence_length, with_documents=batch.documents is not None)
+            yield piece.to(self.fabric.device)
 
     def _agree(self, loss_sum: Tensor, num_targets: int) -> tuple[float, int, Signal]:
         """The one small all-reduce of a step: loss, count, and what any worker wants."""
@@ -237,11 +254,11 @@ class _Run:
         self._note_saves()
         elapsed = time.monotonic() - self.saved_at
         due = self.rank == 0 and not self.checkpoints.is_saving and elapsed >= self.pace.interval_seconds
-        wishes = [num_targets, mine.checkpoint, mine.stop, due, self.checkpoints.has_failed]
-        total, count, checkpoint, stop, dues, failures = self._sum(loss_sum, *wishes)
+        wishes = [num_targets, mine.checkpoint, mine.stop, due, mine.hold, self.checkpoints.has_failed]
+        total, count, checkpoint, stop, dues, holds, failures = self._sum(loss_sum, *wishes)
         if failures > 0:  # on all ranks at this step: each raises what one of them met
             self.checkpoints.wait()
-        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason, due=dues > 0)
+        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason, due=dues > 0, hold=holds > 0)
 
     def _note_saves(self) -> None:
         """A save that became durable since the last step counts for the interval."""
@@ -261,7 +278,7 @@ class _Run:
         loss_sum = torch.zeros((), device=self.fabric.device)
         with torch.no_grad():
             for piece in self._micro_batches(batch, self.heldout.global_batch_size):
-                loss_sum += self.model(*piece)
+                loss_sum += self.model(*piece.given())
         total, count = self._sum(loss_sum, _num_targets(batch))
         return total / count
 
@@ -292,6 +309,7 @@ class _Run:
             facts = {
                 **dataclasses.asdict(result),
                 "tokens": self.at.tokens,
+                "source_epochs": self.loader.epochs(self.at.step),
                 "first_heldout_loss": self.at.first_heldout_loss,
                 "unigram_entropy": self.index.heldout_unigram_entropy,
             }
@@ -329,6 +347,8 @@ class _Run:
             checkpoint_interval_seconds=self.pace.interval_seconds,
             data_wait_seconds=self.newest.data_wait_seconds,
             elapsed_seconds=time.monotonic() - self.started_at,
+            source_epochs=self.loader.epochs(self.at.step),
+            start_seconds=dict(self.start_seconds),
         )
 
     def _diverged(self, loss: float, norm: float, factor: float) -> str:
@@ -341,10 +361,11 @@ class _Run:
         )
 
 
-def masked_batch(sequence_length: int) -> Batch:
+def masked_batch(sequence_length: int, *, with_documents: bool = False) -> Batch:
     """One sequence that counts for nothing: its loss and its gradients are zero."""
     tokens_BT = torch.zeros((1, sequence_length), dtype=torch.int64)
-    return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED))
+    documents_BT = tokens_BT.int() if with_documents else None
+    return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED), documents_BT)
 
 
 def _num_targets(batch: Batch) -> int:

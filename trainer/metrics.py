@@ -53,6 +53,10 @@ class Progress:
     """How long the newest step waited for its batch."""
     elapsed_seconds: float
     """Since this group of workers began to train."""
+    source_epochs: Mapping[str, float]
+    """How often each source of the mix has been seen, as a multiple of all its sequences."""
+    start_seconds: Mapping[str, float]
+    """Parts of the newest start, from what made it necessary to the first step, in their order."""
 
 
 class Rate:

@@ -215,3 +215,8 @@ def test_a_precision_that_is_left_open_is_never_trained() -> None:
     assert settled == load_recipe("demo", ["precision=fp32"])
     assert settled.digest() != auto.digest()
     assert auto.workload() == load_recipe("demo", ["precision=bf16"]).workload()
+
+
+def test_a_market_may_say_how_many_losses_are_announced() -> None:
+    market = "hazard:30,notice=0.5,notice_seconds=15"
+    assert load_recipe("demo", [f"local.market={market}"]).local.market == market
