@@ -11,26 +11,25 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import random
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 from cost.errors import UserError
+from tasks.s3_client import Patience as Patience
+from tasks.s3_client import endpoint_of_environment, make_client
 from tasks.s3_errors import Refusal, refusal_of
 from trainer.store import Bytes, StoreError, StoreKeyMissing, checked_key, is_unconditional
 
 MARKER = ".slm-store"
 """Says that a store was opened here, so that an emptied prefix is not taken for a run that has not begun."""
-ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 SMALLEST_PART_BYTES = 16 * 2**20
 MOST_PARTS = 9000
 """Of one multipart upload; S3 allows 10,000."""
@@ -41,22 +40,6 @@ STALE_UPLOAD_AGE = timedelta(days=1)
 T = TypeVar("T")
 Sent = dict[str, Any]
 """What S3 wants back of each part, to make one value of them."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How a request that failed for a passing reason is repeated."""
-
-    attempts: int = 9
-    first_wait_seconds: float = 0.1
-    longest_wait_seconds: float = 10.0
-    reply_seconds: float = 60.0
-    """How long a connection may be silent."""
-
-    def wait_seconds(self, failures: int) -> float:
-        """Doubled each time, with chance in it so that many nodes do not come back together."""
-        longest = min(self.longest_wait_seconds, self.first_wait_seconds * 2.0 ** (failures - 1))
-        return longest * random.uniform(0.5, 1.0)
 
 
 class Garbled(Exception):
@@ -80,11 +63,11 @@ class S3Store:
         self.conditional = conditional
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._patience = patience or Patience()
-        endpoint = endpoint_url or next((os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)), None)
+        endpoint = endpoint_url or endpoint_of_environment()
         query = {"endpoint_url": endpoint} if endpoint else {}
         query |= {} if conditional else {"conditional_writes": "no"}
         self.uri = f"s3://{bucket}/{quote(self._prefix.rstrip('/'))}" + (f"?{urlencode(query)}" if query else "")
-        self._client = _client(endpoint, self._patience)
+        self._client = make_client(endpoint, self._patience)
         self._swept = False
         self._open(create)
 
@@ -363,30 +346,6 @@ class _Taken(Exception):
 
 class _BeyondTheEnd(Exception):
     """A range begins where the value has ended."""
-
-
-def _client(endpoint_url: str | None, patience: Patience) -> Any:
-    try:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError as error:
-        raise UserError(
-            f"a run store on S3 needs boto3 ({error}); install it with: pip install 'slm[cloud]'"
-        ) from error
-    config = Config(
-        connect_timeout=min(10.0, patience.reply_seconds),
-        read_timeout=patience.reply_seconds,
-        # Repeated here instead: only we know which repetition is safe, and what a lost reply means.
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        max_pool_connections=4 * PARALLEL_REQUESTS,
-        s3={"addressing_style": "path"} if endpoint_url else {},
-    )
-    try:
-        return boto3.session.Session().client("s3", endpoint_url=endpoint_url, config=config)
-    except (BotoCoreError, ValueError) as error:
-        fact, way_out = refusal_of(error).value
-        raise StoreError(f"cannot open a run store on S3: {fact} ({error}); {way_out}") from error
 
 
 def _check(content: bytes, metadata: dict[str, str]) -> None:

@@ -62,6 +62,7 @@ def test_a_zombie_can_save_nothing_once_a_newer_group_has_begun(opened: Callable
     zombie.save(state(-2.0), IDENTITY, Counters(step=2), durable=False)
     with pytest.raises(Superseded, match="epoch 0 of this run was superseded by epoch 1"):
         zombie.wait()
+    assert Place(0, 2).prefix + MANIFEST not in opened().list("checkpoints/")
     newer.save(state(2.0), IDENTITY, Counters(step=2))
     assert checkpoints_of_chain(opened()) == [Place(1, 2), Place(0, 1)]
 

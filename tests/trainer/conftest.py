@@ -24,7 +24,7 @@ from trainer.loop import Result, Signal, fabric_precision, train
 from trainer.store import DirectoryStore, Store
 
 VOCAB_SIZE = 64
-GROUP_TIMEOUT_SECONDS = 300
+GROUP_TIMEOUT_SECONDS = 600
 
 TINY = TrainConfig(
     model=ModelConfig(
