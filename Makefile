@@ -50,6 +50,10 @@ prove: $(STAMP)
 	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 20
 	$(BIN)/python bench/prove_cap_local.py --minutes 10
+	$(BIN)/python bench/prove_recover.py
+	$(BIN)/python bench/cap_faults.py --schedules 10000 --seed 1 --fault-free 4
+	$(BIN)/python bench/crash_points.py --profile aws
+	$(BIN)/python bench/crash_points.py --profile kubernetes
 	$(BIN)/python bench/prove_interrupts.py --moments 12
 	$(BIN)/python -m bench.prove_resume --kills 50
 	$(BIN)/python -m bench.prove_store_kills --kills 500
