@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cost.database import connect
 from cost.errors import BudgetExceeded, UserError
@@ -282,3 +287,110 @@ def test_books_made_before_there_was_a_copy_are_stored_whole(laptop: Machine, de
     reserve(without_copy)
     laptop.enter(run.run_id)
     assert Ledger(desktop.runs.db, "tiny-1", epoch=recover(desktop.runs, desktop.store).epoch).balance().held_usd == 1
+
+
+class TwoMachines(RuleBasedStateMachine):
+    """Any order of the verbs, lost replies and take-overs: no grant is forgotten, and only one machine can grant."""
+
+    @initialize()
+    def launch(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        root = Path(self.folder.name)
+        self.store = FlakyStore(root / "store")
+        self.machines = [Machine(root / name, self.store, name * 6) for name in ("a", "b")]
+        run_id = self.machines[0].create().run_id
+        self.ledgers: list[Ledger | None] = [self.machines[0].enter(run_id), None]
+        self.holder = 0
+        self.attempt = 0
+        self.granted: dict[str, int] = {}
+        self.now = START_MS
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    def lease_ids(self, ledger: Ledger) -> list[str]:
+        return [account.lease.lease_id for account in ledger.open_accounts()]
+
+    @rule(which=st.integers(0, 1), minutes=st.integers(1, 600))
+    def rent(self, which: int, minutes: int) -> None:
+        ledger = self.ledgers[which]
+        if ledger is None:
+            return
+        self.attempt += 1
+        lease = a_lease(self.attempt)
+        try:
+            ledger.reserve(lease, expires_ms=self.now + minutes * 60_000, latency_ms=0, at_ms=self.now)
+        except (StoreError, BudgetExceeded, Fenced):
+            return
+        assert which == self.holder
+        self.granted[lease.lease_id] = self.now + minutes * 60_000
+
+    @rule(which=st.integers(0, 1), minutes=st.integers(1, 600), pick=st.integers(0, 5))
+    def renew(self, which: int, minutes: int, pick: int) -> None:
+        ledger = self.ledgers[which]
+        lease_ids = [] if ledger is None else self.lease_ids(ledger)
+        if ledger is None or not lease_ids:
+            return
+        lease_id = lease_ids[pick % len(lease_ids)]
+        before = ledger.account(lease_id).expires_ms
+        try:
+            account = ledger.renew(lease_id, expires_ms=self.now + minutes * 60_000, at_ms=self.now)
+        except (StoreError, BudgetExceeded, Fenced):
+            return
+        if account.expires_ms > before:
+            assert which == self.holder
+            self.granted[lease_id] = account.expires_ms
+
+    @rule(which=st.integers(0, 1), pick=st.integers(0, 5), settle=st.booleans())
+    def count_time(self, which: int, pick: int, settle: bool) -> None:
+        ledger = self.ledgers[which]
+        lease_ids = [] if ledger is None else self.lease_ids(ledger)
+        if ledger is None or not lease_ids:
+            return
+        lease_id = lease_ids[pick % len(lease_ids)]
+        with contextlib.suppress(Fenced):
+            if settle and which == self.holder:
+                ledger.settle(lease_id, ended_ms=self.now, at_ms=self.now, outcome="test")
+                self.granted.pop(lease_id, None)
+            elif not settle:
+                ledger.accrue(lease_id, at_ms=self.now, usd_per_hour=Decimal("1.00"))
+
+    @rule(minutes=st.integers(1, 60))
+    def time_passes(self, minutes: int) -> None:
+        self.now += minutes * 60_000
+
+    @rule(before=st.integers(0, 2), after=st.integers(0, 2), only_acknowledged=st.integers(0, 1))
+    def trouble(self, before: int, after: int, only_acknowledged: int) -> None:
+        self.store.lost_before, self.store.lost_after = before, after
+        self.store.acknowledged_only = only_acknowledged
+
+    @rule(which=st.integers(0, 1))
+    def take_over(self, which: int) -> None:
+        try:
+            run = recover(self.machines[which].runs, self.store)
+        except StoreError:
+            # The record may stand in the store: then nobody else can grant either, until somebody takes over whole.
+            self.ledgers[which] = None
+            self.holder = which
+            return
+        ledger = Ledger(self.machines[which].runs.db, "tiny-1", epoch=run.epoch, journal=StoreJournal(self.store))
+        self.ledgers[which] = ledger
+        self.holder = which
+        known = {account.lease.lease_id: account for account in ledger.open_accounts()}
+        for lease_id, expires_ms in self.granted.items():
+            assert known[lease_id].expires_ms >= expires_ms
+
+    @precondition(lambda self: hasattr(self, "ledgers"))
+    @invariant()
+    def the_books_of_the_holder_hold(self) -> None:
+        ledger = self.ledgers[self.holder]
+        if ledger is None:
+            return
+        adds_up(ledger)
+        balance = ledger.balance()
+        assert balance.spent_usd + balance.held_usd <= balance.cap_usd
+
+
+TestTwoMachines = TwoMachines.TestCase
+TestTwoMachines.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
