@@ -300,6 +300,18 @@ class Ledger:
             after = replace(before, spent_micro_usd=max(before.spent_micro_usd, total))
             self._change_line(before, after, EntryKind.ACCRUE, at_ms, f"${total_usd:.4f} so far")
 
+    def keep_lines(self, *, estimates: Mapping[str, Decimal], totals: Mapping[str, Decimal], at_ms: int) -> None:
+        """`set_aside` and `charge` for several lines, all or none.
+
+        Raises:
+            BudgetExceeded: The cap does not cover it; nothing is written.
+        """
+        with self._writing(raises=True):
+            for name, amount_usd in estimates.items():
+                self.set_aside(name, amount_usd, at_ms=at_ms)
+            for name, total_usd in totals.items():
+                self.charge(name, total_usd, at_ms=at_ms)
+
     def close_lines(self, *, at_ms: int) -> None:
         """Nothing more is stored or sent: release what the estimates were too high by."""
         with self._writing():

@@ -31,6 +31,7 @@ from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
+from orchestrator.extras import Extras, download_usd, rates_on
 from orchestrator.losses import learned
 from orchestrator.notify import keep, notified
 from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
@@ -228,6 +229,7 @@ def supervise(
             ),
             emit=emit,
             switch=switch,
+            extras=extras_of(run, recipe, ledger),
         )
         if not ledger.open_accounts() and not switch.level:
             balance = ledger.balance()
@@ -242,6 +244,18 @@ def store_of(run: Run, runs: Runs, home: Home) -> Store:
         journals.store_uri(run, home),
         create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts(),
         single_supervisor=bool(run.options.get("single_supervisor")),
+    )
+
+
+def extras_of(run: Run, recipe: Recipe, ledger: Ledger) -> Extras:
+    """Storage and transfers of this run; its checkpoints are at most as far apart as it was planned."""
+    interval = run.options["checkpoint_interval_seconds"] or recipe.train_config().checkpoint_interval_seconds
+    scale = recipe.local.time_scale if run.options["backend"] == "local" else 1.0
+    num_params = recipe.num_params()
+    return Extras(
+        ledger,
+        lambda offer: rates_on(offer, num_params=num_params, interval_seconds=interval * scale),
+        lambda offer: download_usd(offer, num_params=num_params),
     )
 
 

@@ -36,6 +36,7 @@ from orchestrator.alarm import CapAlarm
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock
 from orchestrator.events import Emit, Event
+from orchestrator.extras import Extras
 from orchestrator.grants import Grants
 from orchestrator.reconcile import end_unknown_instances
 from orchestrator.runs import Run, Runs, RunState
@@ -82,6 +83,8 @@ class Supervisor:
     switch: StopSwitch
     owners: Sequence[str] = ()
     """Names under which other machines have rented for this run."""
+    extras: Extras | None = None
+    """Costs that are no node's; None where there are none."""
     _blocked: dict[tuple[str, int], int] = field(default_factory=dict)
     _failures: int = 0
     _waits: int = 0
@@ -107,12 +110,21 @@ class Supervisor:
                 decision = Stop(StopReason.ASKED, "stopped as asked")
                 break
             decision = self._rent(decision)
-        if decision.reason in (StopReason.FINISHED, StopReason.ASKED, StopReason.BUG):
-            self.ledger.close_lines(at_ms=self.clock.now_ms())
+        self._end_lines(decision.reason)
         state = FINAL_STATES[decision.reason]
         self._move(state, decision.message)
         self.ledger.mirror()
         return state
+
+    def _end_lines(self, reason: StopReason) -> None:
+        """The last charge of what is no node's; what the estimates were too high by is free again."""
+        now = self.clock.now_ms()
+        try:
+            if self.extras is not None:
+                (self.extras.finish if reason is StopReason.FINISHED else self.extras.keep)(at_ms=now)
+        except (BudgetExceeded, StoreError) as error:
+            self._tell("warning", f"storage and transfers could not be charged to the end: {error}")
+        self.ledger.close_lines(at_ms=now)
 
     def _first(self) -> Decision:
         """The first lease of this supervisor: the plan's order, nothing blocked."""
@@ -204,6 +216,7 @@ class Supervisor:
             on_running=lambda: self._move(RunState.RUNNING, ""),
             reconcile=self._end_strangers,
             alarm=self._alarm,
+            extras=self.extras,
             lost_at=self._lost_at,
         )
         try:
@@ -299,8 +312,10 @@ class Supervisor:
         if attempt > 1:
             self._move(RunState.RECOVERING, "")
         try:
+            if self.extras is not None:
+                self.extras.keep(at_ms=now)
             self.write_spec(lease)
-        except StoreError:
+        except (StoreError, BudgetExceeded):
             self._settle_unrented(account)
             raise
         price = f"${offer.usd_per_hour:.2f}/h each"

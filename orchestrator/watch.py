@@ -20,6 +20,7 @@ from cost.recovery import Cause
 from orchestrator.alarm import CapAlarm
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock
+from orchestrator.extras import Extras
 from orchestrator.grants import Grants, affordable_until_ms
 from orchestrator.runs import Runs
 from orchestrator.terms import Terms
@@ -58,6 +59,7 @@ class Watch:
     on_running: Callable[[], None]
     reconcile: Callable[[], None]
     alarm: CapAlarm
+    extras: Extras | None = None
     step: int | None = None
     _stopping: Cause | None = None
     _stop_detail: str = ""
@@ -79,6 +81,7 @@ class Watch:
     _trainer_epoch: int = -1
     _unseen_since: float | None = None
     _store_away: bool = False
+    _extras_at: float = 0.0
 
     def until_it_ends(self) -> tuple[Cause, str]:
         """Block until the lease has ended or must be ended; the caller closes it."""
@@ -134,6 +137,7 @@ class Watch:
             # Paid for, but the provider's limit stands where it was: it ends the nodes earlier than the books say.
             self.tell("warning", f"the time limit of {self.lease.lease_id} could not be moved: {error}")
             return
+        reaches = self._keep_extras() and reaches
         if not reaches and self._stopping is None:
             if self.lease.ttl_seconds:
                 self._ask(Cause.TTL, "the provider's time limit is near")
@@ -143,6 +147,17 @@ class Watch:
         for rank in self.grants.answer(account, state.alive_ranks):
             self.tell("notice", f"the cloud will take node {rank} of {self.lease.lease_id}", rank=rank)
         self._grow(account)
+
+    def _keep_extras(self) -> bool:
+        """Charge storage and transfers now and then; False when the cap covers no more of them."""
+        if self.extras is None or self.clock.real_seconds() < self._extras_at:
+            return True
+        self._extras_at = self.clock.real_seconds() + self.terms.accrue_seconds
+        try:
+            self.extras.keep(at_ms=self.clock.now_ms())
+        except BudgetExceeded:
+            return False
+        return True
 
     @contextmanager
     def _store_may_be_away(self) -> Iterator[None]:
