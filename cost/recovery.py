@@ -13,6 +13,8 @@ MAX_FAILURES_WITHOUT_PROGRESS = 6
 """Breakdowns of ours in a row, none of them after a new step, before a run is given up."""
 BLOCK_MS = 10 * 60 * 1000
 """Billed time for which an offer that preempted us, or had no capacity, is tried last."""
+MOVE_MARGIN = Decimal("0.05")
+"""Of what staying costs, that moving has to save: prices of now are no promise for later."""
 FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 60.0
 
@@ -30,6 +32,8 @@ class Cause(StrEnum):
     BUG = "bug"
     NO_CAPACITY = "no_capacity"
     TOO_DEAR = "too_dear"
+    DEARER = "dearer"
+    """Its price rose within its bound, and another offer finishes the run for less."""
 
 
 class StopReason(StrEnum):
@@ -47,6 +51,8 @@ class Candidate:
     offer: Offer
     num_nodes: int
     needed_usd: Decimal
+    expected_usd: Decimal | None = None
+    """What the whole run was expected to cost on it when it was planned."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -144,3 +150,30 @@ def delay_seconds(situation: Situation, *, waiting: bool) -> float:
     if tries == 0:
         return 0.0
     return min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** min(tries - 1, 30))
+
+
+def cheaper_elsewhere(
+    current: Candidate,
+    others: Sequence[Candidate],
+    *,
+    usd_per_hour: Decimal,
+    share_left: float,
+    restart_hours: float,
+) -> Candidate | None:
+    """The candidate on which the rest of the run costs less than here at the price of now, restart included.
+
+    Move from a to b if and only if p_b W_b + p_b R < p_a W_a, W being the hours left on each and R those of a restart:
+    the expected cost of the whole run, times the share that is left, is p W. Only a gain of MOVE_MARGIN counts.
+    """
+    if current.expected_usd is None:
+        return None
+    left = Decimal(share_left)
+    stay_usd = current.expected_usd * usd_per_hour / current.offer.usd_per_hour * left
+
+    def moved_usd(one: Candidate) -> Decimal:
+        assert one.expected_usd is not None
+        return one.expected_usd * left + one.offer.usd_per_hour * one.num_nodes * Decimal(restart_hours)
+
+    known = [one for one in others if one.expected_usd is not None and one.offer != current.offer]
+    best = min(known, key=moved_usd, default=None)
+    return best if best is not None and moved_usd(best) < stay_usd * (1 - MOVE_MARGIN) else None

@@ -1,8 +1,8 @@
 """What a run costs beside its nodes: disks, the run store, transfers, and the download at the end.
 
 All of it follows from billed time: so many gigabytes for so long, so many checkpoints sent. So the totals can be
-computed anew from the books at any time, by any supervisor, and charging twice charges once. Rates: `cost.clouds`; sizes
-and assumptions: `cost.bill`.
+computed anew from the books at any time, by any supervisor, and charging twice charges once. Rates: `cost.clouds`;
+sizes and assumptions: `cost.bill`.
 """
 
 from __future__ import annotations

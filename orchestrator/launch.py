@@ -66,12 +66,14 @@ def launch(
     losses: Mapping[str, float] | None = None,
     single_supervisor: bool = False,
     store: str | None = None,
+    expected_usd: Mapping[str, Decimal] | None = None,
 ) -> RunSummary:
     """Run the recipe to its end on the first of `offers` that can be had.
 
     An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
     stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given. `store` is the folder
-    or bucket under which a new run gets its run store, by default in this home.
+    or bucket under which a new run gets its run store, by default in this home. `expected_usd`: of the whole run, by
+    offer_id, for telling later whether another offer has become cheaper.
 
     Raises:
         UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
@@ -101,6 +103,7 @@ def launch(
                 "checkpoint_interval_seconds": checkpoint_interval_seconds,
                 "losses": losses,
                 "single_supervisor": single_supervisor,
+                "expected_usd": {one: str(usd) for one, usd in (expected_usd or {}).items()},
             },
         )
         remember_whom_to_tell(home, run.run_id, notify_target)
@@ -220,7 +223,7 @@ def supervise(
             store=store,
             clock=clock,
             terms=terms,
-            candidates=lambda _: candidates_of(offers, recipe, terms),
+            candidates=lambda _: candidates_of(offers, recipe, terms, run.options.get("expected_usd", {})),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
             owners=run.options.get(journals.OWNERS, ()),
@@ -288,11 +291,18 @@ def terms_of(recipe: Recipe) -> TermsOf:
     return same_terms(Terms(term_seconds=recipe.local.lease_seconds))
 
 
-def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: TermsOf) -> list[Candidate]:
+def candidates_of(
+    offers: Sequence[Offer], recipe: Recipe, terms: TermsOf, expected_usd: Mapping[str, str] | None = None
+) -> list[Candidate]:
     """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
-    counts = dict.fromkeys((recipe.nodes.max, recipe.nodes.min))
+    counts, known = dict.fromkeys((recipe.nodes.max, recipe.nodes.min)), expected_usd or {}
     return [
-        Candidate(offer, count, needed_usd(offer, terms(offer), num_nodes=count, scale=recipe.local.time_scale))
+        Candidate(
+            offer,
+            count,
+            needed_usd(offer, terms(offer), num_nodes=count, scale=recipe.local.time_scale),
+            Decimal(known[offer.offer_id]) if offer.offer_id in known else None,
+        )
         for count in counts
         for offer in offers
     ]

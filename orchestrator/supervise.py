@@ -30,6 +30,7 @@ from cost.recovery import (
     Situation,
     Stop,
     StopReason,
+    cheaper_elsewhere,
     decide,
 )
 from orchestrator.alarm import CapAlarm
@@ -216,6 +217,7 @@ class Supervisor:
             on_running=lambda: self._move(RunState.RUNNING, ""),
             reconcile=self._end_strangers,
             alarm=self._alarm,
+            reconsider=lambda price, left: self._cheaper(account.lease, price, left),
             extras=self.extras,
             lost_at=self._lost_at,
         )
@@ -342,6 +344,20 @@ class Supervisor:
                 found.append(replace(one, needed_usd=left + beyond))
         return found
 
+    def _cheaper(self, lease: Lease, usd_per_hour: Decimal, share_left: float) -> str | None:
+        """Which offer finishes the run for less than this lease at that price."""
+        terms = self.terms(lease.offer)
+        candidates = self._candidates(self.ledger.balance().free_usd)
+        same_size = [one for one in candidates if one.num_nodes == lease.num_nodes]
+        current = next((one for one in same_size if one.offer == lease.offer), None)
+        now = self.clock.now_ms()
+        free = [one for one in same_size if self._blocked.get(one.key, 0) <= now]
+        if current is None:
+            return None
+        hours = (terms.boot_allowance_seconds + terms.startup_seconds) * self.clock.scale / 3600
+        found = cheaper_elsewhere(current, free, usd_per_hour=usd_per_hour, share_left=share_left, restart_hours=hours)
+        return None if found is None else found.offer.offer_id
+
     def _close(self, account: LeaseAccount, cause: Cause, *, asked_at: float | None = None) -> None:
         """End the lease, wait until it is surely gone, then settle.
 
@@ -410,7 +426,7 @@ class Supervisor:
             offer_id, until = account.lease.offer.offer_id, self.clock.now_ms() + BLOCK_MS
             if cause is Cause.NO_CAPACITY:
                 self._blocked[(offer_id, account.lease.num_nodes)] = until
-            if cause in (Cause.PREEMPTED, Cause.TOO_DEAR):
+            if cause in (Cause.PREEMPTED, Cause.TOO_DEAR, Cause.DEARER):
                 self._blocked |= {(offer_id, count): until for count in range(1, account.lease.num_nodes + 1)}
             if cause is Cause.PREEMPTED:
                 self.runs.count(run_id, preemptions=1)

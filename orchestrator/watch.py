@@ -59,6 +59,8 @@ class Watch:
     on_running: Callable[[], None]
     reconcile: Callable[[], None]
     alarm: CapAlarm
+    reconsider: Callable[[Decimal, float], str | None]
+    """At that price and with that share of the run left: which offer is cheaper now, or None."""
     extras: Extras | None = None
     step: int | None = None
     _stopping: Cause | None = None
@@ -82,11 +84,14 @@ class Watch:
     _unseen_since: float | None = None
     _store_away: bool = False
     _extras_at: float = 0.0
+    _considered_usd: Decimal = Decimal(0)
+    """The highest price at which moving was considered."""
 
     def until_it_ends(self) -> tuple[Cause, str]:
         """Block until the lease has ended or must be ended; the caller closes it."""
         self._last_new_step_at = self.clock.real_seconds()
         self._await_nodes()
+        self._considered_usd = self.lease.offer.usd_per_hour
         self._reconcile_at = self.clock.real_seconds() + self.terms.reconcile_seconds
         self._take_up()
         while True:
@@ -120,6 +125,7 @@ class Watch:
             return Cause.BROKEN, f"more nodes live than are paid for, and no more can be paid for: {error}"
         with self._store_may_be_away():
             self._ask_to_stop_if_told()
+            self._leave_if_dearer(state)
         if self.switch.level >= 2 or self._grace_is_over():
             return self._stopping or Cause.ASKED, self._stop_detail or "ended at once, as asked"
         with self._store_may_be_away():
@@ -363,6 +369,17 @@ class Watch:
         self._stopping, self._stop_detail = cause, detail
         self._stop_asked_at = self.clock.real_seconds()
         self.tell("warning", f"asking for a checkpoint and a stop: {detail}")
+
+    def _leave_if_dearer(self, state: LeaseState) -> None:
+        """When the price has risen, see whether another offer finishes the run for less."""
+        price = state.usd_per_hour
+        if price is None or price <= self._considered_usd or self.step is None or self._stopping is not None:
+            return
+        self._considered_usd = price
+        steps = (self._progress() or {}).get("num_steps")
+        elsewhere = self.reconsider(price, 1 - self.step / steps) if steps else None
+        if elsewhere is not None:
+            self._ask(Cause.DEARER, f"a node costs ${price:.2f}/h now; {elsewhere} finishes the run for less")
 
     def _grace_is_over(self) -> bool:
         waited = self.clock.real_seconds() - self._stop_asked_at

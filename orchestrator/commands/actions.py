@@ -37,6 +37,7 @@ class Actions(Protocol):
         losses: Mapping[str, float] | None = None,
         single_supervisor: bool = False,
         store: str | None = None,
+        expected_usd: Mapping[str, Decimal] | None = None,
     ) -> RunSummary: ...
 
     def resume(

@@ -18,6 +18,7 @@ from cost.recovery import (
     Situation,
     Stop,
     StopReason,
+    cheaper_elsewhere,
     decide,
 )
 
@@ -111,3 +112,23 @@ def test_an_offer_above_its_bound_is_left_for_the_next_and_the_last_one_ends_the
     both = replace(one_blocked, blocked_until_ms={(NEAR.offer_id, 2): 2000, (FAR.offer_id, 2): 2000}, detail="$9/h")
     stop = decide(both)
     assert stop == Stop(StopReason.GAVE_UP, "every offer costs more than it may; last: $9/h")
+
+
+def test_a_run_moves_only_where_the_rest_and_a_restart_cost_clearly_less() -> None:
+    here, there = Candidate(NEAR, 2, Decimal(1), Decimal(100)), Candidate(FAR, 2, Decimal(1), Decimal(120))
+
+    def moves(price_ratio: str, share_left: float, restart_hours: float = 0.5) -> bool:
+        price = NEAR.usd_per_hour * Decimal(price_ratio)
+        return (
+            cheaper_elsewhere(
+                here, [here, there], usd_per_hour=price, share_left=share_left, restart_hours=restart_hours
+            )
+            is there
+        )
+
+    assert not moves("1.0", 1.0) and not moves("1.2", 1.0)
+    assert moves("1.5", 1.0)  # $150 here, $120 and half an hour of two nodes there
+    assert not moves("1.5", 0.01)  # $1.50 are left: the restart costs more than it saves
+    assert not moves("1.25", 1.0)  # $125 against $120 and the restart: within the margin
+    unknown = Candidate(NEAR, 2, Decimal(1))
+    assert cheaper_elsewhere(unknown, [there], usd_per_hour=Decimal(9), share_left=1.0, restart_hours=0.0) is None

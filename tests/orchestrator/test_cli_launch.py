@@ -74,6 +74,7 @@ class FakeActions:
         losses: Mapping[str, float] | None = None,
         single_supervisor: bool = False,
         store: str | None = None,
+        expected_usd: Mapping[str, Decimal] | None = None,
     ) -> RunSummary:
         self.called = {
             "action": "launch",

@@ -141,7 +141,7 @@ class World:
             self.backend.end_command(lease.lease_id, 20)
             return
         self.step += 1
-        progress = {"step": self.step, "epoch": epoch, "tokens": self.step * 100}
+        progress = {"step": self.step, "num_steps": self.num_steps, "epoch": epoch, "tokens": self.step * 100}
         self.store.write("progress/latest.json", json.dumps(progress).encode())
         request = {"number": self.step, "boottime": 0.0, "state": "running", "noticed": self.noticed}
         for rank in ranks:
@@ -574,3 +574,18 @@ def test_half_of_the_cap_is_told_once_also_when_it_passes_between_steps(tmp_path
     world.supervisor().run()
     told = [event.data["percent"] for event in world.events if event.kind == "warning" and "percent" in event.data]
     assert told == sorted(set(told)) and told[0] == 50 and told[-1] >= 80
+
+
+def test_a_price_that_rose_moves_the_run_where_the_rest_costs_less(world: World) -> None:
+    supervisor = world.supervisor(terms=Terms(price_bound=PriceBound.ON_DEMAND))
+    here, there = supervisor.candidates(Decimal(0))
+    both = [replace(here, expected_usd=Decimal("10.00")), replace(there, expected_usd=Decimal("10.50"))]
+    supervisor.candidates = lambda _: both
+    world.clock.after(20.0, lambda: setattr(world.backend, "usd_per_hour", Decimal("1.10")))
+    world.backend.on_start = lambda backend, lease: (
+        setattr(backend, "usd_per_hour", None) if lease.attempt > 1 else None,
+        world.trainer_starts(backend, lease),
+    )[0]
+    assert supervisor.run() is RunState.SUCCEEDED
+    assert [lease.offer.region for lease in world.backend.starts] == ["zone-0", "zone-1"]
+    assert [one.outcome for one in world.ledger.accounts()] == ["dearer", "finished"]
