@@ -41,6 +41,9 @@ e2e: $(STAMP)
 	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 2
 	$(BIN)/python bench/prove_cap_local.py --minutes 1
+	$(BIN)/python bench/prove_recover.py --steps 150
+	$(BIN)/python -m bench.prove_resume --kills 4
+	$(BIN)/python -m bench.prove_store_kills --kills 20
 	$(BIN)/python bench/prove_interrupts.py --moments 3
 	$(BIN)/python bench/prove_mutations.py
 
