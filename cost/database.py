@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cost.errors import SlmError
 
-BUSY_TIMEOUT_SECONDS = 30.0
+BUSY_TIMEOUT_SECONDS = 120.0
+"""Longer than a supervisor can hold the lock: it writes to the run store within a transaction."""
 
 MIGRATIONS: tuple[str, ...] = (
     """

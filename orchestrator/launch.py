@@ -42,7 +42,7 @@ from orchestrator.terms import Terms, TermsOf, needed_usd, same_terms
 from orchestrator.watch import StopSwitch
 from tasks.recipe import Recipe
 from tasks.spec import Losses, RunSpec
-from tasks.stores import below, open_for_training, open_store
+from tasks.stores import SUPERVISORS, below, open_for_training, open_store
 from trainer.store import Store
 
 NODE_COMMAND = ("-m", "tasks", "node")
@@ -247,6 +247,7 @@ def store_of(run: Run, runs: Runs, home: Home) -> Store:
         journals.store_uri(run, home),
         create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts(),
         single_supervisor=bool(run.options.get("single_supervisor")),
+        patience=SUPERVISORS,
     )
 
 

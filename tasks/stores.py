@@ -13,19 +13,24 @@ from dataclasses import dataclass
 
 from cost.errors import SlmError, UserError
 from tasks.s3 import S3Store as S3Store
+from tasks.s3_client import Patience
 from trainer import store as folders
 from trainer.store import UNCONDITIONAL, Store, StoreError, StoreKeyMissing
 
 PROBE_PREFIX = "probes/"
 
 
-def open_store(uri_or_path: str, *, create: bool = True) -> Store:
+SUPERVISORS = Patience(attempts=3, first_wait_seconds=0.2, longest_wait_seconds=1.0, reply_seconds=6.0)
+"""A supervisor asks again at its next turn anyway, and must not hold the books' lock, or a renewal, for minutes."""
+
+
+def open_store(uri_or_path: str, *, create: bool = True, patience: Patience | None = None) -> Store:
     """The store at `s3://bucket/prefix`, at `file:///absolute/path` or at a plain path.
 
-    Without `create` it must be there already. Raises UserError for a URI that names none, StoreError when it refuses.
+    Without `create` it must be there already; `patience` is for S3. Raises UserError for a URI that names none, StoreError when it refuses.
     """
     if uri_or_path.startswith("s3://"):
-        return S3Store.from_uri(uri_or_path, create=create)
+        return S3Store.from_uri(uri_or_path, create=create, patience=patience)
     try:
         return folders.open_store(uri_or_path, create=create)
     except UserError as error:
@@ -43,13 +48,15 @@ def below(uri_or_path: str, name: str) -> str:
     return f"{place.rstrip('/')}/{name}{mark}{query}"
 
 
-def open_for_training(uri_or_path: str, *, create: bool, single_supervisor: bool) -> Store:
+def open_for_training(
+    uri_or_path: str, *, create: bool, single_supervisor: bool, patience: Patience | None = None
+) -> Store:
     """A store that two supervisors cannot both believe to own, unless the user says that there is only one.
 
     Raises:
         UserError: It has no conditional writes, and `single_supervisor` was not said.
     """
-    store = open_store(uri_or_path, create=create)
+    store = open_store(uri_or_path, create=create, patience=patience)
     if has_conditional_writes(store):
         return store
     if not single_supervisor:
@@ -60,7 +67,7 @@ def open_for_training(uri_or_path: str, *, create: bool, single_supervisor: bool
         )
     mark = "&" if "?" in store.uri else "?"
     uri = store.uri if UNCONDITIONAL in store.uri else f"{store.uri}{mark}{UNCONDITIONAL}"
-    return open_store(uri, create=False)
+    return open_store(uri, create=False, patience=patience)
 
 
 @dataclass(frozen=True)
