@@ -135,11 +135,11 @@ def make_fabric(spec: RunSpec) -> Any:
     import ray.train.torch
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import ClusterEnvironment
-    from lightning.fabric.strategies import DDPStrategy
 
-    from trainer.loop import fabric_precision
+    from trainer.parallel import fabric_precision, strategy_class, strategy_options
 
     context = ray.train.get_context()
+    config = spec.train_config()
 
     class RayEnvironment(ClusterEnvironment):  # type: ignore[misc]
         """Ranks and addresses as Ray Train gave them."""
@@ -176,8 +176,8 @@ def make_fabric(spec: RunSpec) -> Any:
         def set_global_rank(self, rank: int) -> None:
             """Ray decides."""
 
-    class RayDDP(DDPStrategy):  # type: ignore[misc]
-        """DDP on Ray's device."""
+    class RayStrategy(strategy_class(config)):  # type: ignore[misc]
+        """DDP or FSDP2 on Ray's device."""
 
         @property
         def root_device(self) -> Any:
@@ -188,12 +188,14 @@ def make_fabric(spec: RunSpec) -> Any:
             return {"num_replicas": context.get_world_size(), "rank": context.get_world_rank()}
 
     device = ray.train.torch.get_device()
+    strategy = RayStrategy(**strategy_options(config, context.get_world_size()))
     fabric = Fabric(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         devices=context.get_local_world_size(),
         num_nodes=1,
-        strategy=RayDDP(cluster_environment=RayEnvironment()),
-        precision=fabric_precision(spec.train_config()),
+        strategy=strategy,
+        plugins=[RayEnvironment()],
+        precision=fabric_precision(config),
     )
     fabric.launch()
     return fabric

@@ -59,6 +59,9 @@ FREE_FIELDS = (
     "checkpoint_every_steps",
     "keep_last",
     "compile",
+    "activation_checkpointing",
+    "sharding",
+    "profile",
     "num_threads",
 )
 """What may differ between a checkpoint and the run that goes on from it: nothing here is part of what is learned."""

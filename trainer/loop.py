@@ -18,17 +18,22 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cost.errors import SlmError, UserError
+from trainer import attention
 from trainer.chain import require_newest
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import TrainConfig
 from trainer.data import Batch, Loader, TokenShards
+from trainer.fp8 import require_fp8, use_fp8
+from trainer.memory import keep_freed_memory, peak_bytes
 from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
-from trainer.model import IGNORED, build_model, weights_sha256
+from trainer.model import IGNORED, Transformer, build_model, weights_sha256
 from trainer.optim import Updates, scale_and_clip
+from trainer.parallel import fabric_precision as fabric_precision
+from trainer.profile import profiler
 from trainer.schedule import learning_rate_factor
 from trainer.store import Store
 
@@ -74,11 +79,7 @@ class StepFacts:
     tokens: int = 0
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
-
-
-def fabric_precision(config: TrainConfig) -> Literal["bf16-mixed", "32-true"]:
-    """The precision to build Fabric with: weights and optimizer state are fp32 in both."""
-    return "bf16-mixed" if config.precision == "bf16" else "32-true"
+    memory_bytes: int = 0
 
 
 def train(
@@ -130,8 +131,7 @@ class _Run:
         self.heldout = Loader(heldout, min(config.eval_sequences, sum(heldout.num_windows)), HELDOUT_SEED)
         phase("data")
 
-        self.weights = build_model(config.model, config.seed)
-        self.model = fabric.setup_module(torch.compile(self.weights) if config.compile else self.weights)
+        self.weights, self.model = set_up_model(config, fabric)
         self.updates = Updates(self.weights, config.optimizer)
         phase("model")
 
@@ -154,18 +154,21 @@ class _Run:
         self.reporter.progress(self._progress())
         self.saved_at = time.monotonic()
         first, stop = True, at.step >= last_step
-        while not stop:
-            signal = self._step()
-            if first:
-                self.phase("first_step")
-                first = False
-            stop = signal.stop or at.step >= last_step
-            evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
-            if evaluated:
-                at.heldout_loss = self._evaluate()
-            self._report(evaluated)
-            if stop or signal.checkpoint or _divides(config.checkpoint_every_steps, at.step):
-                self._save()
+        with profiler(self.store, self.checkpoints.epoch, wanted=config.profile and self.rank == 0) as tracer:
+            while not stop:
+                signal = self._step()
+                if tracer is not None:
+                    tracer.step()
+                if first:
+                    self.phase("first_step")
+                    first = False
+                stop = signal.stop or at.step >= last_step
+                evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
+                if evaluated:
+                    at.heldout_loss = self._evaluate()
+                self._report(evaluated)
+                if stop or signal.checkpoint or _divides(config.checkpoint_every_steps, at.step):
+                    self._save()
         return self._finish()
 
     def _step(self) -> Signal:
@@ -192,7 +195,8 @@ class _Run:
         seconds = time.monotonic() - began_at
         self.rate.add(num_targets, seconds)
         rate = factor * config.optimizer.learning_rate
-        self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds)
+        memory = peak_bytes(self.fabric.device)
+        self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds, memory)
         return signal
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -206,15 +210,21 @@ class _Run:
             loss_sum += loss.detach()
         return loss_sum
 
-    def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[Batch]:
-        """As many pieces on every rank, so that all join every collective; masked where a share has run out."""
+    def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[tuple[Tensor | None, ...]]:
+        """What the model is called with, piece by piece: as many on every rank, so that all join every collective.
+
+        A piece is masked where a share has run out. Where documents begin is counted here, before the device.
+        """
         size = self.config.micro_batch_size
         largest_share = -(-global_batch_size // self.world_size)
         for begin in range(0, largest_share, size):
             piece = Batch(*(rows[begin : begin + size] for rows in batch))
             if len(piece.tokens) == 0:
                 piece = masked_batch(self.config.model.sequence_length)
-            yield Batch(*(rows.to(self.fabric.device, non_blocking=True) for rows in piece))
+            documents: Tensor | None = getattr(piece, "documents", None)
+            cu_seqlens = None if documents is None else attention.cumulative_lengths(documents)
+            inputs = (piece.tokens, piece.targets, cu_seqlens)
+            yield tuple(None if part is None else part.to(self.fabric.device, non_blocking=True) for part in inputs)
 
     def _agree(self, loss_sum: Tensor, num_targets: int) -> tuple[float, int, Signal]:
         """The one small all-reduce of a step: loss, count, and what any worker wants."""
@@ -270,16 +280,24 @@ class _Run:
         return result
 
     def _report(self, evaluated: bool) -> None:
-        row = {"step": self.at.step, **dataclasses.asdict(self.newest)}
+        progress, newest = self._progress(), self.newest
+        row = {"step": self.at.step, **dataclasses.asdict(newest)}
+        row["tokens_per_second"] = newest.tokens / newest.seconds
+        row["mfu"] = self._mfu(row["tokens_per_second"])
+        row["checkpoint_stall_seconds"] = progress.checkpoint_stall_seconds
         if evaluated:
             row["heldout_loss"] = self.at.heldout_loss
-        self.reporter.step(row, self._progress())
+        self.reporter.step(row, progress)
+
+    def _mfu(self, tokens_per_second: float | None) -> float | None:
+        """Share of the devices' peak that the model's own FLOPs are; None where the peak is not known."""
+        if tokens_per_second is None or self.peak_flops is None:
+            return None
+        flops_per_second: float = tokens_per_second / self.world_size * self.flops_per_token
+        return flops_per_second / self.peak_flops
 
     def _progress(self) -> Progress:
         rate = self.rate.tokens_per_second()
-        per_device = None if rate is None else rate / self.world_size
-        peak = self.peak_flops
-        mfu = None if per_device is None or peak is None else per_device * self.flops_per_token / peak
         return Progress(
             step=self.at.step,
             num_steps=self.config.num_steps,
@@ -288,8 +306,8 @@ class _Run:
             heldout_loss=self.at.heldout_loss,
             learning_rate=self.newest.learning_rate,
             tokens_per_second=rate,
-            tokens_per_second_per_device=per_device,
-            mfu=mfu,
+            tokens_per_second_per_device=None if rate is None else rate / self.world_size,
+            mfu=self._mfu(rate),
             world_size=self.world_size,
             epoch=self.checkpoints.epoch,
             checkpoint_step=None if self.checkpoints.newest is None else self.checkpoints.newest.step,
@@ -306,6 +324,21 @@ class _Run:
             f"{factor * self.config.optimizer.learning_rate:.3g}; {before}. Start a new run with a smaller "
             "optimizer.learning_rate and optimizer.muon_learning_rate, or with more optimizer.warmup_steps."
         )
+
+
+def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Module]:
+    """The model itself, and what to call in its place: wrapped by Fabric's strategy, and compiled where asked for."""
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
+    weights = build_model(config.model, config.seed)
+    weights.activation_checkpointing = config.activation_checkpointing
+    if config.fp8:
+        require_fp8(fabric.device)
+        use_fp8(weights.blocks)
+    if fabric.global_rank == 0:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        log.info("attention: %s", attention.describe(fabric.device, dtype))
+    return weights, fabric.setup_module(torch.compile(weights) if config.compile else weights)
 
 
 def masked_batch(sequence_length: int) -> Batch:
