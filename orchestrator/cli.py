@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cost.errors import SlmError
-from orchestrator.commands import advice, launching, planning, runs, tables
+from orchestrator.commands import advice, launching, models, planning, runs, tables
 from orchestrator.commands.actions import Invocation
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ for command in (
     runs.stop,
     launching.resume,
     runs.ledger,
+    models.generate,
+    models.export,
     planning.recipes,
     planning.prepare,
     advice.estimate,
@@ -75,6 +77,7 @@ for command in (
     tables.gpus,
 ):
     app.command()(command)
+app.command("import")(models.import_)
 
 
 def main(arguments: Sequence[str] | None = None, *, actions: Actions | None = None) -> None:

@@ -30,6 +30,8 @@ STDLIB_CORPUS = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
 """A byte-level vocabulary begins with every byte."""
+IMPORTED_WEIGHTS = "weights.pt"
+"""In the folder that `slm import` makes."""
 MAX_VOCAB_SIZE = 65_536
 """Token shards hold unsigned 16-bit ids."""
 PLAIN_SOURCES = ("text", "code")
@@ -63,6 +65,8 @@ class Training(_Part):
     fp8: bool = False
     """Hidden matrices multiply in 8 bits; for GPUs since Ada and Hopper, and from about half a billion parameters."""
     sharding: Literal["replicated", "sharded"] = "replicated"
+    initial_weights: str | None = None
+    """Folder that `slm import` made: where training begins."""
     profile: bool = False
     num_threads: PositiveInt | None = None
 
@@ -216,9 +220,14 @@ class Recipe(_Part):
             activation_checkpointing=self.training.activation_checkpointing,
             fp8=self.training.fp8,
             sharding=self.training.sharding,
+            initial_weights=self._initial_weights_file(),
             profile=self.training.profile,
             num_threads=self.training.num_threads,
         )
+
+    def _initial_weights_file(self) -> str | None:
+        folder = self.training.initial_weights
+        return None if folder is None else str(Path(folder) / IMPORTED_WEIGHTS)
 
     def concrete_precision(self) -> ConcretePrecision:
         """What the trainer computes in.
@@ -404,6 +413,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     document.refuse_truth_values(Recipe)
     document.settle_choice("training", LENGTHS)
     document.make_paths_absolute("data", "corpus", keep={STDLIB_CORPUS})
+    document.make_paths_absolute("training", "initial_weights", keep=())
     document.values.setdefault("name", document.path.stem)
     try:
         return Recipe.model_validate(document.values)

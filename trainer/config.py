@@ -149,6 +149,8 @@ class TrainConfig:
     """Products of hidden matrices in 8 bits, one scale per tensor; CUDA of compute capability 8.9 or later."""
     sharding: Literal["replicated", "sharded"] = "replicated"
     """Weights, gradients and optimizer state whole on every device (DDP), or divided among them (FSDP2)."""
+    initial_weights: str | None = None
+    """A file of weights under the trainer's own names to begin with, instead of fresh ones."""
     profile: bool = False
     """Keep a trace of a few steps in the run store."""
     num_threads: int | None = None

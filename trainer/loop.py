@@ -30,7 +30,7 @@ from trainer.fp8 import require_fp8, use_fp8
 from trainer.memory import keep_freed_memory, peak_bytes
 from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
-from trainer.model import IGNORED, Transformer, build_model, weights_sha256
+from trainer.model import IGNORED, Transformer, build_model, load_initial, weights_sha256
 from trainer.optim import Updates, scale_and_clip
 from trainer.parallel import fabric_precision as fabric_precision
 from trainer.profile import profiler
@@ -331,6 +331,8 @@ def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Modu
     if fabric.device.type == "cpu":
         keep_freed_memory()
     weights = build_model(config.model, config.seed)
+    if config.initial_weights is not None:
+        load_initial(weights, Path(config.initial_weights))
     weights.activation_checkpointing = config.activation_checkpointing
     if config.fp8:
         require_fp8(fabric.device)

@@ -7,6 +7,8 @@ Shapes: B batch, T tokens, D width, V vocabulary, H query heads, G key-value hea
 from __future__ import annotations
 
 import hashlib
+import pickle
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from cost.errors import UserError
 from trainer.attention import attend, document_starts
 from trainer.config import GATE_INPUTS, ModelConfig
 from trainer.loss import IGNORED as IGNORED
@@ -230,6 +233,32 @@ def build_model(config: ModelConfig, seed: int) -> Transformer:
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=PLAIN_STD * ((2 * config.num_layers) ** -0.5 if writes else 1.0))
     return model
+
+
+def load_initial(model: Transformer, path: Path) -> None:
+    """Begin with the weights of a file that `slm import` wrote.
+
+    Raises:
+        UserError: There is none, or it is of a model of another shape.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        own = dict(model.named_parameters())
+        differing = sorted(
+            name
+            for name in own.keys() | found.keys()
+            if name not in own or name not in found or own[name].shape != found[name].shape
+        )
+    except (OSError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read the initial weights {path} ({error}); import them again.") from None
+    if differing:
+        raise UserError(
+            f"the initial weights {path} are of another model: {len(differing)} parameters differ, {differing[0]} for "
+            "one; set the recipe's model to what `slm import` printed."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
 
 
 def weights_sha256(model: nn.Module) -> str:
