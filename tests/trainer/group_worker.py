@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 
 from cost.errors import SlmError
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Signal, fabric_precision, train
+from trainer.parallel import strategy_class, strategy_options
 from trainer.store import DirectoryStore
 
 
@@ -78,13 +78,19 @@ def main() -> None:
     reports = []
     fabrics: dict[str, Fabric] = {}
     for arguments in json.loads((folder / "jobs.json").read_text()):
-        precision = fabric_precision(TrainConfig(precision=arguments["config"]["precision"]))
-        if precision not in fabrics:
-            strategy = DDPStrategy(process_group_backend="gloo")
+        asked = {name: arguments["config"][name] for name in ("precision", "sharding")}
+        kind = TrainConfig(**asked)
+        if (name := " ".join(asked.values())) not in fabrics:
             world_size = int(os.environ["WORLD_SIZE"])
-            fabrics[precision] = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision=precision)
-            fabrics[precision].launch()
-        fabric = fabrics[precision]
+            options = strategy_options(kind, world_size)
+            fabrics[name] = Fabric(
+                accelerator="cpu",
+                devices=world_size,
+                strategy=strategy_class(kind)(process_group_backend="gloo", **options),
+                precision=fabric_precision(kind),
+            )
+            fabrics[name].launch()
+        fabric = fabrics[name]
         reports.append(job(fabric, data_dir, **arguments))
     (folder / f"report{fabric.global_rank}.json").write_text(json.dumps(reports))
 
