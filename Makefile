@@ -42,6 +42,7 @@ e2e: $(STAMP)
 	$(BIN)/python bench/prove_kills.py --kills 2
 	$(BIN)/python bench/prove_interrupts.py --moments 3
 	$(BIN)/python bench/prove_mutations.py
+	$(BIN)/python bench/gpu.py --tiny
 
 prove: $(STAMP)
 	$(BIN)/python -m pytest -m e2e tests/e2e
@@ -60,8 +61,11 @@ bench: $(STAMP)
 	$(BIN)/python bench/keep.py plan-speed -- python bench/plan_speed.py --json
 	$(BIN)/python bench/keep.py recovery-local -- python -m bench.recovery_local --rounds 3 --json
 
+# On a machine with a CUDA device; without `make` any Python >= 3.11 with torch, lightning, numpy and transformers does:
+# python bench/gpu.py --out gpu.json
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python bench/keep.py gpu -- python bench/gpu.py --json
 
 # What `make` installs, remade from the ranges in pyproject.toml with SkyPilot's own pins kept.
 lock:

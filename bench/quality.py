@@ -26,10 +26,10 @@ from trainer.presets import expand
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality-runs.jsonl"
 SEEDS = (0, 1, 2)
-FULL_STEPS = 800
-SHORT_STEPS = 520
+FULL_STEPS = 400
+SHORT_STEPS = 260
 """65 % of the tokens."""
-EVERY_STEPS = 40
+EVERY_STEPS = 20
 SHAPE = {"vocab_size": 1024, "sequence_length": 128, "num_layers": 4, "width": 128, "num_heads": 4, "num_kv_heads": 4}
 LLAMA_HIDDEN = 352
 RELU2_HIDDEN = 528
@@ -57,13 +57,14 @@ class Run:
             model=self.model,
             optimizer=self.optimizer,
             num_steps=self.num_steps,
-            global_batch_size=32,
-            micro_batch_size=32,
+            global_batch_size=16,
+            micro_batch_size=16,
             precision="bf16",
             seed=self.seed,
             eval_every_steps=EVERY_STEPS,
-            eval_sequences=512,
+            eval_sequences=256,
             checkpoint_interval_seconds=1e9,
+            compile=True,
             num_threads=1,
         )
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 PHASES = ("data", "model", "load", "first_step")
 """What `train` calls `phase` with, in this order."""
+COMPILED_FOLDER = Path.home() / ".cache" / "slm" / "compiled"
+"""Compiled steps of this machine, kept for the next group of workers; torch's own variable says otherwise."""
 RESULT_KEY = "result.json"
 HELDOUT_SEED = 0
 """The held-out windows are the same in all runs on the same data, so that their losses can be compared."""
@@ -330,6 +333,8 @@ def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Modu
     """The model itself, and what to call in its place: wrapped by Fabric's strategy, and compiled where asked for."""
     if fabric.device.type == "cpu":
         keep_freed_memory()
+    if config.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED_FOLDER))
     weights = build_model(config.model, config.seed)
     if config.initial_weights is not None:
         load_initial(weights, Path(config.initial_weights))
