@@ -48,7 +48,7 @@ def import_main(argv: Sequence[str]) -> int:
     facts = {
         "folder": str(arguments.out),
         "num_params": sum(value.numel() for value in weights.tensors.values()),
-        "model": hf.recipe_model(weights.config),
+        "model": [f"model.{name}={json.dumps(value)}" for name, value in hf.recipe_model(weights.config).items()],
         "has_tokenizer": tokenizer is not None,
     }
     sys.stdout.write(json.dumps(facts) + "\n")

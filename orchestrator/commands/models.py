@@ -73,7 +73,7 @@ def import_(
     """Read weights that transformers wrote, so that a run can go on from them.
 
     Llama, Qwen3 and GPT-2 in safetensors; needs safetensors (pip install 'slm[export]'). What it prints under `model`
-    is what a recipe needs beside training.initial_weights.
+    is what a recipe needs beside training.initial_weights=FOLDER.
 
     \b
     Examples:
@@ -95,5 +95,7 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
         return
     console = render.console_on(sys.stdout)
     for name, value in facts.items():
+        if isinstance(value, list):
+            value = " ".join(f"--set {one}" for one in value)
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         console.print(f"{name.replace('_', ' ')}: {shown}", markup=False, highlight=False, soft_wrap=True)

@@ -39,6 +39,8 @@ COMMANDS = {
     "slm status": (["status"],),
     "slm ledger": (["ledger", "demo-1"],),
 }
+ELSEWHERE = {"slm export", "slm import"}
+"""Sections that tests/orchestrator/test_models.py holds to a run that was trained."""
 
 
 def sections() -> dict[str, dict[str, str]]:
@@ -150,7 +152,7 @@ def checker(home: Home) -> Checker:
     return checked
 
 
-@pytest.mark.parametrize("section", sections())
+@pytest.mark.parametrize("section", sections().keys() - ELSEWHERE)
 def test_every_documented_key_is_printed(checker: Checker, section: str) -> None:
     assert set(checker.page[section]) - checker.seen.get(section, set()) == set()
 
