@@ -50,6 +50,8 @@ prove: $(STAMP)
 	$(BIN)/python bench/prove_budget.py
 	$(BIN)/python bench/prove_kills.py --kills 20
 	$(BIN)/python bench/prove_interrupts.py --moments 12
+	$(BIN)/python -m bench.prove_resume --kills 50
+	$(BIN)/python -m bench.prove_store_kills --kills 500
 	$(BIN)/python bench/prove_mutations.py
 
 # Measurements, kept with date, machine and command in bench/results; DATA holds runs_public.csv and spot traces.
@@ -59,7 +61,12 @@ bench: $(STAMP)
 	$(BIN)/python bench/keep.py policy -- python bench/policy.py $(DATA)/traces/aws-v100-feb-2023 --budget 100 \
 	  --spot 0.918 --on-demand 3.06 --deadline 120 --startup 12 --lost 7.5 --starts 150 --seed 0 --json
 	$(BIN)/python bench/keep.py plan-speed -- python bench/plan_speed.py --json
+	$(BIN)/python bench/keep.py checkpoint -- python bench/checkpoint.py
 	$(BIN)/python bench/keep.py recovery-local -- python -m bench.recovery_local --rounds 3 --json
+	$(BIN)/python bench/keep.py loader -- python bench/loader.py --json
+	$(BIN)/python bench/keep.py tokenize -- python bench/tokenize.py --json
+	$(BIN)/python bench/keep.py exactness -- python bench/exactness.py --json
+	$(BIN)/python bench/keep.py goodput -- python bench/goodput.py --json
 
 # On a machine with a CUDA device; without `make` any Python >= 3.11 with torch, lightning, numpy and transformers does:
 # python bench/gpu.py --out gpu.json

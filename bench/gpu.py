@@ -37,6 +37,7 @@ from cost.layout import Layout
 from cost.software import our_trainer
 from trainer import attention
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+from trainer.documents import document_offsets
 from trainer.fp8 import require_fp8
 from trainer.loop import Signal, fabric_precision, set_up_model, train
 from trainer.metrics import flops_per_token, peak_flops
@@ -91,7 +92,7 @@ def attention_errors(bench: Bench) -> list[dict[str, Any]]:
                 exact = [torch.randn(s, generator=generator).to(bench.device).requires_grad_() for s in shapes]
                 fast = [one.detach().bfloat16().requires_grad_() for one in exact]
                 ids_BT = torch.arange(T, device=bench.device).div(T // 5, rounding_mode="floor").repeat(2, 1)
-                where = (attention.cumulative_lengths(ids_BT) if documents else None, T, window)
+                where = (document_offsets(ids_BT, 6) if documents else None, T, window)
                 outputs = [way(*fast, *where), attention.attend_dense(*exact, *where)]
                 for output in outputs:
                     output.float().square().sum().backward()

@@ -57,11 +57,11 @@ MUTATIONS = (
     Mutation(
         "manifest last",
         "trainer/checkpoint.py",
-        '        with tempfile.TemporaryDirectory(prefix="slm-save-", ignore_cleanup_errors=True) as name:\n',
-        "        early = Manifest(place.epoch, place.step, self.world_size, (), facts)\n"
-        "        self.store.write(place.prefix + MANIFEST, early.to_bytes())\n"
-        '        with tempfile.TemporaryDirectory(prefix="slm-save-", ignore_cleanup_errors=True) as name:\n',
-        "tests/trainer/test_trainer_resume.py tests/trainer/test_trainer_checkpoint.py",
+        '        key = f"part-{self.rank:05d}.bin"\n',
+        '        key = f"part-{self.rank:05d}.bin"\n'
+        "        early = Manifest(place.epoch, place.step, self.world_size, (), staging.tensors, dict(facts))\n"
+        '        self.store.write(place.prefix + "manifest.json", early.to_bytes())\n',
+        "tests/trainer/test_trainer_resume.py",
     ),
     Mutation(
         "the sampler's resume",

@@ -23,7 +23,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tasks.workers import LEAVE_SECONDS
+from tasks.notice import LEAVE_SECONDS
 from tests.tasks.ray_nodes import Nodes
 
 BOUND_SECONDS = 180.0

@@ -16,7 +16,7 @@ from cost.layout import Layout
 from cost.software import Software, our_trainer
 from cost.workload import Workload
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "overhead")
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "staging", "overhead")
 
 FUSED_KEPT_SHARE = 0.66
 """Of the activations that unfused kernels keep for the backward pass; torch.compile recomputes cheap ones."""
@@ -58,8 +58,12 @@ class MemoryEstimate:
     optimizer: float
     activations: float
     logits: float
+    staging: float
+    """The buffer that checkpoints are copied to: host memory beside a GPU, so 0 there (see `host_staging_bytes`)."""
     overhead: float
     capacity_bytes: float
+    host_staging_bytes: float = 0.0
+    """The same buffer in (pinned) memory of the host, for each of its devices."""
 
     @property
     def by_kind(self) -> Mapping[str, float]:
@@ -69,7 +73,7 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> float:
         """Sum of the kinds."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.overhead
+        return sum(self.by_kind.values())
 
     @property
     def total_gib(self) -> float:
@@ -100,8 +104,20 @@ def peak(
     logits = _logits(workload, layout, program)
     allocated = weights + gradients + optimizer + activations + logits
     process = CPU_PROCESS_BYTES if accelerator.name == LOCAL_CPU else CONTEXT_BYTES
+    on_cpu = accelerator.name == LOCAL_CPU
+    staged = _staged(workload, layout, program)
     overhead = process + FRAGMENTATION * allocated + (COMMUNICATION_BYTES if layout.world_size > 1 else 0.0)
-    return MemoryEstimate(weights, gradients, optimizer, activations, logits, overhead, accelerator.memory_bytes)
+    return MemoryEstimate(
+        weights,
+        gradients,
+        optimizer,
+        activations,
+        logits,
+        staged if on_cpu else 0.0,
+        overhead,
+        accelerator.memory_bytes,
+        host_staging_bytes=0.0 if on_cpu else staged,
+    )
 
 
 def largest_micro_batch(
@@ -164,6 +180,16 @@ def _optimizer(workload: Workload, layout: Layout, software: Software) -> float:
         spared = software.optimizer_bytes / 2 * (workload.matrix_params - workload.vocab_size * workload.width)
     total = software.optimizer_bytes * workload.num_params - spared
     return total / _shards(layout, "zero1", "zero2", "zero3")
+
+
+def _staged(workload: Workload, layout: Layout, software: Software) -> float:
+    """One rank's share of weights and moments, which trainer.staging copies to be stored while training goes on.
+
+    Ranks that hold the same share the work, so the whole state is divided by all of them, sharded or not.
+    """
+    whole = dataclasses.replace(layout, sharding="replicated")
+    state = software.weight_bytes * workload.num_params + _optimizer(workload, whole, software)
+    return state / layout.world_size
 
 
 def _activations(workload: Workload, layout: Layout, software: Software, element_bytes: float) -> float:

@@ -152,11 +152,22 @@ def save_at_notice(notice_seconds: float, save_seconds: float) -> float:
 
 
 def checkpoint_interval_seconds(
-    stall_seconds: float, losses_per_hour: float, saved_at_notice: float, shortest_seconds: float
+    stall_seconds: float,
+    losses_per_hour: float,
+    saved_at_notice: float,
+    shortest_seconds: float,
+    *,
+    restart_seconds: float = 0.0,
 ) -> float:
-    """Young and Daly's interval tau = sqrt(2 C / (lambda (1 - h))), never shorter than a save takes."""
+    """Young and Daly's interval tau = sqrt(2 C (1 / (lambda (1 - h)) + R)), never shorter than a save takes.
+
+    `restart_seconds` is Daly's R (equation 13): a cluster that restarts cannot be lost. It matters where losses come
+    every few restarts.
+    """
     rate = losses_per_hour / SECONDS_PER_HOUR * (1 - saved_at_notice)
-    return max(shortest_seconds, math.sqrt(2 * stall_seconds / rate)) if rate > 0 else math.inf
+    if rate <= 0:
+        return math.inf
+    return max(shortest_seconds, math.sqrt(2 * stall_seconds * (1 / rate + restart_seconds)))
 
 
 def expected_waste(

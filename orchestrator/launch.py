@@ -30,14 +30,16 @@ from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
 from orchestrator.grants import Terms
+from orchestrator.losses import learned
 from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
 from orchestrator.settings import Home
 from orchestrator.supervise import Supervisor, worst_price
 from orchestrator.watch import StopSwitch
 from tasks.recipe import Recipe
-from tasks.spec import RunSpec
-from trainer.store import Store, open_store
+from tasks.spec import Losses, RunSpec
+from tasks.stores import open_for_training
+from trainer.store import Store
 
 NODE_COMMAND = ("-m", "tasks", "node")
 MAX_CANDIDATES = 8
@@ -56,6 +58,8 @@ def launch(
     on_event: Emit,
     switch: StopSwitch | None = None,
     checkpoint_interval_seconds: float | None = None,
+    losses: Mapping[str, float] | None = None,
+    single_supervisor: bool = False,
 ) -> RunSummary:
     """Run the recipe to its end on the first of `offers` that can be had.
 
@@ -85,6 +89,8 @@ def launch(
                 "backend": recipe.backend or "local",
                 "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
                 "checkpoint_interval_seconds": checkpoint_interval_seconds,
+                "losses": losses,
+                "single_supervisor": single_supervisor,
             },
             cap_usd=cap_usd,
         )
@@ -98,6 +104,7 @@ def resume(
     budget_usd: Decimal | None,
     on_event: Emit,
     switch: StopSwitch | None = None,
+    single_supervisor: bool = False,
 ) -> RunSummary:
     """Go on with a run that stopped, with a new cap if one is given.
 
@@ -108,6 +115,9 @@ def resume(
         run = runs.pick(run_id)
     if run.state is RunState.SUCCEEDED:
         raise UserError(f"run {run.run_id} is complete; see: slm status {run.run_id}")
+    if single_supervisor and not run.options.get("single_supervisor"):
+        with books(home) as runs:
+            runs.set_options(run.run_id, {**run.options, "single_supervisor": True})
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
 
 
@@ -142,7 +152,11 @@ def supervise(
         clock = clock_of(run, recipe, ledger, emit)
         data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
         # A store that vanished after the first lease held checkpoints: say so instead of starting from nothing.
-        store = open_store(str(home.store_dir(run_id)), create=not ledger.accounts())
+        store = open_for_training(
+            str(home.store_dir(run_id)),
+            create=not ledger.accounts(),
+            single_supervisor=bool(run.options.get("single_supervisor")),
+        )
         terms = terms_of(recipe)
         offers = [offer_of(content) for content in run.options["offers"]]
         backend = backend_of(recipe, run, store=store, home=home, offers=offers)
@@ -157,7 +171,9 @@ def supervise(
             candidates=lambda _: candidates_of(offers, recipe, terms, price_is_fixed=backend.price_is_fixed),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
-            write_spec=lambda lease: write_spec(lease, run, recipe, store, data_dir),
+            write_spec=lambda lease: write_spec(
+                lease, run, recipe, store, data_dir, learned(run.options, ledger.accounts(), preemptions_of(runs, run))
+            ),
             emit=emit,
             switch=switch,
         )
@@ -208,7 +224,14 @@ def candidates_of(offers: Sequence[Offer], recipe: Recipe, terms: Terms, *, pric
     ]
 
 
-def write_spec(lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: Path) -> None:
+def preemptions_of(runs: Runs, run: Run) -> int:
+    """As the books count them now."""
+    return runs.get(run.run_id).preemptions
+
+
+def write_spec(
+    lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: Path, losses: Losses | None = None
+) -> None:
     """Tell the nodes of this lease what to do."""
     workers_per_node = max(1, lease.offer.gpus_per_node if run.options["backend"] != "local" else 1)
     spec = RunSpec(
@@ -224,6 +247,7 @@ def write_spec(lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: P
         max_workers=lease.num_nodes * workers_per_node,
         checkpoint_interval_seconds=run.options["checkpoint_interval_seconds"]
         or recipe.train_config().checkpoint_interval_seconds,
+        losses=losses,
     )
     store.write("spec.json", spec.to_bytes())
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -50,6 +50,10 @@ class RunStatus:
     checkpoint_step: int | None
     updated_at: datetime
     supervisor_alive: bool
+    source_epochs: Mapping[str, float] = field(default_factory=dict)
+    """How often each source of the data has been seen; empty while nobody has said."""
+    start_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Parts of the newest start of its workers, real seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,8 @@ def status_of(run: Run, runs: Runs, home: Home) -> RunStatus:
         checkpoint_step=progress.get("checkpoint_step"),
         updated_at=datetime.fromtimestamp(min(updated_ms / 1000, time.time()), tz=UTC),
         supervisor_alive=is_supervised(lock_path(home, run.run_id)),
+        source_epochs=progress.get("source_epochs", {}),
+        start_seconds=progress.get("start_seconds", {}),
     )
 
 

@@ -2,7 +2,8 @@
 
 Rank 0 starts Ray's head and runs `python -m tasks pretrain` against it; other ranks join it and stay until it ends.
 Exit codes of rank 0: 0 finished; 10 stopped as told, with a checkpoint; 20 a bug in training; 30 the cluster broke
-under us, safe to relaunch. Other ranks: 0 after a notice took the node, else 30.
+under us, safe to relaunch; 40 the cloud takes this node, as announced. Other ranks: 0 after a notice took the node,
+else 30. SIGTERM is a notice too.
 
 Invariants: many such nodes and foreign Ray clusters live on one machine. Every address and port is explicit or free,
 Ray's files are in a temp dir of the node's own, no Ray variable of the caller's environment is obeyed, and only
@@ -58,6 +59,12 @@ JOIN_SECONDS = 120.0
 WARM_SECONDS = 30.0
 """How long a node waits for its fork server before it does without."""
 HEAD_GONE_SECONDS = 5.0
+TERM_SECONDS = 25.0
+"""Between SIGTERM and SIGKILL where SLM_TERM_SECONDS does not say: Kubernetes, Slurm and GCP leave 30."""
+LEAST_SIGTERM_SECONDS = 4.0
+"""With less, nothing can be saved: the node ends at once."""
+CLEAN_SECONDS = 1.0
+"""For ending what runs here and removing its files."""
 TICK_SECONDS = 0.2
 LOG_TAIL_CHARACTERS = 4000
 
@@ -95,7 +102,7 @@ class ClusterError(SlmError):
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived; nothing that handles errors may hold it up."""
+    """SIGINT, or SIGTERM with no time for a checkpoint, arrived; nothing that handles errors may hold it up."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -105,6 +112,7 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_stopped)
     with contextlib.suppress(Stopped), NodeProcesses(env) as node:
+        signal.signal(signal.SIGTERM, node.on_sigterm)
         try:
             return node.run()
         except ClusterError as error:
@@ -143,6 +151,19 @@ def drain(facts: Mapping[str, Any], seconds: float) -> str:
     deadline_ms = int((time.time() + max(1.0, seconds)) * 1000)
     accepted, why = client.drain_node(facts["node_id"], reason, "the cloud takes this node", deadline_ms)
     return "drain accepted" if accepted else f"drain refused: {why}"
+
+
+def seconds_after_sigterm(environ: Mapping[str, str], node_dir: Path, now: float) -> float:
+    """How long this node lives on after a SIGTERM: what the platform grants, and no longer than what is paid for."""
+    try:
+        granted = float(environ.get("SLM_TERM_SECONDS") or TERM_SECONDS)
+    except ValueError:
+        granted = TERM_SECONDS
+    try:
+        paid = float(json.loads((node_dir / "deadline.json").read_bytes())["deadline"]) - now
+    except (OSError, ValueError, KeyError, TypeError):
+        return granted
+    return min(granted, paid)
 
 
 def reachable(ip: str, port: int, timeout: float = 1.0) -> bool:
@@ -187,6 +208,8 @@ class NodeProcesses:
         self.family = Family()
         self.events_read = 0
         self.drained = False
+        self.may_train = False
+        self.ends_at: float | None = None
         self.started = time.time()
 
     def __enter__(self) -> NodeProcesses:
@@ -212,9 +235,20 @@ class NodeProcesses:
         self._start_ray(spec)
         self.forks.wait_ready(WARM_SECONDS)  # the others stop for a node that joins: only once it can train
         self._announce()
+        self.may_train = True
         if self.env.is_head:
             return self._run_driver()
         return self._stay()
+
+    def on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
+        """The platform's way to say that the node goes: a notice like any other, if there is time. Twice: the end."""
+        seconds = seconds_after_sigterm(os.environ, self.env.node_dir, boottime())
+        if not self.may_train or self.ends_at is not None or seconds < LEAST_SIGTERM_SECONDS:
+            raise Stopped
+        self.ends_at = boottime() + seconds - CLEAN_SECONDS
+        if not self.env.notice_file.exists():
+            facts = {"deadline_boottime": self.ends_at, "seconds": seconds, "source": "SIGTERM"}
+            _write_json(self.env.notice_file, facts)
 
     def say(self, text: str) -> None:
         """One line to the node's log."""
@@ -263,7 +297,7 @@ class NodeProcesses:
         return value is not None
 
     def _start_ray(self, spec: RunSpec) -> None:
-        began = time.monotonic()
+        began, group = time.monotonic(), os.getpgrp()
         node_class, params = _ray_node(self.env, spec, self.temp_dir)
         try:
             self.ray_node = node_class(params, head=self.env.is_head, shutdown_at_exit=False, spawn_reaper=True)
@@ -272,6 +306,10 @@ class NodeProcesses:
                 f"Ray did not start on node {self.env.rank} ({type(error).__name__}: {error}); "
                 f"is port {self.env.head_port} of {self.env.head_ip} free, and /tmp writable?"
             ) from error
+        if os.getpgrp() != group:
+            # Ray made us the leader of a group of its own; a SIGTERM to the command's group must reach this process,
+            # and must not reach Ray's, which would end at once.
+            os.setpgid(0, group)
         self.facts = {
             "head": self.env.is_head,
             "node_id": self.ray_node.node_id,
@@ -335,6 +373,9 @@ class NodeProcesses:
     def _tick(self) -> None:
         self._copy_events()
         self.family.remember()
+        if self.ends_at is not None and boottime() >= self.ends_at:
+            self.say("the time after SIGTERM is over")
+            raise Stopped
         if not self.drained and self.env.notice_file.exists():
             self.drained = True
             self._drain_on_notice()

@@ -22,8 +22,9 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from cost.errors import SlmError
 from tasks.cluster import KV_NAMESPACE, KV_READY, NODE_RESOURCE, reachable
 from tasks.node_env import NodeEnv
+from tasks.stores import open_store
 from tasks.workers import Regroup, ask, first_line, newest_epoch, receive
-from trainer.store import Store, StoreKeyMissing, open_store
+from trainer.store import Store, StoreKeyMissing
 
 KNOCK_SECONDS = 0.5
 WATCH_SECONDS = 0.5

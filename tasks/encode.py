@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import threading
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cost.errors import SlmError
 from tasks.shards import TOKEN_BYTES
-from tasks.tokenizer import encode, read_tokenizer
+from tasks.tokenizer import encode_to_numpy, pieces, read_tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -75,7 +76,7 @@ def encoder(tokenizer: Path, num_workers: int) -> Iterator[Callable[[Iterable[Te
     """
     if num_workers == 1:
         encoding, end = _load(tokenizer)
-        yield lambda texts: _unpacked((batch, _encode(encoding, end, batch)) for batch in _batches(texts))
+        yield lambda texts: _unpacked((batch, _encode(encoding, end, _plain(batch))) for batch in _batches(texts))
         return
     import multiprocessing
 
@@ -111,7 +112,7 @@ def _in_order(
 ) -> Iterator[tuple[list[Text], Encoded]]:
     waiting: deque[tuple[list[Text], Future[Encoded]]] = deque()
     for batch in batches:
-        waiting.append((batch, pool.submit(_encode_in_worker, batch)))
+        waiting.append((batch, pool.submit(_encode_in_worker, _plain(batch))))
         if len(waiting) >= most_in_flight:
             first, future = waiting.popleft()
             yield first, future.result()
@@ -128,15 +129,19 @@ def _unpacked(results: Iterable[tuple[list[Text], Encoded]]) -> Iterator[Encoded
             start = stop
 
 
-def _encode(encoding: tiktoken.Encoding, end_of_text: int, texts: Iterable[Text]) -> Encoded:
-    tokens = array("H")
-    lengths = []
+def _plain(batch: list[Text]) -> list[str]:
+    """All that a worker needs: objects would cost more to send than their text."""
+    return [text.text for text in batch]
+
+
+def _encode(encoding: tiktoken.Encoding, end_of_text: int, texts: Iterable[str]) -> Encoded:
+    end = np.array([end_of_text], dtype=np.uint32)
+    parts, lengths = [end[:0]], []
     for text in texts:
-        ids = encode(encoding, text.text)
-        ids.append(end_of_text)
-        tokens.fromlist(ids)
-        lengths.append(len(ids))
-    return tokens.tobytes(), lengths
+        arrays = [encode_to_numpy(encoding, piece) for piece in pieces(text)]
+        parts += [*arrays, end]
+        lengths.append(sum(map(len, arrays)) + 1)
+    return np.concatenate(parts).astype(np.uint16).tobytes(), lengths
 
 
 def _load(path: Path) -> tuple[tiktoken.Encoding, int]:
@@ -166,6 +171,6 @@ def _end_with(join: Callable[[], None]) -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[Text]) -> Encoded:
+def _encode_in_worker(texts: list[str]) -> Encoded:
     encoding, end_of_text = _worker["encoding"]
     return _encode(encoding, end_of_text, texts)

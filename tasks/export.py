@@ -16,9 +16,9 @@ from typing import Any
 
 from cost.errors import SlmError, UserError
 from tasks import hf
+from tasks.stores import open_store
 from tasks.tokenizer import Tokenizer
 from tasks.weights import Weights, newest_weights, tokenizer_in, write_model
-from trainer.store import open_store
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"

@@ -53,7 +53,8 @@ class ForkServer:
             # One BLAS thread: a fork takes only the thread that calls it along.
             environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "tasks.forkserver", "serve", str(self.socket_path), str(os.getpid())]
-            self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
+            # A group of its own: a SIGTERM to the node's is a notice, which the workers are to hear of by its file.
+            self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, process_group=0)
 
     def wait_ready(self, seconds: float) -> bool:
         """Whether the imports are done within `seconds`."""
@@ -230,6 +231,7 @@ def _reap(reports: dict[int, socket.socket]) -> None:
 def _become(request: dict[str, Any], streams: array.array[int], server_pid: int) -> NoReturn:
     """In the fork: turn into `python argv...`, as if freshly started, and leave by way of the caller."""
     _die_with_parent(server_pid)
+    os.setpgid(0, 0)  # a raylet may kill the whole group of a worker that it ends: this must not be the server's
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for target, stream in zip(STREAMS, streams, strict=True):
         os.dup2(stream, target)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cost.errors import UserError
+from tasks.stores import open_store
 from tasks.tokenizer import encode
 from tasks.weights import newest_weights, tokenizer_in
-from trainer.store import open_store
 
 if TYPE_CHECKING:
     from trainer.model import Transformer

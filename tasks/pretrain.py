@@ -47,7 +47,7 @@ def run(env: NodeEnv, spec: RunSpec, stamps: list[tuple[str, float]]) -> int:
     from ray.train import TrainingFailedError
 
     from tasks.elastic import install_coordinator, read_failures, repeated_failure
-    from trainer.store import open_store
+    from tasks.stores import open_store
 
     coordinator = install_coordinator()
     stamps.append(("imports", time.time()))

@@ -61,6 +61,8 @@ class Training(_Part):
     eval_every_steps: PositiveInt = 50
     eval_sequences: PositiveInt = 64
     compile: bool = False
+    max_documents: PositiveInt | None = None
+    """Of one sequence, that see nothing of each other; null: what stands in one sequence is seen as one."""
     activation_checkpointing: bool = False
     fp8: bool = False
     """Hidden matrices multiply in 8 bits; for GPUs since Ada and Hopper, and from about half a billion parameters."""
@@ -114,6 +116,8 @@ class Checkpoint(_Part):
     interval_seconds: PositiveFloat | None = None
     every_steps: PositiveInt | None = None
     keep_last: PositiveInt = 3
+    milestone_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this are kept for good."""
 
 
 class Nodes(_Part):
@@ -135,7 +139,10 @@ class Local(_Part):
     """The spot market that the local backend plays on this machine."""
 
     market: str = "calm"
-    """calm, hazard:PER_HOUR (losses per node and billed hour) or trace:FILE (trace:demo comes with slm)."""
+    """calm, hazard:PER_HOUR (losses per node and billed hour) or trace:FILE (trace:demo comes with slm).
+
+    The last two take options behind commas: notice=SHARE and notice_seconds=S of the losses that are announced.
+    """
     time_scale: PositiveFloat = 1.0
     """Billed seconds per real second."""
     seed: int = 0
@@ -145,7 +152,8 @@ class Local(_Part):
     @classmethod
     def _known_market(cls, value: str) -> str:
         kind, _, argument = value.partition(":")
-        good = {"calm": argument == "" and ":" not in value, "trace": argument != "", "hazard": _is_rate(argument)}
+        rate = argument.partition(",")[0]  # what follows is the market's to understand
+        good = {"calm": argument == "" and ":" not in value, "trace": argument != "", "hazard": _is_rate(rate)}
         if not good.get(kind, False):
             raise ValueError(f"should be calm, hazard:PER_HOUR or trace:FILE{_did_you_mean(kind, list(good))}")
         return value
@@ -216,7 +224,9 @@ class Recipe(_Part):
             checkpoint_interval_seconds=interval or TrainConfig.checkpoint_interval_seconds,
             checkpoint_every_steps=self.checkpoint.every_steps,
             keep_last=self.checkpoint.keep_last,
+            milestone_every_steps=self.checkpoint.milestone_every_steps,
             compile=self.training.compile,
+            max_documents=self.training.max_documents,
             activation_checkpointing=self.training.activation_checkpointing,
             fp8=self.training.fp8,
             sharding=self.training.sharding,

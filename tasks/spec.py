@@ -5,6 +5,7 @@ Invariant: a spec is written whole by the supervisor and never changed by a node
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,17 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 class SpecError(SlmError):
     """The spec in the run store is not one that this version can run."""
+
+
+class Losses(BaseModel):
+    """What the supervisor knows of this lease's losses; rates are in real time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    per_node_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    saved_at_notice: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance that the work since the last checkpoint is saved within a notice."""
+    restart_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class RunSpec(BaseModel):
@@ -37,6 +49,7 @@ class RunSpec(BaseModel):
     min_workers: PositiveInt = 1
     max_workers: PositiveInt
     checkpoint_interval_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    losses: Losses | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> RunSpec:
@@ -48,8 +61,16 @@ class RunSpec(BaseModel):
         return self
 
     def train_config(self) -> TrainConfig:
-        """What the trainer is told in this attempt."""
-        return self.recipe.train_config(self.checkpoint_interval_seconds)
+        """What the trainer is told in this attempt; an interval that the recipe fixes stays as it is."""
+        config = self.recipe.train_config(self.checkpoint_interval_seconds)
+        if self.losses is None or self.recipe.checkpoint.interval_seconds is not None:
+            return config
+        return replace(
+            config,
+            losses_per_worker_hour=self.losses.per_node_hour / self.workers_per_node,
+            saved_at_notice=self.losses.saved_at_notice,
+            restart_seconds=self.losses.restart_seconds,
+        )
 
     def to_bytes(self) -> bytes:
         """JSON as it stands in the run store."""

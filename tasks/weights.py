@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,9 @@ from cost.errors import SlmError, UserError
 from tasks.recipe import IMPORTED_WEIGHTS
 from tasks.shards import TOKENIZER_NAME
 from tasks.tokenizer import Tokenizer, read_tokenizer
-from trainer.chain import Damaged, checkpoints_of_chain, fetch, read_manifest
+from trainer.chain import checkpoints_of_chain, read_manifest
 from trainer.config import ModelConfig
+from trainer.parts import Damaged
 from trainer.store import Store
 
 if TYPE_CHECKING:
@@ -44,36 +44,18 @@ def newest_weights(store: Store) -> Weights:
     Raises:
         SlmError: There is none.
     """
+    from trainer.checkpoint import read_tensors
+
     skipped = []
     for place in checkpoints_of_chain(store):
-        with tempfile.TemporaryDirectory(prefix="slm-weights-") as name:
-            try:
-                manifest = read_manifest(store, place)
-                fetch(store, place, manifest, Path(name))
-            except Damaged as error:
-                skipped.append(f"{place}: {error}")
-                log.warning("the checkpoint at %s is damaged: %s; trying the one before", place, error)
-                continue
-            config = ModelConfig(**manifest.facts["config"]["model"])
-            return Weights(config, _read_parts(Path(name)), f"step {place.step}")
+        try:
+            config = ModelConfig(**read_manifest(store, place).facts["config"]["model"])
+            return Weights(config, read_tensors(store, place), f"step {place.step}")
+        except Damaged as error:
+            skipped.append(f"{place}: {error}")
+            log.warning("the checkpoint at %s is damaged: %s; trying the one before", place, error)
     reason = f" that is whole ({'; '.join(skipped)})" if skipped else ""
     raise SlmError(f"{store.uri} has no checkpoint{reason}; let the run reach its first one.")
-
-
-def _read_parts(folder: Path) -> dict[str, Tensor]:
-    import torch
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader = FileSystemReader(folder)
-    found: dict[str, Tensor] = {
-        name: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for name, meta in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("model/") and isinstance(meta, TensorStorageMetadata)
-    }
-    load(dict(found), storage_reader=reader, no_dist=True)
-    return {name.removeprefix("model/"): value for name, value in found.items()}
 
 
 def write_model(folder: Path, weights: Weights, tokenizer: Tokenizer | None) -> None:

@@ -11,27 +11,33 @@ import hashlib
 import json
 import os
 import re
+import statistics
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cost.errors import SlmError
+from tasks.compile_cache import CompileCache
 from tasks.node_env import NodeEnv, boottime
+from tasks.notice import plan
 from tasks.spec import RunSpec
+from tasks.stores import open_store
 from trainer.chain import Superseded
-from trainer.store import Store, StoreError, StoreKeyMissing, open_store
+from trainer.store import Store, StoreError, StoreKeyMissing
 
 if TYPE_CHECKING:
     from trainer.loop import Result, Signal
 
-LEAVE_SECONDS = 5.0
-"""So long before the cloud takes a node the group leaves it, with a checkpoint of that moment."""
 CONTROL_SECONDS = 1.0
 """How often rank 0 looks for a command of the supervisor."""
+NEWEST_STEPS = 16
 NOTHING, REGROUP, HEAD_LEAVES, STOP = range(4)
 """Why a loop stopped early; where ranks differ the highest holds."""
 
@@ -83,20 +89,30 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         phases.mark("fabric")
         signals = NodeSignals(env, store, fabric.global_rank, step)
         writes = fabric.global_rank == 0
+        train_config = spec.train_config()
+        compiled = None
+        if train_config.compile:
+            compiled = CompileCache(store, env.node_dir / f"compiled-{fabric.local_rank}")
+            phases.mark("compile_cache")
+        start_seconds = phases.seconds()
 
         def phase(name: str) -> None:
             phases.mark(name)
+            start_seconds.update(phases.seconds())
             if name == "first_step" and writes:
                 phases.write(store, env, fabric.world_size)
+                if compiled is not None:
+                    threading.Thread(target=compiled.keep, name="slm-keep-compiled", daemon=True).start()
 
         result = train(
-            spec.train_config(),
+            train_config,
             fabric=fabric,
             data_dir=Path(spec.data_dir),
             store=store,
             lease_id=env.lease_id,
             signals=signals,
             phase=phase,
+            start_seconds=start_seconds,
         )
         return outcome(fabric, signals, result)
     except BaseException as error:
@@ -223,14 +239,18 @@ class NodeSignals:
         self._step = step
         self._next_control = 0.0
         self._done_number: int | None = None
+        self._noticed = False
         self._leave_at: float | None = None
+        self._step_ends: deque[float] = deque(maxlen=NEWEST_STEPS)
 
     def poll(self, step: int) -> Signal:
         """Costs a stat of one file; rank 0 also reads the store about once per second."""
         from trainer.loop import Signal
 
         self._step.value = step
+        self._step_ends.append(time.monotonic())
         checkpoint = self._look_for_notice()
+        hold = self._noticed and not checkpoint
         if self._leave_at is not None and boottime() >= self._leave_at:
             self._stop(HEAD_LEAVES if self._env.is_head else REGROUP, f"the cloud takes node {self._env.rank}")
         if ASKED.regroup:
@@ -238,7 +258,7 @@ class NodeSignals:
         if self._reads_control and time.monotonic() >= self._next_control:
             self._next_control = time.monotonic() + CONTROL_SECONDS
             checkpoint = self._obey() or checkpoint
-        return Signal(checkpoint=checkpoint, stop=self.why != NOTHING, reason=self.reason)
+        return Signal(checkpoint=checkpoint, stop=self.why != NOTHING, reason=self.reason, hold=hold)
 
     def _stop(self, why: int, reason: str) -> None:
         if why > self.why:
@@ -246,17 +266,39 @@ class NodeSignals:
             self._env.say(f"step {self._step.value}: checkpoint and stop, since {reason}")
 
     def _look_for_notice(self) -> bool:
-        """True once, when the notice is first seen; then the moment to leave is known."""
-        if self._leave_at is not None or not self._env.notice_file.exists():
+        """Whether to save at once: said when the notice is first seen. Then it is decided when to leave, if at all."""
+        if self._noticed or not self._env.notice_file.exists():
             return False
         try:
             deadline = float(json.loads(self._env.notice_file.read_bytes())["deadline_boottime"])
         except (OSError, ValueError, KeyError, TypeError):
             return False  # half written; the next step sees it whole
-        self._leave_at = deadline - LEAVE_SECONDS
-        left = deadline - boottime()
-        self._env.say(f"step {self._step.value}: node {self._env.rank} goes in {left:.0f} s; checkpoint now")
-        return True
+        self._noticed = True
+        now, save_seconds, step_seconds = boottime(), self._save_seconds(), self._step_seconds()
+        decided = plan(deadline - now, save_seconds, step_seconds)
+        cost = f"a save takes {save_seconds:.1f} s, a step {step_seconds:.1f} s"
+        if decided.leave_in_seconds is None:
+            told = "too late for a checkpoint, none is begun"
+        else:
+            self._leave_at = now + decided.leave_in_seconds
+            first = "checkpoint now, and the last" if decided.save_now else "the last checkpoint"
+            told = f"{first} in {decided.leave_in_seconds:.0f} s"
+        self._env.say(f"step {self._step.value}: node {self._env.rank} goes in {deadline - now:.0f} s: {told} ({cost})")
+        return decided.save_now
+
+    def _save_seconds(self) -> float:
+        """What the newest save took, by rank 0's account, whichever group it was of; 0 where nobody knows."""
+        from trainer.metrics import PROGRESS_KEY
+
+        try:
+            return float(json.loads(self._store.read(PROGRESS_KEY))["checkpoint_save_seconds"])
+        except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
+            return 0.0
+
+    def _step_seconds(self) -> float:
+        """The middle one of the newest steps, so that one with a save or an evaluation in it does not count."""
+        ends = list(self._step_ends)
+        return statistics.median(end - begin for begin, end in pairwise(ends)) if len(ends) > 1 else 0.0
 
     def _obey(self) -> bool:
         """Read the supervisor's newest command; whether it is a new wish for a checkpoint."""

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("orchestrator", "tasks", "trainer", "cost")
 HEAVY = ("torch", "ray", "sky", "lightning", "numpy", "boto3", "pandas", "pyarrow")
-TORCH_FREE = ("tasks.recipe", "tasks.spec", "tasks.guard", "trainer.config", "trainer.store")
+TORCH_FREE = ("tasks.recipe", "tasks.spec", "tasks.stores", "tasks.guard", "trainer.config", "trainer.store")
 TRAINER_NEEDS = {"torch", "lightning", "numpy"}
 OLDEST_PYTHON_OF_A_NODE = (3, 8)
 

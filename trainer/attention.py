@@ -24,9 +24,6 @@ DENSE_MAX_TOKENS = 512
 """On a CPU in bf16, torch's flash kernel took 28 ms forward and backward where `attend_dense` took 6 ms (B 16, H 4,
 T 128, K 32, one core of an AMD EPYC with AVX512-BF16, torch 2.13), and 78 against 38 ms at T 512, B 4, H 6, K 64;
 beyond that the dense scores, which grow with the square of T, cost more than they save."""
-FEWEST_LENGTHS = 64
-"""`cumulative_lengths` has at least so many entries, and grows by factors of LENGTHS_GROWTH: few shapes to compile."""
-LENGTHS_GROWTH = 4
 
 
 def attend(
@@ -37,7 +34,8 @@ def attend(
     A token sees itself and what is before it in its document, at most `window` tokens in all.
 
     Args:
-        cu_seqlens: As `cumulative_lengths` makes them of the rows one after the other; None: each row is a document.
+        cu_seqlens: Where documents begin in the rows one after the other, ended by N and padded with N (int32), as
+            trainer.documents makes them; None: each row is a document.
         max_seqlen: No document is longer.
     """
     arguments = (q_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen, window)
@@ -59,22 +57,6 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 
 
 # -- documents
-
-
-def cumulative_lengths(documents_BT: Tensor) -> Tensor:
-    """Where documents begin in the flattened batch, ended by N and padded with N: int32, one entry more than documents.
-
-    A document is a run of equal ids in one row. Padding is to one of a few sizes, N + 1 at most.
-    """
-    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    starts = begins_BT.flatten().nonzero().flatten()
-    size, most = FEWEST_LENGTHS, documents_BT.numel() + 1
-    while size < len(starts) + 1:
-        size *= LENGTHS_GROWTH
-    padded = torch.full((min(size, most),), documents_BT.numel(), dtype=torch.int32, device=documents_BT.device)
-    padded[: len(starts)] = starts
-    return padded
 
 
 def document_starts(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

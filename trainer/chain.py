@@ -5,7 +5,9 @@ from, and saves only under `checkpoints/epoch=E/`. A reader walks from the newes
 takes the newest whole checkpoint that it meets. What a process of an older epoch adds after the next one began (a
 zombie: cut off, but not dead) lies beyond a parent's step and is never met.
 Invariants: a checkpoint without its manifest does not exist; a manifest is written last and deleted first; the
-KEPT_AT_LEAST newest of the chain are never deleted. This module is torch-free.
+KEPT_AT_LEAST newest of the chain are never deleted. A store whose lists lag behind (S3 itself does not, some that
+speak its protocol do) hides neither the newest epoch nor its newest checkpoint: both are also found by name.
+This module is torch-free.
 """
 
 from __future__ import annotations
@@ -14,25 +16,21 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from cost.errors import SlmError
+from trainer.parts import Damaged as Damaged
+from trainer.parts import Part
 from trainer.store import Store, StoreKeyMissing
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 KEPT_AT_LEAST = 2
 """One could be damaged; and a zombie between its last look and its last deletion cannot take what a newer epoch
 starts from, because that is its own newest but one at the worst."""
-HASH_BLOCK_BYTES = 2**20
 
 _EPOCH_KEY = re.compile(r"epochs/(\d+)\.json")
 _CHECKPOINT_KEY = re.compile(r"checkpoints/epoch=(\d+)/step=(\d+)/(.+)")
-
-
-class Damaged(Exception):
-    """A checkpoint that is not whole; its message says in what way."""
 
 
 class Superseded(SlmError):
@@ -78,16 +76,6 @@ class EpochStart:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file of a checkpoint; `key` lies under the checkpoint's prefix, `name` is the file's own."""
-
-    key: str
-    name: str
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What makes a set of parts a checkpoint."""
 
@@ -95,20 +83,29 @@ class Manifest:
     step: int
     world_size: int
     parts: tuple[Part, ...]
+    tensors: dict[str, Any]
+    """Where each tensor lies in the parts, as trainer.staging wrote it."""
     facts: dict[str, Any]
     """Everything else that the loop wants back: configuration, data, counters."""
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"version": MANIFEST_VERSION, **asdict(self)}, indent=1).encode()
+        """JSON with a checksum of itself: a changed position would find the wrong, yet undamaged bytes."""
+        body = json.dumps(asdict(self), indent=1)
+        head = json.dumps({"version": MANIFEST_VERSION, "sha256": hashlib.sha256(body.encode()).hexdigest()})
+        return f"{head}\n{body}".encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Raises Damaged when the bytes are not a manifest."""
+        """Raises Damaged when the bytes are not a manifest, or not as they were written."""
         try:
-            fields = json.loads(data)
-            if fields.pop("version") != MANIFEST_VERSION:
+            head, _, body = data.decode().partition("\n")
+            said = json.loads(head)
+            if said["version"] != MANIFEST_VERSION:
                 raise Damaged("its manifest has another version")
-            parts = tuple(Part(**part) for part in fields.pop("parts"))
+            if said["sha256"] != hashlib.sha256(body.encode()).hexdigest():
+                raise Damaged("its manifest has another checksum")
+            fields = json.loads(body)
+            parts = tuple(Part(**{**part, "sha256": tuple(part["sha256"])}) for part in fields.pop("parts"))
             return cls(parts=parts, **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"its manifest cannot be read ({type(error).__name__}: {error})") from error
@@ -117,7 +114,10 @@ class Manifest:
 def newest_epoch(store: Store) -> int:
     """The number of the newest epoch, -1 before the first."""
     found = (_EPOCH_KEY.fullmatch(key) for key in store.list("epochs/"))
-    return max((int(match[1]) for match in found if match), default=-1)
+    newest = max((int(match[1]) for match in found if match), default=-1)
+    while _exists(store, f"epochs/{newest + 1}.json"):  # a list may lag behind
+        newest += 1
+    return newest
 
 
 def begin_epoch(store: Store, start: EpochStart) -> bool:
@@ -136,20 +136,30 @@ def require_newest(store: Store, epoch: int) -> None:
 
 def checkpoints_of_chain(store: Store) -> list[Place]:
     """Every checkpoint with a manifest that the newest epoch descends from or made, newest first."""
-    complete: dict[int, list[int]] = {}
+    complete: dict[int, set[int]] = {}
     for epoch, step, name in _checkpoint_keys(store):
         if name == MANIFEST:
-            complete.setdefault(epoch, []).append(step)
-    places = []
+            complete.setdefault(epoch, set()).add(step)
+    places: list[Place] = []
     epoch, limit = newest_epoch(store), None
     while epoch >= 0:
-        steps = sorted(complete.get(epoch, []), reverse=True)
-        places += [Place(epoch, step) for step in steps if limit is None or step <= limit]
+        steps = complete.pop(epoch, set())
+        if not places:
+            steps |= _published_step(store, epoch)
+        places += [Place(epoch, step) for step in sorted(steps, reverse=True) if limit is None or step <= limit]
         parent = _parent_of(store, epoch)
-        if parent is None:
+        if parent is None or (places and not any(older < epoch for older in complete)):
             break
         epoch, limit = parent
     return places
+
+
+def publish(store: Store, manifest: Manifest) -> None:
+    """Make what its parts hold a checkpoint; raises Superseded when a newer epoch has begun."""
+    require_newest(store, manifest.epoch)
+    place = Place(manifest.epoch, manifest.step)
+    store.write(place.prefix + MANIFEST, manifest.to_bytes())
+    store.write(_published_key(manifest.epoch), json.dumps({"step": manifest.step}).encode())
 
 
 def read_manifest(store: Store, place: Place) -> Manifest:
@@ -160,37 +170,15 @@ def read_manifest(store: Store, place: Place) -> Manifest:
         raise Damaged("its manifest is missing") from error
 
 
-def fetch(store: Store, place: Place, manifest: Manifest, folder: Path) -> None:
-    """Bring all parts into `folder` under their own names; raises Damaged unless every byte is as it was saved."""
-    for part in manifest.parts:
-        target = folder / part.name
-        try:
-            store.download(place.prefix + part.key, target)
-        except StoreKeyMissing as error:
-            raise Damaged(f"part {part.key} is missing") from error
-        size = target.stat().st_size
-        if size != part.num_bytes:
-            raise Damaged(f"part {part.key} has {size} bytes instead of {part.num_bytes}")
-        if file_sha256(target) != part.sha256:
-            raise Damaged(f"part {part.key} has another checksum")
-
-
-def upload_parts(store: Store, place: Place, folder: Path) -> tuple[Part, ...]:
-    """Store every file of `folder`. Leading dots go, since a store keeps such names to itself."""
-    parts = []
-    for path in sorted(folder.iterdir()):
-        key = path.name.lstrip(".")
-        store.upload(place.prefix + key, path)
-        parts.append(Part(key, path.name, path.stat().st_size, file_sha256(path)))
-    return tuple(parts)
-
-
-def prune(store: Store, epoch: int, keep_last: int) -> None:
-    """Delete what no reader will need: all but the newest of the chain, and what is no checkpoint at all.
+def prune(store: Store, epoch: int, keep_last: int, milestone_every_steps: int | None = None) -> None:
+    """Delete what no reader will need: all but milestones and the newest of the chain, and what is no checkpoint.
 
     Raises Superseded, and deletes nothing, when `epoch` is no longer the newest. Call it between two saves.
     """
-    kept = set(checkpoints_of_chain(store)[: max(keep_last, KEPT_AT_LEAST)])
+    chain = checkpoints_of_chain(store)
+    kept = set(chain[: max(keep_last, KEPT_AT_LEAST)])
+    if milestone_every_steps is not None:
+        kept |= {place for place in chain if place.step % milestone_every_steps == 0}
     doomed = [
         Place(found, step).prefix + name
         for found, step, name in _checkpoint_keys(store)
@@ -199,15 +187,6 @@ def prune(store: Store, epoch: int, keep_last: int) -> None:
     require_newest(store, epoch)
     for key in sorted(doomed, key=lambda key: not key.endswith("/" + MANIFEST)):
         store.delete(key)
-
-
-def file_sha256(path: Path) -> str:
-    """Of the content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _parent_of(store: Store, epoch: int) -> Place | None:
@@ -220,6 +199,27 @@ def _parent_of(store: Store, epoch: int) -> Place | None:
             f"{key} in {store.uri} cannot be read ({error}), so it is unknown which checkpoints are this run's; "
             "bring that file back, or start a new run."
         ) from error
+
+
+def _published_key(epoch: int) -> str:
+    return f"checkpoints/epoch={epoch}/newest.json"
+
+
+def _published_step(store: Store, epoch: int) -> set[int]:
+    """The step that this epoch saved last, if that is still there."""
+    try:
+        step = int(json.loads(store.read(_published_key(epoch)))["step"])
+    except (StoreKeyMissing, ValueError, KeyError, TypeError):
+        return set()
+    return {step} if _exists(store, Place(epoch, step).prefix + MANIFEST) else set()
+
+
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.read_range(key, 0, 1)
+    except StoreKeyMissing:
+        return False
+    return True
 
 
 def _checkpoint_keys(store: Store) -> list[tuple[int, int, str]]:

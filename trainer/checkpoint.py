@@ -1,8 +1,10 @@
 """Saving and resuming: model, optimizer, random state and position, whole or not at all.
 
-`torch.distributed.checkpoint` writes each rank's files to a local folder; they are uploaded as parts, and rank 0
-writes the manifest last. Loading takes the newest whole checkpoint along the chain of epochs (trainer.chain), at any
-world size. All ranks call every method of `Checkpoints` at the same step; a failure on one is raised on all.
+Each rank copies its share of the state into a buffer (trainer.staging), and training goes on while a thread stores that
+buffer as one part; rank 0 writes the manifest once all parts are durable. One save is in flight at most. What the
+threads of several ranks agree on goes through a process group of their own, never through that of training.
+Loading takes the newest whole checkpoint along the chain of epochs (trainer.chain), at any world size and layout.
+All ranks call every method of `Checkpoints` at the same step; a failure on one is raised on all.
 """
 
 from __future__ import annotations
@@ -11,43 +13,35 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
+import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from cost.errors import SlmError, UserError
 from trainer.chain import (
-    MANIFEST,
     Damaged,
     EpochStart,
     Manifest,
     Place,
     begin_epoch,
     checkpoints_of_chain,
-    fetch,
     newest_epoch,
     prune,
+    publish,
     read_manifest,
-    require_newest,
-    upload_parts,
 )
 from trainer.config import TrainConfig
-from trainer.store import Store, StoreError
+from trainer.parts import write_part
+from trainer.staging import Staging, empty_tensors, read_into
+from trainer.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +52,10 @@ FREE_FIELDS = (
     "checkpoint_interval_seconds",
     "checkpoint_every_steps",
     "keep_last",
+    "milestone_every_steps",
+    "losses_per_worker_hour",
+    "saved_at_notice",
+    "restart_seconds",
     "compile",
     "activation_checkpointing",
     "sharding",
@@ -65,6 +63,9 @@ FREE_FIELDS = (
     "num_threads",
 )
 """What may differ between a checkpoint and the run that goes on from it: nothing here is part of what is learned."""
+
+CLOSE_SECONDS = 60.0
+"""How long a save in flight may go on when training ended by an error."""
 
 T = TypeVar("T")
 
@@ -113,16 +114,30 @@ class Counters:
 
 
 class Checkpoints:
-    """The checkpoints of one group of workers. `begin` first, then `save` as often as you like."""
+    """The checkpoints of one group of workers. `begin` first, then `save` as often as you like, `close` at the end."""
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, keep_last: int) -> None:
+    def __init__(
+        self, store: Store, *, rank: int, world_size: int, keep_last: int, milestone_every_steps: int | None = None
+    ) -> None:
         self.store = store
         self.rank = rank
         self.world_size = world_size
         self.keep_last = keep_last
+        self.milestone_every_steps = milestone_every_steps
         self.epoch = -1
         self.newest: Place | None = None
+        """The newest that is durable."""
         self.last_stall_seconds = 0.0
+        """How long training waited for the newest save."""
+        self.last_save_seconds = 0.0
+        """From the beginning of the newest durable save until it was durable."""
+        self.last_cpu_seconds = 0.0
+        """What the thread that stored it computed meanwhile: checksums, and copying into the operating system."""
+        self.bytes_read = 0
+        """What this rank read to begin."""
+        self._staging: Staging | None = None
+        self._saving: _Saving | None = None
+        self._group: Any = None
 
     def begin(self, tensors: Mapping[str, Tensor], identity: Identity, lease_id: str) -> Counters:
         """Start an epoch, and fill `tensors` from the checkpoint that it goes on from, if there is one.
@@ -130,50 +145,92 @@ class Checkpoints:
         Raises UserError when that checkpoint is of another run, and SlmError when there are checkpoints and all of
         them are damaged.
         """
-        with tempfile.TemporaryDirectory(prefix="slm-load-") as name:
-            folder = Path(name)
-            begun, manifest = self._try_begin(identity, lease_id, folder)
-            while not begun:
-                log.warning("another group of workers began an epoch meanwhile; looking again")
-                begun, manifest = self._try_begin(identity, lease_id, folder)
-            if manifest is None:
-                return Counters()
-            self._together(lambda: _load(tensors, self.rank, folder))
-            return Counters(**manifest.facts["counters"])
+        if self.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        begun, manifest = self._try_begin(tensors, identity, lease_id)
+        while not begun:
+            log.warning("another group of workers began an epoch meanwhile; looking again")
+            begun, manifest = self._try_begin(tensors, identity, lease_id)
+        if manifest is None:
+            return Counters()
+        for name, owner in sorted(_owners(tensors, self.world_size).items()):
+            dist.broadcast(tensors[name], src=owner)
+        return Counters(**manifest.facts["counters"])
 
-    def save(self, tensors: Mapping[str, Tensor], identity: Identity, counters: Counters) -> None:
+    def save(
+        self, tensors: Mapping[str, Tensor], identity: Identity, counters: Counters, *, durable: bool = True
+    ) -> None:
         """Store everything under the step of `counters`; nothing if that is stored already.
 
-        Raises StoreError when a disk is full or a store is gone, and Superseded when a newer epoch has begun.
+        Returns once the state is copied, or with `durable` once it is stored for good. Waits for the save before it.
+        Raises StoreError when a disk is full or a store is gone, and Superseded when a newer epoch has begun: of
+        this save, or later of the next call.
         """
+        started = time.monotonic()
+        self.wait()
         if self.newest is not None and self.newest.step == counters.step:
             return
-        started = time.monotonic()
         place = Place(self.epoch, counters.step)
-        facts = {**identity.facts(), "counters": asdict(counters)}
-        with tempfile.TemporaryDirectory(prefix="slm-save-", ignore_cleanup_errors=True) as name:
-            folder = Path(name)
-            self._together(lambda: _stage({**tensors, **_random_state(self.rank)}, folder))
-            parts = self._together(lambda: upload_parts(self.store, place, folder))
-        manifest = Manifest(place.epoch, place.step, self.world_size, sum(parts, ()), facts)
-        self._on_first_rank(lambda: self._publish(place, manifest))
-        self.newest = place
+        facts = {**identity.facts(), **position(identity.config, counters), "counters": asdict(counters)}
+        state = {**tensors, **_random_state(self.rank)}
+        if self._staging is None:
+            self._staging = Staging(state, self.rank, self._gather)
+        self._staging.fill(state)
+        self._saving = _Saving(place, started, lambda: self._store(place, facts))
+        if durable:
+            self.wait()
         self.last_stall_seconds = time.monotonic() - started
 
-    def _publish(self, place: Place, manifest: Manifest) -> None:
-        require_newest(self.store, self.epoch)
-        self.store.write(place.prefix + MANIFEST, manifest.to_bytes())
-        prune(self.store, self.epoch, self.keep_last)
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in flight on this rank."""
+        return self._saving is not None and self._saving.is_running
 
-    def _try_begin(self, identity: Identity, lease_id: str, folder: Path) -> tuple[bool, Manifest | None]:
-        """Take the next epoch number, going on from the newest whole checkpoint, whose parts come into `folder`.
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save that was in flight failed, which `wait` raises. Joined over ranks by the loop."""
+        return self._saving is not None and self._saving.error is not None
+
+    def poll(self) -> None:
+        """Take note of a save that has become durable meanwhile."""
+        if self._saving is not None and not self._saving.is_running and self._saving.error is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save in flight is durable; raises what went wrong with it, the same on all ranks."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        seconds = saving.join()
+        self.newest, self.last_save_seconds, self.last_cpu_seconds = saving.place, seconds, saving.cpu_seconds
+
+    def close(self, within_seconds: float = CLOSE_SECONDS) -> None:
+        """Let a save in flight end, for some time; to be called when training ended, however it did."""
+        if self._saving is not None:
+            self._saving.thread.join(within_seconds)
+
+    def _store(self, place: Place, facts: Mapping[str, Any]) -> None:
+        """In the saving thread of each rank."""
+        assert self._staging is not None
+        staging = self._staging
+        key = f"part-{self.rank:05d}.bin"
+        parts = self._together(lambda: write_part(self.store, place.prefix, key, staging.content()))
+        manifest = Manifest(place.epoch, place.step, self.world_size, tuple(parts), staging.tensors, dict(facts))
+        self._on_first_rank(lambda: self._publish(manifest))
+
+    def _publish(self, manifest: Manifest) -> None:
+        publish(self.store, manifest)
+        prune(self.store, self.epoch, self.keep_last, self.milestone_every_steps)
+
+    def _try_begin(
+        self, tensors: Mapping[str, Tensor], identity: Identity, lease_id: str
+    ) -> tuple[bool, Manifest | None]:
+        """Take the next epoch number, going on from the newest whole checkpoint, of which each rank reads its share.
 
         False when another group of workers took that number first; the newest checkpoint may be another one then.
         """
         number = self._on_first_rank(lambda: newest_epoch(self.store) + 1)
-        manifest, skipped = self._fetch_newest_whole(folder)
-        if manifest is not None:
-            identity.require_same(manifest.facts)
+        manifest, skipped = self._read_newest_whole(tensors, identity)
         parent = None if manifest is None else Place(manifest.epoch, manifest.step)
         start = EpochStart(
             epoch=number,
@@ -187,15 +244,20 @@ class Checkpoints:
         self.epoch, self.newest = number, parent
         return begun, manifest
 
-    def _fetch_newest_whole(self, folder: Path) -> tuple[Manifest | None, list[str]]:
-        """Bring its parts into `folder` on every rank; also what was wrong with those that were passed over."""
+    def _read_newest_whole(
+        self, tensors: Mapping[str, Tensor], identity: Identity
+    ) -> tuple[Manifest | None, list[str]]:
+        """Fill this rank's share of `tensors`; also what was wrong with the checkpoints that were passed over."""
         skipped: list[str] = []
         for place in self._on_first_rank(lambda: checkpoints_of_chain(self.store)):
-            outcomes = self._together(functools.partial(_try_fetch, self.store, place, folder))
-            reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
-            manifest = outcomes[self.rank]
-            if not reasons and isinstance(manifest, Manifest):
-                return manifest, skipped
+            manifest = self._on_first_rank(functools.partial(_manifest_or_damage, self.store, place))
+            reasons = [manifest] if isinstance(manifest, str) else []
+            if isinstance(manifest, Manifest):
+                identity.require_same(manifest.facts)
+                read = self._together(functools.partial(self._read, tensors, manifest, place))
+                reasons = [reason for reason in read if reason]
+                if not reasons:
+                    return manifest, skipped
             skipped.append(f"{place}: {reasons[0]}")
             log.warning("the checkpoint at %s is damaged: %s; trying the one before", place, reasons[0])
         if skipped:
@@ -204,6 +266,22 @@ class Checkpoints:
                 "back, or delete checkpoints/ and epochs/ there to begin at step 0."
             )
         return None, skipped
+
+    def _read(self, tensors: Mapping[str, Tensor], manifest: Manifest, place: Place) -> str:
+        """Fill this rank's share, and set its random state; in what way the checkpoint is damaged, if it is."""
+        owners = _owners(tensors, self.world_size)
+        mine = {name: tensor for name, tensor in tensors.items() if owners.get(name, self.rank) == self.rank}
+        # A rank or a device that was not there when this was saved keeps the random state it was seeded with.
+        random_state = {name: value for name, value in _random_state(self.rank).items() if name in manifest.tensors}
+        try:
+            self.bytes_read = read_into({**mine, **random_state}, manifest, self.store, place)
+        except Damaged as error:
+            return str(error)
+        if f"random/cpu/{self.rank}" in random_state:
+            torch.set_rng_state(random_state[f"random/cpu/{self.rank}"])
+        if f"random/cuda/{self.rank}" in random_state:
+            torch.cuda.set_rng_state(random_state[f"random/cuda/{self.rank}"])
+        return ""
 
     def _on_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank."""
@@ -217,66 +295,96 @@ class Checkpoints:
             value = work()
         except SlmError as raised:
             error = raised
-        if not dist.is_initialized():
-            outcomes: list[tuple[T | None, SlmError | None]] = [(value, error)]
-        else:
-            outcomes = [(None, None)] * self.world_size
-            dist.all_gather_object(outcomes, (value, error))
+        outcomes: list[tuple[T | None, SlmError | None]] = self._gather((value, error))
         for _, failed in outcomes:
             if failed is not None:
                 raise failed
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
+    def _gather(self, value: Any) -> list[Any]:
+        """What each rank gave."""
+        if self._group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
-def _stage(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write this rank's files. Not synced to disk: what counts is what the store holds."""
-    writer = FileSystemWriter(folder, sync_files=False)
+
+class _Saving:
+    """One save in flight."""
+
+    def __init__(self, place: Place, started: float, work: Callable[[], None]) -> None:
+        self.place = place
+        self.error: BaseException | None = None
+        self.cpu_seconds = 0.0
+        self._started = started
+        self._ended = started
+        self._work = work
+        # A daemon: where another rank died, this one must be able to end too.
+        self.thread = threading.Thread(target=self._run, name=f"save-step-{place.step}", daemon=True)
+        self.thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self.thread.is_alive()
+
+    def join(self) -> float:
+        """How long it took, once it is durable; raises its error."""
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return self._ended - self._started
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # whatever it is, the loop raises it
+            self.error = error
+        self.cpu_seconds = time.thread_time()
+        self._ended = time.monotonic()
+
+
+def read_tensors(store: Store, place: Place, prefix: str = "model/") -> dict[str, Tensor]:
+    """Every tensor of a checkpoint whose name begins with `prefix`, whole, without that prefix.
+
+    Raises Damaged when a byte of it is not as it was saved.
+    """
+    manifest = read_manifest(store, place)
+    tensors = empty_tensors(manifest, prefix)
+    read_into(tensors, manifest, store, place)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def position(config: TrainConfig, counters: Counters) -> dict[str, Any]:
+    """Where the schedule and the data stand, for a reader of the manifest; the loop derives both from the step."""
+    return {
+        "schedule": {"step": counters.step, "num_steps": config.num_steps},
+        "sample_position": counters.step * config.global_batch_size,
+    }
+
+
+def _manifest_or_damage(store: Store, place: Place) -> Manifest | str:
     try:
-        with _single_process_is_meant():
-            save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError, RuntimeError) as error:
-        cause = _first_cause(error)
-        if not isinstance(cause, (OSError, RuntimeError)):
-            raise
-        free_mib = shutil.disk_usage(folder).free / 2**20
-        raise StoreError(
-            f"cannot stage a checkpoint in {folder} ({cause}), {free_mib:.0f} MiB free; free space there or set "
-            "TMPDIR to a larger disk and run the command again, all checkpoints stored before are intact."
-        ) from error
-
-
-def _try_fetch(store: Store, place: Place, folder: Path) -> Manifest | str:
-    """The manifest once all parts are in `folder`, or in what way this checkpoint is damaged."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        manifest = read_manifest(store, place)
-        fetch(store, place, manifest, folder)
+        return read_manifest(store, place)
     except Damaged as error:
         return str(error)
-    return manifest
 
 
-def _load(tensors: Mapping[str, Tensor], rank: int, folder: Path) -> None:
-    """Copy what was saved into `tensors`, and set the random state."""
-    reader = FileSystemReader(folder)
-    saved = reader.read_metadata().state_dict_metadata
-    # A rank or a device that was not there when this was saved keeps the random state it was seeded with.
-    random_state = {name: value for name, value in _random_state(rank).items() if name in saved}
-    with _single_process_is_meant():
-        load({**tensors, **random_state}, storage_reader=reader, no_dist=True)
-    if f"random/cpu/{rank}" in random_state:
-        torch.set_rng_state(random_state[f"random/cpu/{rank}"])
-    if f"random/cuda/{rank}" in random_state:
-        torch.cuda.set_rng_state(random_state[f"random/cuda/{rank}"])
+def _owners(tensors: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
+    """Who reads each tensor that all ranks hold whole, so that together they read it once; the others get it sent.
 
-
-@contextmanager
-def _single_process_is_meant() -> Iterator[None]:
-    """Torch warns when it saves or loads without a process group, even when told so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    A tensor on the CPU under a process group of GPUs is left out: each rank reads it by itself.
+    """
+    if world_size == 1:
+        return {}
+    on_gpu_only = dist.get_backend() == "nccl"
+    loads = [0] * world_size
+    owners = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if not isinstance(tensor, DTensor) and not (on_gpu_only and tensor.device.type == "cpu"):
+            owners[name] = loads.index(min(loads))
+            loads[owners[name]] += tensor.nbytes
+    return owners
 
 
 def _random_state(rank: int) -> dict[str, Tensor]:
@@ -284,13 +392,6 @@ def _random_state(rank: int) -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state[f"random/cuda/{rank}"] = torch.cuda.get_rng_state()
     return state
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong on the first rank where something did."""
-    if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
 
 
 def _decisive(facts: Mapping[str, Any]) -> dict[str, Any]:

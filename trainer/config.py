@@ -142,7 +142,17 @@ class TrainConfig:
     checkpoint_interval_seconds: float = 15.0
     checkpoint_every_steps: int | None = None
     keep_last: int = 3
+    milestone_every_steps: int | None = None
+    """Checkpoints at multiples of this are kept for good, beside the newest."""
+    losses_per_worker_hour: float | None = None
+    """A node's losses per hour, over its workers; given it, the interval follows what a save is measured to cost."""
+    saved_at_notice: float = 0.0
+    """Chance that the work since the last checkpoint is saved before a loss."""
+    restart_seconds: float = 0.0
+    """From a loss to training again, as far as known."""
     compile: bool = False
+    max_documents: int | None = None
+    """Attention and positions begin anew in each of so many documents of a sequence; None lets tokens see all."""
     activation_checkpointing: bool = False
     """Keep each layer's input alone and compute the rest again in the backward pass."""
     fp8: bool = False

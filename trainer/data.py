@@ -4,37 +4,34 @@ Sample number g = step x global_batch_size + row. Low-discrepancy interleaving b
 from and how many of that source came before; a keyed permutation of the source's windows, a new one in each of its
 epochs, says which window. So the position of a run is one integer, `step`, and every world size sees the same global
 batches in the same order. Ranks take contiguous shares of a batch, which need not be equal.
-Shards are raw little-endian uint16, listed by `index.json`.
+Shards are raw little-endian uint16, listed by `index.json`, and beside them is where each document begins.
 """
 
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from cost.errors import SlmError, UserError
+from trainer.documents import Int32s, Int64s, number_documents
+from trainer.model import IGNORED
+from trainer.order import sample_places, samples_before
 
 INDEX_FILE = "index.json"
 INDEX_VERSION = 1
-FEISTEL_ROUNDS = 4
-"""Luby and Rackoff 1988: four rounds of a pseudorandom function make a pseudorandom permutation."""
-WEIGHT_BITS = 30
-"""Weights become fractions of 2**WEIGHT_BITS, so that the interleaving is exact integer arithmetic."""
 ORDER_BLOCK_SAMPLES = 4096
 """The order is computed for so many samples at once and kept; numpy's cost per call then hardly counts."""
-
-Uint64s = npt.NDArray[np.uint64]
-Int64s = npt.NDArray[np.int64]
+READ_AHEAD_TOKENS = 2**16
+"""Small shares are read for so many tokens at once, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,27 @@ class DataIndex:
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch, both B x T; B is that share's size and may be zero."""
+    """One rank's share of a global batch, all B x T; B is that share's size and may be zero.
+
+    `documents` is there when the loader was asked for it: the number of each token's document in its row (int32). The
+    first token of a document cannot be predicted from the one before, so it is no target then.
+    """
 
     tokens: Tensor
     targets: Tensor
+    documents: Tensor | None = None
+
+    def rows(self, begin: int, end: int) -> Batch:
+        """Some of the rows."""
+        return Batch(*(None if each is None else each[begin:end] for each in self))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same elsewhere."""
+        return Batch(*(None if each is None else each.to(device, non_blocking=True) for each in self))  # type: ignore[arg-type]
+
+    def given(self) -> tuple[Tensor, ...]:
+        """What the model is called with."""
+        return tuple(each for each in self if each is not None)
 
 
 def read_index(data_dir: Path) -> DataIndex:
@@ -78,10 +92,25 @@ def read_index(data_dir: Path) -> DataIndex:
         ) from error
 
 
+class _Shard(NamedTuple):
+    """The windows of one shard, and where in it documents begin."""
+
+    windows: npt.NDArray[np.uint16]
+    """W x (T + 1), a view: nothing is read before it is asked for."""
+    document_starts: Int64s
+
+
+class Places(NamedTuple):
+    """Where samples are: for each its shard, counted over all sources, and its window in there."""
+
+    shards: Int64s
+    windows: Int64s
+
+
 class TokenShards:
     """One split of prepared data as windows of sequence_length + 1 tokens; the last token is the next one's first."""
 
-    def __init__(self, data_dir: Path, split: str, sequence_length: int) -> None:
+    def __init__(self, data_dir: Path, split: str, sequence_length: int, *, with_documents: bool = False) -> None:
         self.index = read_index(data_dir)
         self.split = split
         self.sequence_length = sequence_length
@@ -90,56 +119,121 @@ class TokenShards:
             raise SlmError(f"{data_dir} has no split {split!r}; prepare the data again.")
         self.names: list[str] = [source["name"] for source in sources]
         self.weights: list[float] = [float(source["weight"]) for source in sources]
-        self._shards = [[_open_shard(data_dir, shard) for shard in source["shards"]] for source in sources]
-        # Per source, the number of windows in all shards before each one, and at the end in all of them.
-        self._windows_before = [
-            list(accumulate((max(len(shard) - 1, 0) // sequence_length for shard in shards), initial=0))
-            for shards in self._shards
-        ]
-        self.num_windows = [before[-1] for before in self._windows_before]
-        for name, weight, count in zip(self.names, self.weights, self.num_windows, strict=True):
+        self.with_documents = with_documents
+        self.num_windows: list[int] = []
+        self._shards: list[_Shard] = []
+        first_of_shard, first_of_source = [], []
+        for name, weight, source in zip(self.names, self.weights, sources, strict=True):
+            starts = _open_documents(data_dir, source) if with_documents else np.empty(0, dtype=np.int64)
+            before, count = sum(self.num_windows), 0
+            first_of_source.append(before)
+            for window_WX, offset in _windows(data_dir, source["shards"], sequence_length):
+                first_of_shard.append(before + count)
+                self._shards.append(_Shard(window_WX, starts - offset))
+                count += len(window_WX)
+            self.num_windows.append(count)
             if weight > 0 and count == 0:
                 raise UserError(
                     f"source {name!r} of split {split!r} has no {sequence_length + 1} tokens in one piece; "
                     "give it more text, or make model.sequence_length smaller."
                 )
+        self._first_of_shard = np.array(first_of_shard, dtype=np.int64)
+        self._first_of_source = np.array(first_of_source, dtype=np.int64)
 
-    def read(self, source_N: Int64s, window_N: Int64s) -> Int64s:
+    def find(self, source_N: Int64s, window_N: Int64s) -> Places:
+        """Which shard each window is in, and its number there."""
+        number_N = self._first_of_source[source_N] + window_N
+        shard_N = np.searchsorted(self._first_of_shard, number_N, "right") - 1
+        return Places(shard_N, number_N - self._first_of_shard[shard_N])
+
+    def read(self, at: Places) -> Int64s:
         """The tokens of these windows, N x (T + 1)."""
-        T = self.sequence_length
-        out = np.empty((len(window_N), T + 1), dtype=np.int64)
-        for row, (source, window) in enumerate(zip(source_N.tolist(), window_N.tolist(), strict=True)):
-            before = self._windows_before[source]
-            shard = bisect_right(before, window) - 1
-            start = (window - before[shard]) * T
-            out[row] = self._shards[source][shard][start : start + T + 1]
+        out = np.empty((len(at.shards), self.sequence_length + 1), dtype=np.int64)
+        for shard, mine in _by_shard(at):
+            out[mine] = self._shards[shard].windows[at.windows[mine]]
         return out
+
+    def read_documents(self, at: Places, max_documents: int) -> Int32s:
+        """The number of each token's document in its window, N x (T + 1); at most `max_documents` different ones."""
+        T = self.sequence_length
+        out = np.empty((len(at.shards), T + 1), dtype=np.int32)
+        for shard, mine in _by_shard(at):
+            starts = self._shards[shard].document_starts
+            out[mine] = number_documents(starts, at.windows[mine] * T, T + 1, max_documents)
+        return out
+
+
+class _Order(NamedTuple):
+    """Where one share of some consecutive global batches is."""
+
+    steps: range
+    rows: tuple[int, int]
+    at: Places
+
+
+class _Ahead(NamedTuple):
+    """One share of some consecutive global batches, one after the other."""
+
+    steps: range
+    rows: tuple[int, int]
+    batches: Batch
 
 
 class Loader:
     """The batches of a run. Holds no position: `batch` may be asked for any step in any order."""
 
-    def __init__(self, shards: TokenShards, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, shards: TokenShards, global_batch_size: int, seed: int, *, max_documents: int | None = None
+    ) -> None:
+        """`max_documents` of one sequence are told apart; None tells nothing of documents."""
+        if max_documents is not None and not shards.with_documents:
+            raise SlmError("documents can be told apart only in shards that were opened with_documents.")
         self.shards = shards
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self._block = (0, *sample_places(0, 0, shards.weights, shards.num_windows, seed))
+        self.max_documents = max_documents
+        self._order: _Order | None = None
+        self._ahead: _Ahead | None = None
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """What this rank trains on in this step."""
-        begin, end = share(self.global_batch_size, rank, world_size)
-        source_N, window_N = self._places(step * self.global_batch_size + begin, end - begin)
-        rows = torch.from_numpy(self.shards.read(source_N, window_N))
-        return Batch(rows[:, :-1], rows[:, 1:])
+        rows = share(self.global_batch_size, rank, world_size)
+        count = rows[1] - rows[0]
+        ahead = self._ahead
+        if ahead is None or step not in ahead.steps or rows != ahead.rows:
+            steps = _steps_from(step, count * self.shards.sequence_length, READ_AHEAD_TOKENS)
+            ahead = self._ahead = _Ahead(steps, rows, self._read(self._places(steps, rows)))
+        begin = (step - ahead.steps.start) * count
+        return ahead.batches.rows(begin, begin + count)
 
-    def _places(self, first: int, count: int) -> tuple[Int64s, Int64s]:
-        start, source_N, window_N = self._block
-        if not start <= first <= first + count <= start + len(source_N):
-            size = max(count, ORDER_BLOCK_SAMPLES)
-            source_N, window_N = sample_places(first, size, self.shards.weights, self.shards.num_windows, self.seed)
-            start, self._block = first, (first, source_N, window_N)
-        chosen = slice(first - start, first - start + count)
-        return source_N[chosen], window_N[chosen]
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the first `step` steps have shown each source, as a multiple of all its windows."""
+        seen = samples_before(step * self.global_batch_size, self.shards.weights)
+        counts = zip(self.shards.names, seen, self.shards.num_windows, strict=True)
+        return {name: number / windows if windows else 0.0 for name, number, windows in counts}
+
+    def _read(self, at: Places) -> Batch:
+        rows = self.shards.read(at)
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        if self.max_documents is None:
+            return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+        documents = self.shards.read_documents(at, self.max_documents)
+        targets = np.where(documents[:, 1:] == documents[:, :-1], targets, np.int64(IGNORED))
+        return Batch(*map(torch.from_numpy, (tokens, targets, np.ascontiguousarray(documents[:, :-1]))))
+
+    def _places(self, steps: range, rows: tuple[int, int]) -> Places:
+        """Where these rows of global batches are; those of the steps after are found with them and kept."""
+        count = rows[1] - rows[0]
+        order = self._order
+        if order is None or steps.start not in order.steps or steps[-1] not in order.steps or rows != order.rows:
+            longer = max(steps, _steps_from(steps.start, count, ORDER_BLOCK_SAMPLES), key=len)
+            first_S = np.arange(longer.start, longer.stop, dtype=np.int64) * self.global_batch_size + rows[0]
+            sample_N = (first_S[:, None] + np.arange(count)).ravel()
+            found = sample_places(sample_N, self.shards.weights, self.shards.num_windows, self.seed)
+            order = self._order = _Order(longer, rows, self.shards.find(*found))
+        begin = (steps.start - order.steps.start) * count
+        chosen = slice(begin, begin + len(steps) * count)
+        return Places(order.at.shards[chosen], order.at.windows[chosen])
 
 
 def share(global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -147,75 +241,39 @@ def share(global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]
     return global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size
 
 
-def sample_places(
-    first: int, count: int, weights: Sequence[float], num_windows: Sequence[int], seed: int
-) -> tuple[Int64s, Int64s]:
-    """Source and window of the samples first, first + 1, ..."""
-    source_N, ordinal_N = interleave(np.arange(first, first + count, dtype=np.int64), weights)
-    window_N = np.zeros(count, dtype=np.int64)
-    for source, size in enumerate(num_windows):
-        mine = source_N == source
-        if mine.any():
-            epoch_N, index_N = np.divmod(ordinal_N[mine], size)
-            window_N[mine] = permute(index_N, size, _epoch_keys(seed, source, epoch_N))
-    return source_N, window_N
+def _steps_from(step: int, size_of_one: int, wanted: int) -> range:
+    """The step and as many after it as together have the wanted size at most."""
+    return range(step, step + max(1, wanted // max(1, size_of_one)))
 
 
-def interleave(sample_N: Int64s, weights: Sequence[float]) -> tuple[Int64s, Int64s]:
-    """Which source each sample comes from, and how many samples of that source came before it.
-
-    Any first n samples hold each source's share of n to within one per source, with no memory but n: sample r of
-    those still unclaimed goes to a source of share s where floor(r s) steps up; the rest are numbered anew and
-    offered to the next source.
-    """
-    left_N = sample_N.copy()
-    source_N = np.full(len(sample_N), len(weights) - 1, dtype=np.int64)
-    unclaimed_N = np.ones(len(sample_N), dtype=bool)
-    for source, weight in enumerate(weights[:-1]):
-        fraction = round(weight / (sum(weights[source:]) or 1.0) * 2**WEIGHT_BITS)
-        before_N = (left_N * fraction) >> WEIGHT_BITS
-        claimed_N = unclaimed_N & ((((left_N + 1) * fraction) >> WEIGHT_BITS) > before_N)
-        source_N[claimed_N] = source
-        unclaimed_N &= ~claimed_N
-        left_N = np.where(claimed_N, before_N, np.where(unclaimed_N, left_N - before_N, left_N))
-    return source_N, left_N
+def _by_shard(at: Places) -> Iterator[tuple[int, Any]]:
+    """Each shard that holds some of these windows, and which."""
+    for shard in np.unique(at.shards).tolist():
+        yield shard, np.flatnonzero(at.shards == shard)
 
 
-def permute(index_N: Int64s, size: int, key_N: Uint64s) -> Int64s:
-    """Where a pseudorandom permutation of range(size), chosen by the key, sends each index.
-
-    A Feistel network permutes the next power of four; indices that land outside are sent on until they land inside.
-    """
-    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    round_keys = [_mix(key_N + np.uint64(number + 1)) for number in range(FEISTEL_ROUNDS)]
-    value_N = _u64(index_N)
-    outside_N = np.ones(len(value_N), dtype=bool)
-    while outside_N.any():
-        left, right = value_N[outside_N] >> half_bits, value_N[outside_N] & mask
-        for keys in round_keys:
-            left, right = right, left ^ (_mix(right + keys[outside_N]) & mask)
-        value_N[outside_N] = (left << half_bits) | right
-        outside_N = value_N >= np.uint64(size)
-    return value_N.astype(np.int64)
+def _windows(
+    data_dir: Path, shards: Sequence[Mapping[str, Any]], sequence_length: int
+) -> Iterator[tuple[npt.NDArray[np.uint16], int]]:
+    """Per shard a view of its windows, W x (T + 1), and how many tokens of the source come before it."""
+    offset = 0
+    for shard in shards:
+        tokens = _open_shard(data_dir, shard)
+        if len(tokens) > sequence_length:
+            yield sliding_window_view(tokens, sequence_length + 1)[::sequence_length], offset
+        offset += len(tokens)
 
 
-def _epoch_keys(seed: int, source: int, epoch_N: Int64s) -> Uint64s:
-    """One key per epoch of each source."""
-    key = _mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(source))
-    return _mix(key + _u64(epoch_N))
-
-
-def _mix(value_N: Uint64s) -> Uint64s:
-    """The finalizer of splitmix64: every input bit moves every output bit. Source: Steele et al., OOPSLA 2014."""
-    with np.errstate(over="ignore"):
-        value_N = (value_N ^ (value_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value_N = (value_N ^ (value_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value_N ^ (value_N >> np.uint64(31))
-
-
-def _u64(value_N: Int64s) -> Uint64s:
-    return value_N.astype(np.uint64)
+def _open_documents(data_dir: Path, source: Mapping[str, Any]) -> Int64s:
+    """Where the documents of a source begin, counted in tokens over all its shards."""
+    path = data_dir / str(source.get("documents", "(none named)"))
+    try:
+        starts: Int64s = np.load(path).astype(np.int64)
+    except (OSError, ValueError) as error:
+        raise SlmError(f"cannot read where documents begin, {path} ({error}); prepare the data again.") from error
+    if len(starts) != source.get("num_documents", len(starts)) or (np.diff(starts) <= 0).any():
+        raise SlmError(f"{path} does not name the documents of {source['name']!r}; prepare the data again.")
+    return starts
 
 
 def _open_shard(data_dir: Path, shard: Mapping[str, Any]) -> npt.NDArray[np.uint16]:

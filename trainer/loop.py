@@ -11,9 +11,8 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,6 +32,7 @@ from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
 from trainer.model import IGNORED, Transformer, build_model, load_initial, weights_sha256
 from trainer.optim import Updates, scale_and_clip
+from trainer.pacing import Pace
 from trainer.parallel import fabric_precision as fabric_precision
 from trainer.profile import profiler
 from trainer.schedule import learning_rate_factor
@@ -41,9 +41,7 @@ from trainer.store import Store
 log = logging.getLogger(__name__)
 
 PHASES = ("data", "model", "load", "first_step")
-"""What `train` calls `phase` with, in this order."""
-COMPILED_FOLDER = Path.home() / ".cache" / "slm" / "compiled"
-"""Compiled steps of this machine, kept for the next group of workers; torch's own variable says otherwise."""
+"""What `train` calls `phase` with, in this order; with compilation, `compile` before the last."""
 RESULT_KEY = "result.json"
 HELDOUT_SEED = 0
 """The held-out windows are the same in all runs on the same data, so that their losses can be compared."""
@@ -56,6 +54,10 @@ class Signal:
     checkpoint: bool = False
     stop: bool = False
     reason: str = ""
+    due: bool = False
+    """The interval is over; the loop says so itself."""
+    hold: bool = False
+    """A node goes soon, and what was begun now would not end in time or would be in the way of the last save."""
 
 
 class Signals(Protocol):
@@ -95,15 +97,19 @@ def train(
     signals: Signals,
     phase: Callable[[str], None],
     stop_after: int | None = None,
+    start_seconds: Mapping[str, float] | None = None,
 ) -> Result:
     """Train until done or told to stop; goes on from the newest whole checkpoint by itself.
 
     Call it on every rank of a launched `fabric`. `stop_after` ends at that step as a stop signal would.
+    `start_seconds`, which the caller goes on filling, is reported as what the start took.
     Raises SlmError when the loss is not finite, StoreError when the store or a disk fails.
     """
-    return _Run(config, fabric, data_dir, store, lease_id, signals, phase).until(
-        config.num_steps if stop_after is None else min(stop_after, config.num_steps)
-    )
+    run = _Run(config, fabric, data_dir, store, lease_id, signals, phase, start_seconds or {})
+    try:
+        return run.until(config.num_steps if stop_after is None else min(stop_after, config.num_steps))
+    finally:
+        run.checkpoints.close()
 
 
 class _Run:
@@ -118,7 +124,9 @@ class _Run:
         lease_id: str,
         signals: Signals,
         phase: Callable[[str], None],
+        start_seconds: Mapping[str, float],
     ) -> None:
+        self.start_seconds = start_seconds
         self.config, self.fabric, self.store, self.signals, self.phase = config, fabric, store, signals, phase
         self.rank, self.world_size = fabric.global_rank, fabric.world_size
         self.started_at = self.saved_at = time.monotonic()
@@ -126,12 +134,15 @@ class _Run:
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed + self.rank)
 
-        shards = TokenShards(data_dir, "train", config.model.sequence_length)
-        heldout = TokenShards(data_dir, "heldout", config.model.sequence_length)
+        apart = config.max_documents is not None
+        shards = TokenShards(data_dir, "train", config.model.sequence_length, with_documents=apart)
+        heldout = TokenShards(data_dir, "heldout", config.model.sequence_length, with_documents=apart)
         self.index = shards.index
         _check_vocabulary(config.model.vocab_size, self.index.vocab_size)
-        self.loader = Loader(shards, config.global_batch_size, config.seed)
-        self.heldout = Loader(heldout, min(config.eval_sequences, sum(heldout.num_windows)), HELDOUT_SEED)
+        most = config.max_documents
+        self.loader = Loader(shards, config.global_batch_size, config.seed, max_documents=most)
+        num_heldout = min(config.eval_sequences, sum(heldout.num_windows))
+        self.heldout = Loader(heldout, num_heldout, HELDOUT_SEED, max_documents=most)
         phase("data")
 
         self.weights, self.model = set_up_model(config, fabric)
@@ -139,7 +150,14 @@ class _Run:
         phase("model")
 
         self.identity = Identity(config, self.index.tokenizer_sha256, self.index.fingerprint)
-        self.checkpoints = Checkpoints(store, rank=self.rank, world_size=self.world_size, keep_last=config.keep_last)
+        self.checkpoints = Checkpoints(
+            store,
+            rank=self.rank,
+            world_size=self.world_size,
+            keep_last=config.keep_last,
+            milestone_every_steps=config.milestone_every_steps,
+        )
+        self.pace = Pace(config, self.world_size)
         self.at = self.checkpoints.begin(self._tensors(), self.identity, lease_id)
         phase("load")
 
@@ -155,6 +173,9 @@ class _Run:
         if at.first_heldout_loss is None:
             at.heldout_loss = at.first_heldout_loss = self._evaluate()
         self.reporter.progress(self._progress())
+        if config.compile and at.step < last_step:
+            self._compile()
+            self.phase("compile")
         self.saved_at = time.monotonic()
         first, stop = True, at.step >= last_step
         with profiler(self.store, self.checkpoints.epoch, wanted=config.profile and self.rank == 0) as tracer:
@@ -164,14 +185,18 @@ class _Run:
                     tracer.step()
                 if first:
                     self.phase("first_step")
+                    self.pace.started(time.monotonic() - self.started_at)
                     first = False
                 stop = signal.stop or at.step >= last_step
                 evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
                 if evaluated:
                     at.heldout_loss = self._evaluate()
                 self._report(evaluated)
-                if stop or signal.checkpoint or _divides(config.checkpoint_every_steps, at.step):
-                    self._save()
+                # What somebody asked for is stored for good before training goes on: what follows may be the end.
+                durable = stop or signal.checkpoint
+                wanted = durable or signal.due or _divides(config.checkpoint_every_steps, at.step)
+                if stop or (wanted and not signal.hold):
+                    self._save(durable=durable)
         return self._finish()
 
     def _step(self) -> Signal:
@@ -202,40 +227,57 @@ class _Run:
         self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds, memory)
         return signal
 
+    def _compile(self) -> None:
+        """Have forward and backward compiled, on the first piece of the coming batch; nothing of it is kept."""
+        batch = self.loader.batch(self.at.step, self.rank, self.world_size)
+        piece = next(self._micro_batches(batch, self.config.global_batch_size))
+        self.fabric.backward(self.model(*piece.given()))
+        self.updates.zero_grad()
+
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of this rank's share, reduced over ranks with the last; returns its summed loss."""
         loss_sum = torch.zeros((), device=self.fabric.device)
         pieces = list(self._micro_batches(batch, self.config.global_batch_size))
         for number, piece in enumerate(pieces, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
-                loss = self.model(*piece)
+                loss = self.model(*piece.given())
                 self.fabric.backward(loss)
             loss_sum += loss.detach()
         return loss_sum
 
-    def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[tuple[Tensor | None, ...]]:
-        """What the model is called with, piece by piece: as many on every rank, so that all join every collective.
-
-        A piece is masked where a share has run out. Where documents begin is counted here, before the device.
-        """
+    def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[Batch]:
+        """As many pieces on every rank, so that all join every collective; masked where a share has run out."""
         size = self.config.micro_batch_size
         largest_share = -(-global_batch_size // self.world_size)
         for begin in range(0, largest_share, size):
-            piece = Batch(*(rows[begin : begin + size] for rows in batch))
+            piece = batch.rows(begin, begin + size)
             if len(piece.tokens) == 0:
-                piece = masked_batch(self.config.model.sequence_length)
-            documents: Tensor | None = getattr(piece, "documents", None)
-            cu_seqlens = None if documents is None else attention.cumulative_lengths(documents)
-            inputs = (piece.tokens, piece.targets, cu_seqlens)
-            yield tuple(None if part is None else part.to(self.fabric.device, non_blocking=True) for part in inputs)
+                piece = masked_batch(self.config.model.sequence_length, with_documents=batch.documents is not None)
+            yield piece.to(self.fabric.device)
 
     def _agree(self, loss_sum: Tensor, num_targets: int) -> tuple[float, int, Signal]:
         """The one small all-reduce of a step: loss, count, and what any worker wants."""
         mine = self.signals.poll(self.at.step)
-        due = self.rank == 0 and time.monotonic() - self.saved_at >= self.config.checkpoint_interval_seconds
-        wishes = [num_targets, mine.checkpoint or due, mine.stop]
-        total, count, checkpoint, stop = self._sum(loss_sum, *wishes)
-        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason)
+        self._note_saves()
+        elapsed = time.monotonic() - self.saved_at
+        due = self.rank == 0 and not self.checkpoints.is_saving and elapsed >= self.pace.interval_seconds
+        wishes = [num_targets, mine.checkpoint, mine.stop, due, mine.hold, self.checkpoints.has_failed]
+        total, count, checkpoint, stop, dues, holds, failures = self._sum(loss_sum, *wishes)
+        if failures > 0:  # on all ranks at this step: each raises what one of them met
+            self.checkpoints.wait()
+        return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason, due=dues > 0, hold=holds > 0)
+
+    def _note_saves(self) -> None:
+        """A save that became durable since the last step counts for the interval."""
+        before = self.checkpoints.newest
+        self.checkpoints.poll()
+        if self.checkpoints.newest != before:
+            self._measure_save()
+
+    def _measure_save(self) -> None:
+        self.pace.saved(
+            stall_seconds=self.checkpoints.last_stall_seconds, save_seconds=self.checkpoints.last_save_seconds
+        )
 
     def _evaluate(self) -> float:
         """Mean held-out loss in nats per token, over all ranks."""
@@ -243,7 +285,7 @@ class _Run:
         loss_sum = torch.zeros((), device=self.fabric.device)
         with torch.no_grad():
             for piece in self._micro_batches(batch, self.heldout.global_batch_size):
-                loss_sum += self.model(*piece)
+                loss_sum += self.model(*piece.given())
         total, count = self._sum(loss_sum, _num_targets(batch))
         return total / count
 
@@ -259,9 +301,9 @@ class _Run:
         tensors = {f"model/{name}": value.detach() for name, value in self.weights.named_parameters()}
         return tensors | {f"optimizer/{name}": value for name, value in self.updates.state().items()}
 
-    def _save(self) -> None:
+    def _save(self, *, durable: bool) -> None:
         self.reporter.flush()
-        self.checkpoints.save(self._tensors(), self.identity, self.at)
+        self.checkpoints.save(self._tensors(), self.identity, self.at, durable=durable)
         self.saved_at = time.monotonic()
         self.reporter.progress(self._progress())
 
@@ -274,6 +316,7 @@ class _Run:
             facts = {
                 **dataclasses.asdict(result),
                 "tokens": self.at.tokens,
+                "source_epochs": self.loader.epochs(self.at.step),
                 "first_heldout_loss": self.at.first_heldout_loss,
                 "unigram_entropy": self.index.heldout_unigram_entropy,
             }
@@ -315,8 +358,12 @@ class _Run:
             epoch=self.checkpoints.epoch,
             checkpoint_step=None if self.checkpoints.newest is None else self.checkpoints.newest.step,
             checkpoint_stall_seconds=self.checkpoints.last_stall_seconds,
+            checkpoint_save_seconds=self.checkpoints.last_save_seconds,
+            checkpoint_interval_seconds=self.pace.interval_seconds,
             data_wait_seconds=self.newest.data_wait_seconds,
             elapsed_seconds=time.monotonic() - self.started_at,
+            source_epochs=self.loader.epochs(self.at.step),
+            start_seconds=dict(self.start_seconds),
         )
 
     def _diverged(self, loss: float, norm: float, factor: float) -> str:
@@ -333,12 +380,10 @@ def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Modu
     """The model itself, and what to call in its place: wrapped by Fabric's strategy, and compiled where asked for."""
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    if config.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED_FOLDER))
     weights = build_model(config.model, config.seed)
     if config.initial_weights is not None:
         load_initial(weights, Path(config.initial_weights))
-    weights.activation_checkpointing = config.activation_checkpointing
+    weights.activation_checkpointing, weights.max_documents = config.activation_checkpointing, config.max_documents
     if config.fp8:
         require_fp8(fabric.device)
         use_fp8(weights.blocks)
@@ -348,10 +393,11 @@ def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Modu
     return weights, fabric.setup_module(torch.compile(weights) if config.compile else weights)
 
 
-def masked_batch(sequence_length: int) -> Batch:
+def masked_batch(sequence_length: int, *, with_documents: bool = False) -> Batch:
     """One sequence that counts for nothing: its loss and its gradients are zero."""
     tokens_BT = torch.zeros((1, sequence_length), dtype=torch.int64)
-    return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED))
+    documents_BT = tokens_BT.int() if with_documents else None
+    return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED), documents_BT)
 
 
 def _num_targets(batch: Batch) -> int:

@@ -44,10 +44,18 @@ class Progress:
     checkpoint_step: int | None
     checkpoint_stall_seconds: float
     """How long training waited for the newest checkpoint."""
+    checkpoint_save_seconds: float
+    """From there until it was durable, while training went on."""
+    checkpoint_interval_seconds: float
+    """In force now: as told, or as it follows from the measured stall, the restart time and the losses."""
     data_wait_seconds: float
     """How long the newest step waited for its batch."""
     elapsed_seconds: float
     """Since this group of workers began to train."""
+    source_epochs: Mapping[str, float]
+    """How often each source of the mix has been seen, as a multiple of all its sequences."""
+    start_seconds: Mapping[str, float]
+    """Parts of the newest start, from what made it necessary to the first step, in their order."""
 
 
 class Rate:

@@ -18,8 +18,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from cost.errors import UserError
-from trainer.attention import attend, document_starts
+from trainer.attention import attend
 from trainer.config import GATE_INPUTS, ModelConfig
+from trainer.documents import document_offsets, document_positions
 from trainer.loss import IGNORED as IGNORED
 from trainer.loss import capped, linear_cross_entropy
 
@@ -155,6 +156,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.max_documents: int | None = None
+        """Of one row; None: as many as it has tokens."""
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.sequence_length, config.width)
@@ -167,21 +170,21 @@ class Transformer(nn.Module):
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats, summed over the targets that are not IGNORED.
 
-        `cu_seqlens` says where documents begin (trainer.attention.cumulative_lengths); without, each row is one.
+        `documents_BT` numbers each token's document in its row, below `max_documents`; without, each row is one.
         """
-        x_ND = self.last_layer(tokens_BT, cu_seqlens).flatten(0, 1)
+        x_ND = self.last_layer(tokens_BT, documents_BT).flatten(0, 1)
         return linear_cross_entropy(x_ND, self.head.weight, targets_BT.flatten(), self.config.logit_softcap)
 
-    def logits(self, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def logits(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Scores of every next token, at every position: B x T x V."""
-        return capped(self.head(self.last_layer(tokens_BT, cu_seqlens)), self.config.logit_softcap)
+        return capped(self.head(self.last_layer(tokens_BT, documents_BT)), self.config.logit_softcap)
 
-    def last_layer(self, tokens_BT: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def last_layer(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
         """What the head reads: B x T x D."""
-        place = self.place(tokens_BT, cu_seqlens)
+        place = self.place(tokens_BT, documents_BT)
         x_BTD = in_autocast(self.embedding(tokens_BT))
         if self.config.positions == "learned":
             x_BTD = x_BTD + in_autocast(self.position_embedding(place.positions))
@@ -199,13 +202,14 @@ class Transformer(nn.Module):
         out: Tensor = self.norm(x_BTD)
         return out
 
-    def place(self, tokens_BT: Tensor, cu_seqlens: Tensor | None) -> Place:
+    def place(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Place:
         """Positions begin anew in each document."""
-        config, (B, T) = self.config, tokens_BT.shape
-        positions_BT = torch.arange(T, device=tokens_BT.device)[None]
-        if cu_seqlens is not None:
-            token_N = torch.arange(B * T, device=tokens_BT.device)
-            positions_BT = (token_N - document_starts(cu_seqlens, B * T)).view(B, T)
+        config = self.config
+        if documents_BT is None:
+            positions_BT, cu_seqlens = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None], None
+        else:
+            most = self.max_documents or tokens_BT.shape[1]
+            positions_BT, cu_seqlens = document_positions(documents_BT), document_offsets(documents_BT, most)
         rotary = config.positions == "rotary"
         rope = rope_tables(positions_BT, config.size_of_heads, config.rope_base) if rotary else None
         return Place(positions_BT, cu_seqlens, rope)

@@ -12,11 +12,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from cost.errors import SlmError, UserError
 
@@ -25,6 +25,12 @@ STALE_TEMP_SECONDS = 900.0
 """A temporary file that nobody has written to for this long belongs to a process that was killed."""
 RENAME_ATTEMPTS = 10
 """How often a write makes its folder again when a concurrent delete took it away as empty."""
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
+"""What a file system says that makes no hard links, as some on USB sticks and some mounted over a network."""
+UNCONDITIONAL = "conditional_writes=no"
+"""In the query of a store's URI: `create` looks and then writes, so one process at a time may use it."""
+
+Bytes = bytes | bytearray | memoryview
 
 
 class StoreKeyMissing(KeyError):
@@ -69,6 +75,14 @@ class Store(Protocol):
         """Forget `key`; quiet when there is none."""
         ...
 
+    def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
+        """So many bytes from `offset` on, fewer where the value ends before; raises StoreKeyMissing."""
+        ...
+
+    def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
+        """`write` of all pieces as one value, without joining them in memory; of any size."""
+        ...
+
     def upload(self, key: str, source: Path) -> None:
         """`write` for a file of any size."""
         ...
@@ -79,15 +93,22 @@ class Store(Protocol):
 
 
 def open_store(uri_or_path: str, *, create: bool = True) -> Store:
-    """The store at `file:///absolute/path` or at a plain path."""
+    """The store at `file:///absolute/path` or at a plain path; `tasks.stores.open_store` knows others too."""
     parts = urlsplit(uri_or_path)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise UserError(f"{uri_or_path} names the host {parts.netloc!r}; write file:///absolute/path.")
-        return DirectoryStore(Path(unquote(parts.path)), create=create)
+        conditional = not is_unconditional(parts.query)
+        return DirectoryStore(Path(unquote(parts.path)), create=create, conditional=conditional)
     if "://" in uri_or_path:
         raise UserError(f"no run store can be opened at {uri_or_path}; give a folder or file:///absolute/path.")
     return DirectoryStore(Path(uri_or_path), create=create)
+
+
+def is_unconditional(query: str) -> bool:
+    """Whether the query of a store's URI says that its creates are not conditional."""
+    name, value = UNCONDITIONAL.split("=")
+    return parse_qs(query).get(name) == [value]
 
 
 def scoped(store: Store, prefix: str) -> Store:
@@ -105,9 +126,10 @@ def checked_key(key: str) -> str:
 class DirectoryStore:
     """A folder as a store: fsync before rename for durability, a hard link as the conditional create."""
 
-    def __init__(self, root: Path, *, create: bool = True) -> None:
+    def __init__(self, root: Path, *, create: bool = True, conditional: bool = True) -> None:
         self.root = root.absolute()
-        self.uri = "file://" + quote(str(self.root))
+        self.conditional = conditional
+        self.uri = "file://" + quote(str(self.root)) + ("" if conditional else f"?{UNCONDITIONAL}")
         self._swept = False
         if create:
             with self._told("open", ""):
@@ -118,16 +140,29 @@ class DirectoryStore:
         with self._told("read", key):
             return self._path(key).read_bytes()
 
+    def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
+        with self._told("read", key), self._path(key).open("rb", buffering=0) as file:
+            file.seek(offset)
+            pieces = []
+            while num_bytes > 0 and (piece := file.read(num_bytes)):  # one read gives at most 2 GiB
+                pieces.append(piece)
+                num_bytes -= len(piece)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
     def write(self, key: str, data: bytes) -> None:
         with self._told("write", key):
             self._put(key, lambda temp: _write_durably(temp, data), os.replace)
+
+    def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
+        with self._told("write", key):
+            self._put(key, lambda temp: _write_durably(temp, *pieces), os.replace)
 
     def create(self, key: str, data: bytes) -> bool:
         with self._told("create", key):
             # A cheap look first: most losers of the race are late ones and need no temporary file.
             if self._path(key).exists():
                 return False
-            return self._put(key, lambda temp: _write_durably(temp, data), _link)
+            return self._put(key, lambda temp: _write_durably(temp, data), _link if self.conditional else os.replace)
 
     def list(self, prefix: str = "") -> list[str]:
         folder = self.root.joinpath(*prefix.split("/")[:-1])
@@ -248,6 +283,11 @@ class DirectoryStore:
                 "free; free space there and run the command again, all that was stored before is intact."
             )
         what = f"{action} {key} in" if key else action
+        if action == "create" and error.errno in NO_LINKS:
+            return (
+                f"the run store {self.root} has no conditional writes (its file system makes no hard links: "
+                f"{error.strerror}); use another folder, or add --single-supervisor."
+            )
         return (
             f"cannot {what} the run store {self.root}: {error.strerror or error}; "
             "make it a folder that this user may write to and run the command again."
@@ -258,7 +298,8 @@ class _ScopedStore:
     def __init__(self, store: Store, prefix: str) -> None:
         self._store = store
         self._prefix = prefix + "/"
-        self.uri = f"{store.uri}/{quote(prefix)}"
+        place, mark, query = store.uri.partition("?")
+        self.uri = f"{place}/{quote(prefix)}{mark}{query}"
 
     def read(self, key: str) -> bytes:
         return self._store.read(self._prefix + key)
@@ -274,6 +315,12 @@ class _ScopedStore:
 
     def delete(self, key: str) -> None:
         self._store.delete(self._prefix + key)
+
+    def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
+        return self._store.read_range(self._prefix + key, offset, num_bytes)
+
+    def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
+        self._store.write_pieces(self._prefix + key, pieces)
 
     def upload(self, key: str, source: Path) -> None:
         self._store.upload(self._prefix + key, source)
@@ -291,9 +338,10 @@ def _link(temp: Path, path: Path) -> bool:
     return True
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def _write_durably(path: Path, *pieces: Bytes) -> None:
     with path.open("xb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from faults.world import World
-from trainer.store import StoreError, StoreKeyMissing
+from trainer.store import Bytes, StoreError, StoreKeyMissing, checked_key
 
 
 class MemoryStore:
@@ -24,7 +25,7 @@ class MemoryStore:
         return versions[-2] if self.stale_reads and len(versions) > 1 else versions[-1]
 
     def write(self, key: str, data: bytes) -> None:
-        versions = self.data.setdefault(key, [])
+        versions = self.data.setdefault(checked_key(key), [])
         versions.append(data)
         del versions[:-3]
 
@@ -40,10 +41,17 @@ class MemoryStore:
     def delete(self, key: str) -> None:
         self.data.pop(key, None)
 
+    def read_range(self, key: str, offset: int, num_bytes: int) -> bytes:
+        return self.read(key)[offset : offset + num_bytes]
+
+    def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
+        self.write(key, b"".join(pieces))
+
     def upload(self, key: str, source: Path) -> None:
         self.write(key, source.read_bytes())
 
     def download(self, key: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(self.read(key))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from decimal import Decimal
     from pathlib import Path
 
@@ -33,6 +33,8 @@ class Actions(Protocol):
         on_event: Emit,
         switch: StopSwitch | None = None,
         checkpoint_interval_seconds: float | None = None,
+        losses: Mapping[str, float] | None = None,
+        single_supervisor: bool = False,
     ) -> RunSummary: ...
 
     def resume(
@@ -43,6 +45,7 @@ class Actions(Protocol):
         budget_usd: Decimal | None,
         on_event: Emit,
         switch: StopSwitch | None = None,
+        single_supervisor: bool = False,
     ) -> RunSummary: ...
 
     def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus: ...

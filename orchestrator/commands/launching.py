@@ -43,6 +43,7 @@ def launch(
     precision: options.PrecisionOption = None,
     profile: Annotated[bool, typer.Option("--profile", help="Keep a trace of a few steps in the run store.")] = False,
     sets: options.SetOption = None,
+    single_supervisor: options.SingleSupervisorOption = False,
     yes: options.YesOption = False,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
@@ -60,6 +61,7 @@ def launch(
     """
     from orchestrator import advice, background, planning, render, render_plan
     from orchestrator.experience import experience_of
+    from orchestrator.losses import believed
 
     home = home_from(os.environ)
     fields = options.overrides(
@@ -102,6 +104,12 @@ def launch(
             on_event=emit,
             switch=switch,
             checkpoint_interval_seconds=finite(best.checkpoint_interval_seconds),
+            losses=believed(
+                best,
+                planned.hazards.of(best.offer),
+                time_scale=chosen.local.time_scale if chosen.backend == "local" else 1.0,
+            ),
+            single_supervisor=single_supervisor,
         ),
         chosen.name,
         as_json=as_json,
@@ -115,6 +123,7 @@ def resume(
         Decimal | None,
         typer.Option("--budget", parser=options.parse_usd, metavar="USD", help="A new cap for the whole run."),
     ] = None,
+    single_supervisor: options.SingleSupervisorOption = False,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -136,7 +145,12 @@ def resume(
     actions = actions_of(context)
     watched(
         lambda emit, switch: actions.resume(
-            run, home=home_from(os.environ).create(), budget_usd=budget, on_event=emit, switch=switch
+            run,
+            home=home_from(os.environ).create(),
+            budget_usd=budget,
+            on_event=emit,
+            switch=switch,
+            single_supervisor=single_supervisor,
         ),
         run or "",
         as_json=as_json,

@@ -209,4 +209,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the same facts a
 YesOption = Annotated[
     bool, typer.Option("--yes", "-y", help="Do not ask; on a paid backend --budget must be given too.")
 ]
+SingleSupervisorOption = Annotated[
+    bool,
+    typer.Option(
+        "--single-supervisor", help="For a run store without conditional writes: only this machine runs the run."
+    ),
+]
 DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Supervise in the background and return.")]

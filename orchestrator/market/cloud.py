@@ -19,11 +19,9 @@ from typing import Any
 from cost.errors import SlmError
 from orchestrator.market.books import BILL_FILE, EVENTS_FILE, Anchor, Journal, Node, load_state, save_state
 from orchestrator.market.schedule import Moment, NodeView, Strike, load
-from orchestrator.market.spawn import Order, free_port, short_folder, spawn, store_root
+from orchestrator.market.spawn import STOP_SECONDS, Order, free_port, short_folder, spawn, store_root
 from tasks import guard
 
-STOP_SECONDS = 2.0
-"""How long a node's command has to end by itself when its lease is stopped."""
 FAMILY_SECONDS = 5.0
 
 

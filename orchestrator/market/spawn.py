@@ -14,7 +14,8 @@ from pathlib import Path
 from cost.errors import UserError
 from orchestrator.market.books import Node
 from tasks import guard
-from trainer.store import DirectoryStore, open_store
+from tasks.stores import open_store
+from trainer.store import DirectoryStore
 
 HOST = "127.0.0.1"
 NODE_VARIABLES = (
@@ -29,7 +30,10 @@ NODE_VARIABLES = (
     "SLM_NODE_DIR",
     "SLM_NODE_MARK",
     "SLM_NOTICE_FILE",
+    "SLM_TERM_SECONDS",
 )
+STOP_SECONDS = 2.0
+"""How long a node's command has to end by itself when its lease is stopped."""
 NOT_INHERITED = (*NODE_VARIABLES, "RAY_ADDRESS", "RAY_TMPDIR", "RAY_JOB_ID")
 """What must not leak into a node or a market from whoever starts it: another node's identity, another Ray cluster."""
 
@@ -103,6 +107,7 @@ def environment_of(order: Order, node: Node, store: Path, head_port: int) -> dic
         "SLM_NODE_DIR": node.node_dir,
         "SLM_NODE_MARK": node.instance_id,
         "SLM_NOTICE_FILE": str(node.path("notice.json")),
+        "SLM_TERM_SECONDS": str(STOP_SECONDS),
     }
 
 

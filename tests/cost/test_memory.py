@@ -68,6 +68,19 @@ def test_the_kinds_are_what_a_hand_counts():
     assert found.total_gib == found.total_bytes / BYTES_PER_GIB
 
 
+def test_the_buffer_of_checkpoints_is_one_ranks_share_of_the_state():
+    params = SHAPE.num_params
+    on_cpu = peak(SHAPE, local_cpu(1), ONE, software=PLAIN)
+    assert (on_cpu.staging, on_cpu.host_staging_bytes) == (12 * params, 0)  # fp32 weights and two moments
+    assert on_cpu.by_kind["staging"] == on_cpu.staging
+    on_gpu = peak(SHAPE, H100, EIGHT, software=PLAIN)
+    assert (on_gpu.staging, on_gpu.host_staging_bytes) == (0, 12 * params / 8)
+    sharded = peak(SHAPE, H100, dataclasses.replace(EIGHT, sharding="zero3"), software=PLAIN)
+    assert sharded.host_staging_bytes == on_gpu.host_staging_bytes
+    muon = peak(SHAPE, local_cpu(1), ONE, software=dataclasses.replace(PLAIN, optimizer="muon"))
+    assert on_cpu.staging - muon.staging == 4 * (SHAPE.matrix_params - 512_000)
+
+
 def test_sharding_divides_what_it_says():
     state = {name: peak(SHAPE, H100, dataclasses.replace(EIGHT, sharding=name), software=PLAIN) for name in
              ("replicated", "zero1", "zero2", "zero3")}  # fmt: skip

@@ -31,6 +31,8 @@ def test_young_and_daly_by_hand() -> None:
     assert checkpoint_interval_seconds(2.0, 1.0, 0.75, 1.0) == pytest.approx(240.0)
     assert checkpoint_interval_seconds(2.0, 1.0, 0.0, 300.0) == 300.0
     assert checkpoint_interval_seconds(2.0, 0.0, 0.0, 1.0) == math.inf
+    # Daly's R: with M = 3600 s and R = 900 s it is sqrt(2 x 2 x 4500).
+    assert checkpoint_interval_seconds(2.0, 1.0, 0.0, 1.0, restart_seconds=900.0) == pytest.approx(math.sqrt(18_000))
 
 
 def test_waste_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -70,6 +70,8 @@ class FakeActions:
         on_event: Emit,
         switch: StopSwitch | None = None,
         checkpoint_interval_seconds: float | None = None,
+        losses: Mapping[str, float] | None = None,
+        single_supervisor: bool = False,
     ) -> RunSummary:
         self.called = {
             "action": "launch",
@@ -78,6 +80,8 @@ class FakeActions:
             "budget_usd": budget_usd,
             "switch": switch,
             "interval": checkpoint_interval_seconds,
+            "losses": losses,
+            "single_supervisor": single_supervisor,
         }
         return self._supervised(home, on_event)
 
@@ -89,8 +93,10 @@ class FakeActions:
         budget_usd: Decimal | None,
         on_event: Emit,
         switch: StopSwitch | None = None,
+        single_supervisor: bool = False,
     ) -> RunSummary:
         self.called = {"action": "resume", "run_id": run_id, "budget_usd": budget_usd, "switch": switch}
+        self.called["single_supervisor"] = single_supervisor
         return self._supervised(home, on_event)
 
     def stop(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:
@@ -270,6 +276,25 @@ def test_a_market_without_losses_needs_no_checkpoint_interval() -> None:
     assert finite(float("inf")) is None
     assert finite(15.0) == 15.0
     assert actions.called["interval"] is None or actions.called["interval"] > 0
+
+
+def test_the_trainer_is_told_of_the_losses_that_the_plan_believes() -> None:
+    actions = FakeActions()
+    slm("launch", "demo", "--market", "hazard:0.5", "--spot", "--time-scale", "60", "--yes", actions=actions)
+    losses = actions.called["losses"]
+    assert losses["losses"] / losses["node_hours"] == pytest.approx(0.5)
+    assert losses["time_scale"] == 60
+    assert losses["restart_seconds"] > 0
+
+
+def test_a_single_supervisor_is_promised_by_an_option() -> None:
+    actions = FakeActions()
+    slm("launch", "demo", "--market", "calm", "--yes", actions=actions)
+    assert actions.called["single_supervisor"] is False
+    slm("launch", "demo", "--market", "calm", "--yes", "--single-supervisor", actions=actions)
+    assert actions.called["single_supervisor"] is True
+    slm("resume", "demo-1", "--single-supervisor", actions=actions)
+    assert actions.called["single_supervisor"] is True
 
 
 # ---------------------------------------------------------------- resume, stop, prepare

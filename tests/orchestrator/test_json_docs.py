@@ -128,7 +128,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     ledger = Ledger(db, run.run_id, epoch=run.epoch)
     ledger.reserve(lease, expires_ms=1_800_000_060_000, latency_ms=0, at_ms=1_800_000_000_000)
     db.close()
-    ran_on(home, next(one for one in offers if one.spot and one.accelerator == "H100-SXM"))
+    said = {"source_epochs": {"text": 0.5}, "start_seconds": {"load": 1.5, "first_step": 2.0}}
+    ran_on(home, next(one for one in offers if one.spot and one.accelerator == "H100-SXM"), **said)
     return home
 
 

@@ -68,7 +68,7 @@ class Nodes:
         self.write_spec(settings)
 
     def write_spec(self, settings: tuple[str, ...] = (), min_workers: int = 1) -> None:
-        fixed = ("training.num_steps=100000", "nodes.max=2", "checkpoint.every_steps=null")
+        fixed = ("training.num_steps=100000", f"nodes.max={self.num_nodes}", "checkpoint.every_steps=null")
         spec = RunSpec(
             run_id="run-1",
             lease_id=LEASE,

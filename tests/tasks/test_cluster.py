@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,12 +28,13 @@ def nodes() -> Iterator[Nodes]:
 
 def last_step(nodes: Nodes, epoch: int) -> int:
     """The newest step that a group of workers has recorded."""
-    rows = [
-        json.loads(line)
-        for key in nodes.store.list(f"metrics/epoch={epoch}/")
-        for line in nodes.store.read(key).splitlines()
-    ]
-    return max(int(row["step"]) for row in rows)
+    return max(int(row["step"]) for row in steps_of(nodes, epoch))
+
+
+def steps_of(nodes: Nodes, epoch: int) -> list[dict[str, Any]]:
+    """What it has recorded of each step."""
+    keys = nodes.store.list(f"metrics/epoch={epoch}/")
+    return [json.loads(line) for key in keys for line in nodes.store.read(key).splitlines()]
 
 
 def train_workers(nodes: Nodes, rank: int) -> list[psutil.Process]:
@@ -80,6 +80,31 @@ def test_a_lease_trains_on_through_loss_growth_and_notice(nodes: Nodes) -> None:
     assert {"workers", "process_group", "data", "model", "load", "first_step"} <= set(phases[1]["seconds"])
 
 
+def test_three_nodes_shrink_to_two_grow_back_and_lose_no_step_to_a_sigterm() -> None:
+    with Nodes(3) as nodes:
+        for rank in range(3):
+            nodes.start(rank)
+        nodes.wait("three workers train", lambda: nodes.trains(3), START_SECONDS)
+        nodes.wait("a checkpoint", nodes.checkpoints, CHANGE_SECONDS)
+
+        nodes.kill(2)
+        nodes.wait("the two that are left train", lambda: nodes.trains(2), CHANGE_SECONDS)
+        shrunk = nodes.progress()["epoch"]
+        nodes.start(2)
+        nodes.wait("three workers train again", lambda: nodes.trains(3, shrunk), START_SECONDS)
+        grown = nodes.progress()["epoch"]
+        assert nodes.epochs()[grown]["parent"] == {"epoch": shrunk, "step": last_step(nodes, shrunk)}
+
+        nodes.terminate(1)  # what a platform without a notice of its own does
+        nodes.wait("the node is left", lambda: nodes.trains(2, grown), CHANGE_SECONDS)
+        assert nodes.epochs()[grown + 1]["parent"] == {"epoch": grown, "step": last_step(nodes, grown)}
+        nodes.wait("the node ends by itself", lambda: nodes.processes[1].poll() is not None, CHANGE_SECONDS)
+        assert nodes.processes[1].returncode == 0
+        rows = [row for epoch in range(grown + 2) for row in steps_of(nodes, epoch)]
+        assert {row["tokens"] for row in rows} == {32 * 128}
+        assert not nodes.store.list("failures/")
+
+
 def test_a_bug_ends_the_lease_after_it_struck_twice_at_one_step() -> None:
     with Nodes(1, settings=("model.vocab_size=512",)) as nodes:  # the data has 1024 tokens
         nodes.start(0)
@@ -122,8 +147,9 @@ def test_two_leases_on_one_machine_do_not_touch_each_other() -> None:
         step = other.progress()["step"]
         other.wait("the other lease goes on", lambda: other.progress()["step"] > step, CHANGE_SECONDS)
         assert other.progress()["epoch"] == 0
-        os.killpg(other.processes[0].pid, signal.SIGTERM)  # as the guard does
+        other.terminate(0)
         other.wait("SIGTERM ends it", lambda: other.processes[0].poll() is not None, CHANGE_SECONDS)
-        assert other.processes[0].returncode == 30
+        assert other.processes[0].returncode == 40
+        assert other.checkpoints()[-1] == (0, last_step(other, 0))
         assert not other.family(0)
         assert not temp_dir(other, 0).exists()

@@ -17,7 +17,14 @@ import pytest
 from cost.errors import UserError
 from tasks import cluster, forkserver
 from tasks.__main__ import main as tasks_main
-from tasks.cluster import ClusterError, NodeProcesses, check_port_free, drain, drain_main
+from tasks.cluster import (
+    ClusterError,
+    NodeProcesses,
+    check_port_free,
+    drain,
+    drain_main,
+    seconds_after_sigterm,
+)
 from tasks.node_env import NodeEnv, log_line
 from tasks.processes import Family, make_temp_dir
 from tests.tasks.ray_nodes import free_port
@@ -238,3 +245,35 @@ def test_family_end_waits_for_nothing_when_there_is_nothing() -> None:
     began = time.monotonic()
     Family().end()
     assert time.monotonic() - began < 2
+
+
+def test_sigterm_leaves_the_time_that_is_granted_and_paid_for(tmp_path: Path) -> None:
+    assert seconds_after_sigterm({}, tmp_path, 1000.0) == cluster.TERM_SECONDS
+    assert seconds_after_sigterm({"SLM_TERM_SECONDS": "90"}, tmp_path, 1000.0) == 90.0
+    assert seconds_after_sigterm({"SLM_TERM_SECONDS": "soon"}, tmp_path, 1000.0) == cluster.TERM_SECONDS
+    (tmp_path / "deadline.json").write_text('{"deadline": 1001.5}')  # the guard's
+    assert seconds_after_sigterm({"SLM_TERM_SECONDS": "90"}, tmp_path, 1000.0) == 1.5
+
+
+def test_sigterm_is_a_notice_once_training_may_run_and_the_end_before_and_when_repeated(tmp_path: Path) -> None:
+    env = NodeEnv.from_environ(environ(tmp_path))
+    with NodeProcesses(env) as node:
+        with pytest.raises(cluster.Stopped):
+            node.on_sigterm(signal.SIGTERM, None)
+        node.may_train = True
+        node.on_sigterm(signal.SIGTERM, None)
+        told = json.loads(env.notice_file.read_bytes())
+        assert told["source"] == "SIGTERM"
+        assert told["deadline_boottime"] == node.ends_at
+        with pytest.raises(cluster.Stopped):
+            node.on_sigterm(signal.SIGTERM, None)
+
+
+def test_sigterm_without_time_for_a_checkpoint_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLM_TERM_SECONDS", "2")
+    env = NodeEnv.from_environ(environ(tmp_path))
+    with NodeProcesses(env) as node:
+        node.may_train = True
+        with pytest.raises(cluster.Stopped):
+            node.on_sigterm(signal.SIGTERM, None)
+    assert not env.notice_file.exists()

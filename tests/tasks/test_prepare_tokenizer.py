@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from tasks.tokenizer import (
     TokenizerError,
     VocabularyTooLarge,
     encode,
+    encode_bytes,
+    encode_to_numpy,
     load_tokenizer,
     read_tokenizer,
     train_tokenizer,
@@ -40,11 +43,38 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(iter(sample_texts()), VOCAB_SIZE, [END_OF_TEXT, "<|other|>"])
 
 
+def _joined(parts: tuple[str, bytes]) -> bytes:
+    return parts[0].encode() + parts[1] + parts[0].encode()
+
+
 @given(st.text())
 @settings(max_examples=300, deadline=None)
 def test_any_text_comes_back_byte_for_byte(text: str) -> None:
     encoding = tokenizer().encoding()
     assert encoding.decode_bytes(encode(encoding, text)) == text.encode()
+
+
+@given(st.one_of(st.binary(max_size=200), st.text().map(str.encode), st.tuples(st.text(), st.binary()).map(_joined)))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_come_back(content: bytes) -> None:
+    encoding = tokenizer().encoding()
+    ids = encode_bytes(encoding, content)
+    assert encoding.decode_bytes(ids) == content
+    with contextlib.suppress(UnicodeDecodeError):
+        assert ids == encode(encoding, content.decode())
+
+
+@given(st.text(st.characters()))  # halves of surrogate pairs too
+@settings(max_examples=300, deadline=None)
+def test_the_fast_way_gives_the_same_ids(text: str) -> None:
+    encoding = tokenizer().encoding()
+    assert encode_to_numpy(encoding, text).tolist() == encode(encoding, text)
+
+
+def test_the_fast_way_takes_half_a_surrogate_pair_and_a_special_token_for_text() -> None:
+    encoding = tokenizer().encoding()
+    for text in ("a\ud800b", f"a{END_OF_TEXT}b"):
+        assert encode_to_numpy(encoding, text).tolist() == encode(encoding, text)
 
 
 @given(st.lists(st.sampled_from([*sample_texts(), " ", "\n\n", "\u00a0", "\ud7ff", "🙂", "'ll", "\r\n"]), max_size=5))

@@ -128,6 +128,8 @@ def test_the_train_config_says_what_the_recipe_says() -> None:
     assert config.optimizer == recipe.optimizer
     assert (config.num_steps, config.precision, config.seed) == (10, "fp32", 5)
     assert (config.checkpoint_every_steps, config.keep_last) == (4, 3)
+    assert config.milestone_every_steps is None
+    assert load_recipe("demo", ["checkpoint.milestone_every_steps=50"]).train_config().milestone_every_steps == 50
     assert (config.global_batch_size, config.micro_batch_size) == (32, recipe.training.micro_batch_size)
 
 
@@ -231,3 +233,8 @@ def test_a_wrong_preset_is_said_with_its_line(tmp_path: Path) -> None:
         load_recipe(path)
     with pytest.raises(UserError, match=r"--set model\.shape=7b: model\.shape = '7b'"):
         load_recipe("demo", ["model.shape=7b"])
+
+
+def test_a_market_may_say_how_many_losses_are_announced() -> None:
+    market = "hazard:30,notice=0.5,notice_seconds=15"
+    assert load_recipe("demo", [f"local.market={market}"]).local.market == market

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.recipe import load_recipe
-from tasks.spec import RunSpec, SpecError
+from tasks.spec import Losses, RunSpec, SpecError
 
 
 def make_spec(**changes: Any) -> RunSpec:
@@ -34,6 +34,15 @@ def test_a_spec_survives_its_file(tmp_path: Path) -> None:
     spec.dump(tmp_path / "spec.json")
     assert RunSpec.load(tmp_path / "spec.json") == spec
     assert [path.name for path in tmp_path.iterdir()] == ["spec.json"]
+
+
+def test_losses_reach_the_trainer_per_worker_unless_the_recipe_fixes_the_interval() -> None:
+    losses = Losses(per_node_hour=0.8, saved_at_notice=0.9, restart_seconds=20)
+    config = make_spec(losses=losses, workers_per_node=4).train_config()
+    assert (config.losses_per_worker_hour, config.saved_at_notice, config.restart_seconds) == (0.2, 0.9, 20)
+    fixed = make_spec(losses=losses, recipe=load_recipe("demo", ["checkpoint.interval_seconds=6"]))
+    assert fixed.train_config().losses_per_worker_hour is None
+    assert make_spec().train_config().losses_per_worker_hour is None
 
 
 def test_the_planned_checkpoint_interval_reaches_the_trainer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from cost.errors import UserError
 from tasks import workers
 from tasks.node_env import NodeEnv, boottime
+from tasks.notice import LEAVE_SECONDS
 from tasks.workers import (
     ASKED,
     HEAD_LEAVES,
@@ -46,6 +48,11 @@ def signals_of(tmp_path: Path, store: Store, *, node: int = 1, rank: int = 0) ->
     (tmp_path / "node").mkdir(exist_ok=True)
     env = NodeEnv.from_environ(environ(tmp_path, SLM_RANK=str(node)))
     return NodeSignals(env, store, rank, StepCounter())
+
+
+def said(tmp_path: Path) -> str:
+    """The node's log."""
+    return (tmp_path / "node" / "events.log").read_text()
 
 
 def notice(tmp_path: Path, seconds: float) -> None:
@@ -85,15 +92,32 @@ def test_a_command_that_cannot_be_read_is_no_command(tmp_path: Path, store: Stor
 def test_a_notice_asks_for_a_checkpoint_at_once_and_training_goes_on(tmp_path: Path, store: Store) -> None:
     signals = signals_of(tmp_path, store)
     notice(tmp_path, 60.0)
-    assert [signals.poll(step) for step in (1, 2)] == [Signal(checkpoint=True), Signal()]
+    assert [signals.poll(step) for step in (1, 2)] == [Signal(checkpoint=True), Signal(hold=True)]
 
 
 @pytest.mark.parametrize(("node", "why"), [(1, REGROUP), (0, HEAD_LEAVES)])
 def test_the_group_leaves_a_node_shortly_before_it_is_taken(tmp_path: Path, store: Store, node: int, why: int) -> None:
     signals = signals_of(tmp_path, store, node=node)
-    notice(tmp_path, workers.LEAVE_SECONDS - 1)
+    notice(tmp_path, LEAVE_SECONDS - 1)
     assert signals.poll(1).stop
     assert signals.why == why
+
+
+def test_no_checkpoint_is_begun_that_would_not_end_in_time(tmp_path: Path, store: Store) -> None:
+    store.write("progress/latest.json", json.dumps({"checkpoint_save_seconds": 40.0}).encode())
+    signals = signals_of(tmp_path, store)
+    notice(tmp_path, 30.0)
+    assert [signals.poll(step) for step in (1, 2)] == [Signal(hold=True), Signal(hold=True)]
+    assert signals.why == workers.NOTHING
+    assert "too late for a checkpoint, none is begun (a save takes 40.0 s" in said(tmp_path)
+
+
+def test_a_checkpoint_that_fits_once_is_begun_when_the_group_leaves(tmp_path: Path, store: Store) -> None:
+    store.write("progress/latest.json", json.dumps({"checkpoint_save_seconds": 18.0}).encode())
+    signals = signals_of(tmp_path, store)
+    notice(tmp_path, 50.0)  # the last one is begun 1.5 x 18 + 2 s before the end; another would not end before it
+    assert signals.poll(1) == Signal(hold=True)
+    assert re.search(r"goes in \d+ s: the last checkpoint in (1|2)\d s \(a save takes 18.0 s", said(tmp_path))
 
 
 def test_a_half_written_notice_is_read_in_the_next_step(tmp_path: Path, store: Store) -> None:

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.chain import checkpoints_of_chain, fetch, read_manifest
+from trainer.chain import checkpoints_of_chain
+from trainer.checkpoint import read_tensors
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Result, Signal, fabric_precision, train
 from trainer.store import DirectoryStore, Store
@@ -178,26 +178,12 @@ def run_group(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.fixture(scope="session")
-def saved_tensors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str, Tensor]]:
+def saved_tensors() -> Callable[[Path], dict[str, Tensor]]:
     """Every tensor of the newest checkpoint in a store's folder."""
 
     def read(folder: Path) -> dict[str, Tensor]:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.state_dict_loader import load
-
         store = DirectoryStore(folder, create=False)
-        place = checkpoints_of_chain(store)[0]
-        parts = tmp_path_factory.mktemp("parts")
-        fetch(store, place, read_manifest(store, place), parts)
-        reader = FileSystemReader(parts)
-        tensors = {
-            name: torch.empty(meta.size, dtype=meta.properties.dtype)
-            for name, meta in reader.read_metadata().state_dict_metadata.items()
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process is meant
-            load(tensors, storage_reader=reader, no_dist=True)
-        return tensors
+        return read_tensors(store, checkpoints_of_chain(store)[0], prefix="")
 
     return read
 

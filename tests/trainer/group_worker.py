@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import torch
 from lightning.fabric import Fabric
 
 from cost.errors import SlmError
+from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Signal, fabric_precision, train
+from trainer.model import build_model
+from trainer.optim import Updates
 from trainer.parallel import strategy_class, strategy_options
-from trainer.store import DirectoryStore
+from trainer.store import Bytes, DirectoryStore
 
 
 class Wishes:
@@ -42,10 +46,16 @@ def job(
     stop_after: int | None = None,
     wishes: dict[str, dict[str, dict[str, Any]]] | None = None,
     broken_upload_on: int | None = None,
+    save_again: bool = False,
 ) -> dict[str, Any]:
-    """Train once; returns the result or the error that this rank saw."""
+    """Train once; returns the result or the error that this rank saw.
+
+    With `save_again` nothing is trained: what was read is saved once more, as the next step.
+    """
     fields = {**config, "model": ModelConfig(**config["model"]), "optimizer": OptimizerConfig(**config["optimizer"])}
     target = BrokenUpload(Path(store)) if fabric.global_rank == broken_upload_on else DirectoryStore(Path(store))
+    if save_again:
+        return saved_again(fabric, TrainConfig(**fields), target)
     try:
         result = train(
             TrainConfig(**fields),
@@ -62,8 +72,22 @@ def job(
     return asdict(result)
 
 
+def saved_again(fabric: Fabric, config: TrainConfig, store: DirectoryStore) -> dict[str, Any]:
+    weights = build_model(config.model, seed=99)
+    fabric.setup_module(weights)
+    updates = Updates(weights, config.optimizer)
+    tensors = {f"model/{name}": value.detach() for name, value in weights.named_parameters()}
+    tensors |= {f"optimizer/{name}": value for name, value in updates.state().items()}
+    checkpoints = Checkpoints(store, rank=fabric.global_rank, world_size=fabric.world_size, keep_last=9)
+    identity = Identity(config, "t" * 64, "f" * 64)
+    counters = checkpoints.begin(tensors, identity, "lease-0")
+    counters.step += 1
+    checkpoints.save(tensors, identity, counters)
+    return {"bytes_read": checkpoints.bytes_read}
+
+
 class BrokenUpload(DirectoryStore):
-    def upload(self, key: str, source: Path) -> None:
+    def write_pieces(self, key: str, pieces: Sequence[Bytes]) -> None:
         raise self.failure(key)
 
     def failure(self, key: str) -> SlmError:
@@ -78,6 +102,8 @@ def main() -> None:
     reports = []
     fabrics: dict[str, Fabric] = {}
     for arguments in json.loads((folder / "jobs.json").read_text()):
+        if arguments.pop("sharded", False):
+            arguments["config"]["sharding"] = "sharded"
         asked = {name: arguments["config"][name] for name in ("precision", "sharding")}
         kind = TrainConfig(**asked)
         if (name := " ".join(asked.values())) not in fabrics:

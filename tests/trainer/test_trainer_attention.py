@@ -10,14 +10,13 @@ from torch import Tensor
 
 from trainer.attention import (
     DENSE_MAX_TOKENS,
-    FEWEST_LENGTHS,
     Attend,
     attend,
     attend_dense,
     attend_sdpa,
-    cumulative_lengths,
     document_starts,
 )
+from trainer.documents import document_offsets
 
 WAYS = {"attend": attend, "dense": attend_dense, "sdpa": attend_sdpa}
 DOCUMENTS = {
@@ -57,7 +56,7 @@ def test_attention_is_what_its_definition_says(
 ) -> None:
     q, k, v = random_qkv(11, dtype)
     ids = DOCUMENTS[documents]
-    cu_seqlens = None if ids is None else cumulative_lengths(torch.tensor(ids))
+    cu_seqlens = None if ids is None else document_offsets(torch.tensor(ids), 11)
     tolerance = 1e-6 if dtype is torch.float32 else 0.02
     found = WAYS[way](q, k, v, cu_seqlens, 11, window)
     torch.testing.assert_close(found.double(), by_loops(q, k, v, ids, window), atol=tolerance, rtol=tolerance)
@@ -76,9 +75,9 @@ def test_both_ways_of_attention_agree_in_output_and_gradients(T: int) -> None:
     ids = torch.arange(T).div(100, rounding_mode="floor").repeat(2, 1)
     for cu_seqlens, window in [
         (None, None),
-        (cumulative_lengths(ids), None),
+        (document_offsets(ids, 9), None),
         (None, 40),
-        (cumulative_lengths(ids), 40),
+        (document_offsets(ids, 9), 40),
     ]:
         results = []
         for function in (attend, attend_dense):
@@ -94,20 +93,12 @@ def test_both_ways_of_attention_agree_in_output_and_gradients(T: int) -> None:
 
 def test_compiled_with_documents_attention_is_the_same() -> None:
     q, k, v = random_qkv(11, torch.float32)
-    cu_seqlens = cumulative_lengths(torch.tensor(DOCUMENTS["documents"]))
+    cu_seqlens = document_offsets(torch.tensor(DOCUMENTS["documents"]), 4)
     compiled: Attend = torch.compile(attend_sdpa, backend="aot_eager", fullgraph=True)
     found = compiled(q, k, v, cu_seqlens, 11, 4)
     torch.testing.assert_close(found, attend_sdpa(q, k, v, cu_seqlens, 11, 4), atol=1e-6, rtol=1e-6)
 
 
-def test_lengths_count_runs_of_equal_ids_row_by_row() -> None:
-    ids = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 0, 7, 7]])
-    found = cumulative_lengths(ids)
-    assert found.dtype is torch.int32
-    assert found.tolist() == [0, 2, 4, 5, 8, 10, 10, 10, 10, 10, 10]  # N + 1 entries are the most that can be needed
-    assert document_starts(found, 10).tolist() == [0, 0, 2, 2, 4, 5, 5, 5, 8, 8]
-
-
-def test_lengths_come_in_few_sizes() -> None:
-    sizes = {len(cumulative_lengths(torch.arange(4096).div(n, rounding_mode="floor")[None])) for n in range(1, 4097)}
-    assert sizes == {FEWEST_LENGTHS, 4 * FEWEST_LENGTHS, 16 * FEWEST_LENGTHS, 64 * FEWEST_LENGTHS, 4097}
+def test_each_token_knows_where_its_document_begins() -> None:
+    cu_seqlens = torch.tensor([0, 2, 4, 5, 8, 10, 10, 10], dtype=torch.int32)
+    assert document_starts(cu_seqlens, 10).tolist() == [0, 0, 2, 2, 4, 5, 5, 5, 8, 8]

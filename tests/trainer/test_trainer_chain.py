@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,13 @@ from trainer.chain import (
     Superseded,
     begin_epoch,
     checkpoints_of_chain,
-    fetch,
     newest_epoch,
     prune,
+    publish,
     read_manifest,
     require_newest,
-    upload_parts,
 )
+from trainer.parts import read_span, verify_part, write_part
 from trainer.store import DirectoryStore, Store
 
 
@@ -39,16 +38,20 @@ def begin(store: Store, epoch: int, parent: tuple[int, int] | None) -> bool:
     return begin_epoch(store, EpochStart(epoch, place, "lease-0", 2, "2026-11-23T00:00:00+00:00"))
 
 
-def save(store: DirectoryStore, epoch: int, step: int, *, manifest: bool = True) -> Place:
+def save(store: Store, epoch: int, step: int, *, manifest: bool = True) -> Place:
     place = Place(epoch, step)
-    folder = store.root.parent / f"staging-{epoch}-{step}"
-    folder.mkdir(exist_ok=True)
-    (folder / ".metadata").write_bytes(b"m" * 10)
-    (folder / "__0_0.distcp").write_bytes(f"{epoch} {step}".encode())
-    parts = upload_parts(store, place, folder)
+    parts = (
+        write_part(store, place.prefix, "part-00000.bin", b"m" * 10),
+        write_part(store, place.prefix, "part-00001.bin", f"{epoch} {step}".encode()),
+    )
     if manifest:
-        store.write(place.prefix + MANIFEST, Manifest(epoch, step, 2, parts, {"a": 1}).to_bytes())
+        store.write(place.prefix + MANIFEST, Manifest(epoch, step, 2, parts, {"t": {}}, {"a": 1}).to_bytes())
     return place
+
+
+def verify(store: Store, place: Place) -> None:
+    for part in read_manifest(store, place).parts:
+        verify_part(store, place.prefix, part)
 
 
 def chain(store: Store) -> list[tuple[int, int]]:
@@ -130,41 +133,50 @@ def test_a_lost_epoch_record_is_said(store: DirectoryStore) -> None:
         checkpoints_of_chain(store)
 
 
-def test_parts_come_back_under_their_own_names(store: DirectoryStore, tmp_path: Path) -> None:
-    place = save(store, 0, 10)
-    assert store.list(place.prefix) == [place.prefix + name for name in ("__0_0.distcp", MANIFEST, "metadata")]
-    manifest = read_manifest(store, place)
-    assert manifest.facts == {"a": 1}
-    fetch(store, place, manifest, tmp_path / "out")
-    assert (tmp_path / "out" / ".metadata").read_bytes() == b"m" * 10
-    assert (tmp_path / "out" / "__0_0.distcp").read_bytes() == b"0 10"
-    assert manifest.parts[1].sha256 == hashlib.sha256(b"0 10").hexdigest()
+def test_a_part_gives_back_any_span_of_its_bytes(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.parts.BLOCK_BYTES", 4)
+    content = bytes(range(10))
+    part = write_part(store, "p/", "x", content)
+    assert (part.num_bytes, part.block_bytes, len(part.sha256)) == (10, 4, 3)
+    for begin in range(10):
+        for end in range(begin + 1, 11):
+            assert bytes(read_span(store, "p/", part, begin, end)) == content[begin:end]
+
+
+def test_only_the_blocks_that_are_read_are_verified(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.parts.BLOCK_BYTES", 4)
+    part = write_part(store, "p/", "x", bytes(10))
+    store.write("p/x", bytes(4) + b"x" + bytes(5))
+    assert bytes(read_span(store, "p/", part, 0, 4)) == bytes(4)
+    assert bytes(read_span(store, "p/", part, 8, 10)) == bytes(2)
+    with pytest.raises(Damaged, match="block 1 of part x has another checksum"):
+        read_span(store, "p/", part, 3, 5)
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda content: content[:-1], "part metadata has 9 bytes instead of 10"),
-        (lambda content: content + b"x", "part metadata has 11 bytes instead of 10"),
-        (lambda content: b"x" + content[1:], "part metadata has another checksum"),
+        (lambda content: content[:-1], "part part-00000.bin has 9 bytes instead of 10"),
+        (lambda content: content + b"x", "part part-00000.bin has more than 10 bytes instead of 10"),
+        (lambda content: b"x" + content[1:], "block 0 of part part-00000.bin has another checksum"),
     ],
 )
-def test_a_changed_part_is_damage(store: DirectoryStore, tmp_path: Path, damage: object, reason: str) -> None:
+def test_a_changed_part_is_damage(store: DirectoryStore, damage: object, reason: str) -> None:
     place = save(store, 0, 10)
     assert callable(damage)
-    store.write(place.prefix + "metadata", damage(store.read(place.prefix + "metadata")))
+    store.write(place.prefix + "part-00000.bin", damage(store.read(place.prefix + "part-00000.bin")))
     with pytest.raises(Damaged, match=reason):
-        fetch(store, place, read_manifest(store, place), tmp_path / "out")
+        verify(store, place)
 
 
-def test_a_missing_part_is_damage(store: DirectoryStore, tmp_path: Path) -> None:
+def test_a_missing_part_is_damage(store: DirectoryStore) -> None:
     place = save(store, 0, 10)
-    store.delete(place.prefix + "__0_0.distcp")
-    with pytest.raises(Damaged, match=r"part __0_0.distcp is missing"):
-        fetch(store, place, read_manifest(store, place), tmp_path / "out")
+    store.delete(place.prefix + "part-00001.bin")
+    with pytest.raises(Damaged, match=r"part part-00001.bin is missing"):
+        verify(store, place)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"version": 1}', b'{"version": 1, "parts": [{}]}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"version": 2}', b'{"version": 2, "parts": [{}]}'])
 def test_an_unreadable_manifest_is_damage(store: DirectoryStore, content: bytes) -> None:
     place = save(store, 0, 10)
     store.write(place.prefix + MANIFEST, content)
@@ -176,7 +188,7 @@ def test_a_missing_manifest_and_one_of_another_version_are_damage(store: Directo
     with pytest.raises(Damaged, match="its manifest is missing"):
         read_manifest(store, Place(0, 10))
     with pytest.raises(Damaged, match="its manifest has another version"):
-        Manifest.from_bytes(b'{"version": 2, "parts": []}')
+        Manifest.from_bytes(b'{"version": 1, "parts": []}')
 
 
 def test_an_older_epoch_learns_that_it_was_superseded(store: DirectoryStore) -> None:
@@ -237,6 +249,72 @@ def test_a_superseded_epoch_deletes_nothing(store: DirectoryStore) -> None:
     assert chain(store) == [(0, 10)]
 
 
+def test_milestones_stay_when_what_is_around_them_goes(store: DirectoryStore) -> None:
+    begin(store, 0, None)
+    for step in (10, 15, 20, 25):
+        save(store, 0, step)
+    begin(store, 1, (0, 20))  # 25 was damaged, or seen too late: no part of the chain any more
+    for step in (30, 35, 40):
+        save(store, 1, step)
+    prune(store, 1, keep_last=2, milestone_every_steps=10)
+    assert saved(store) == [(0, 10), (0, 20), (1, 30), (1, 35), (1, 40)]
+
+
+class ListsLate(DirectoryStore):
+    """Lists as they were at some moment; all else is as it is now."""
+
+    frozen: tuple[str, ...] | None = None
+
+    def list(self, prefix: str = "") -> list[str]:
+        if self.frozen is None:
+            return super().list(prefix)
+        return [key for key in self.frozen if key.startswith(prefix)]
+
+
+def published(store: Store, epoch: int, step: int) -> None:
+    save(store, epoch, step, manifest=False)
+    publish(store, Manifest(epoch, step, 2, (), {}, {}))
+
+
+def test_a_list_that_lags_hides_neither_the_newest_epoch_nor_its_newest_checkpoint(tmp_path: Path) -> None:
+    store = ListsLate(tmp_path)
+    begin(store, 0, None)
+    published(store, 0, 10)
+    store.frozen = tuple(store.list())
+    published(store, 0, 20)
+    assert chain(store) == [(0, 20), (0, 10)]
+    begin(store, 1, (0, 20))
+    begin(store, 2, (0, 20))
+    assert newest_epoch(store) == 2
+    with pytest.raises(Superseded):
+        publish(store, Manifest(1, 30, 2, (), {}, {}))
+    assert chain(store) == [(0, 20), (0, 10)]
+    prune(store, 2, keep_last=2)
+    assert chain(store) == [(0, 20), (0, 10)]
+
+
+def test_a_list_that_still_shows_what_was_deleted_costs_no_checkpoint(tmp_path: Path) -> None:
+    store = ListsLate(tmp_path)
+    begin(store, 0, None)
+    for step in (10, 20, 30):
+        published(store, 0, step)
+    store.frozen = tuple(store.list())
+    for step in (40, 50, 60):
+        published(store, 0, step)
+        prune(store, 0, keep_last=2)
+    store.frozen = None
+    assert chain(store)[:2] == [(0, 60), (0, 50)]
+
+
+def test_the_way_back_ends_where_no_older_checkpoint_is_left(store: DirectoryStore) -> None:
+    begin(store, 0, None)
+    begin(store, 1, (0, 10))
+    begin(store, 2, (1, 20))
+    save(store, 2, 30)
+    store.delete("epochs/0.json")  # nobody looks so far back
+    assert chain(store) == [(2, 30)]
+
+
 class DiesWhileDeleting(DirectoryStore):
     def __init__(self, root: Path, after: int) -> None:
         super().__init__(root)
@@ -250,9 +328,7 @@ class DiesWhileDeleting(DirectoryStore):
 
 
 @pytest.mark.parametrize("after", range(6))
-def test_pruning_cut_off_anywhere_leaves_no_manifest_without_its_parts(
-    store: DirectoryStore, tmp_path: Path, after: int
-) -> None:
+def test_pruning_cut_off_anywhere_leaves_no_manifest_without_its_parts(store: DirectoryStore, after: int) -> None:
     begin(store, 0, None)
     for step in (10, 20, 30, 40):
         save(store, 0, step)
@@ -261,7 +337,7 @@ def test_pruning_cut_off_anywhere_leaves_no_manifest_without_its_parts(
     places = checkpoints_of_chain(store)
     assert [place.step for place in places[:2]] == [40, 30]
     for place in places:
-        fetch(store, place, read_manifest(store, place), tmp_path / f"out{place.step}")
+        verify(store, place)
     prune(store, 0, keep_last=2)
     assert saved(store) == [(0, 30), (0, 40)]
 

@@ -12,9 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost.errors import SlmError, UserError
-from trainer.data import Loader, TokenShards, interleave, permute, read_index, sample_places, share
+from trainer.data import Loader, TokenShards, read_index, share
+from trainer.order import interleave, permute, sample_places, samples_before
 
 WORLD_SIZES = (1, 2, 3, 4, 5, 7, 8)
+
+
+def samples(first: int, count: int) -> np.ndarray:
+    return np.arange(first, first + count, dtype=np.int64)
 
 
 def permutation_of(size: int, key: int) -> list[int]:
@@ -72,7 +77,7 @@ def test_a_source_of_no_weight_is_never_chosen() -> None:
 
 
 def test_each_epoch_of_a_source_shows_every_window_once_in_another_order() -> None:
-    source, window = sample_places(0, 60, [0.5, 0.5], [10, 7], seed=3)
+    source, window = sample_places(samples(0, 60), [0.5, 0.5], [10, 7], seed=3)
     first = window[source == 0]
     assert [sorted(first[i : i + 10].tolist()) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert first[:10].tolist() != first[10:20].tolist()
@@ -81,12 +86,14 @@ def test_each_epoch_of_a_source_shows_every_window_once_in_another_order() -> No
 
 
 def test_another_seed_is_another_order() -> None:
-    assert not np.array_equal(sample_places(0, 50, [1.0], [50], 0)[1], sample_places(0, 50, [1.0], [50], 1)[1])
+    assert not np.array_equal(
+        sample_places(samples(0, 50), [1.0], [50], 0)[1], sample_places(samples(0, 50), [1.0], [50], 1)[1]
+    )
 
 
 def test_a_far_position_is_reached_at_once() -> None:
-    source, window = sample_places(10**8, 5, [0.7, 0.3], [1000, 1000], seed=0)
-    again_source, again_window = sample_places(10**8 + 3, 2, [0.7, 0.3], [1000, 1000], seed=0)
+    source, window = sample_places(samples(10**8, 5), [0.7, 0.3], [1000, 1000], seed=0)
+    again_source, again_window = sample_places(samples(10**8 + 3, 2), [0.7, 0.3], [1000, 1000], seed=0)
     assert (source[3:].tolist(), window[3:].tolist()) == (again_source.tolist(), again_window.tolist())
 
 
@@ -131,7 +138,7 @@ def test_windows_are_what_the_shards_hold_and_targets_are_one_ahead(
     assert shards.num_windows == [5]
     stored = [np.fromfile(folder / f"train-text-0000{n}.bin", dtype="<u2") for n in range(3)]
     wanted = [stored[0][0:17], stored[0][16:33], stored[2][0:17], stored[2][16:33], stored[2][32:49]]
-    rows = shards.read(np.zeros(5, dtype=np.int64), np.arange(5, dtype=np.int64))
+    rows = shards.read(shards.find(np.zeros(5, dtype=np.int64), np.arange(5, dtype=np.int64)))
     assert rows.tolist() == [row.tolist() for row in wanted]
     batch = Loader(shards, 5, seed=0).batch(0)
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
@@ -188,3 +195,33 @@ def test_a_missing_shard_is_said(folder: Path) -> None:
 def test_a_source_shorter_than_a_window_is_said(folder: Path) -> None:
     with pytest.raises(UserError, match="source 'text' of split 'train' has no 101 tokens in one piece"):
         TokenShards(folder, "train", 100)
+
+
+def test_samples_before_is_what_interleaving_counts() -> None:
+    weights = [0.5, 0.0, 0.31, 0.19]
+    source, _ = interleave(np.arange(5000, dtype=np.int64), weights)
+    for sample in (0, 1, 7, 1234, 5000):
+        assert samples_before(sample, weights) == [int((source[:sample] == number).sum()) for number in range(4)]
+
+
+def test_epochs_count_how_often_each_source_was_seen(tmp_path: Path, make_data: Callable[..., Path]) -> None:
+    folder = make_data(tmp_path, {"text": (0.75, [16 * 6 + 1]), "code": (0.25, [16 * 8 + 1])})  # 6 and 8 windows
+    loader = Loader(TokenShards(folder, "train", 16), 8, seed=0)
+    assert loader.epochs(0) == {"text": 0.0, "code": 0.0}
+    assert loader.epochs(2) == {"text": 12 / 6, "code": 4 / 8}
+
+
+def test_a_batch_that_spans_many_shards_holds_what_single_reads_hold(
+    tmp_path: Path, make_data: Callable[..., Path]
+) -> None:
+    folder = make_data(tmp_path, {"a": (0.5, [40, 10, 70, 33]), "b": (0.5, [100, 60])})
+    shards = TokenShards(folder, "train", 16)
+    source, window = sample_places(samples(0, 40), shards.weights, shards.num_windows, seed=1)
+    together = shards.read(shards.find(source, window))
+    for row in range(40):
+        assert (
+            together[row].tolist() == shards.read(shards.find(source[row : row + 1], window[row : row + 1]))[0].tolist()
+        )
+        stored = [np.fromfile(p, dtype="<u2") for p in sorted(folder.glob(f"train-{'ab'[source[row]]}-*.bin"))]
+        inside = [shard[i * 16 : i * 16 + 17] for shard in stored for i in range((len(shard) - 1) // 16)]
+        assert together[row].tolist() == inside[window[row]].tolist()

@@ -9,8 +9,9 @@ import lightning
 import pytest
 import torch
 
-from trainer.attention import BACKENDS, attend_dense, attend_sdpa, cumulative_lengths
+from trainer.attention import BACKENDS, attend_dense, attend_sdpa
 from trainer.config import TrainConfig
+from trainer.documents import document_offsets
 from trainer.loop import Signal, fabric_precision, train
 from trainer.store import DirectoryStore
 
@@ -36,7 +37,7 @@ def test_attention_agrees_with_its_definition_forward_and_backward(
     torch.manual_seed(0)
     shapes = [(2, num_tokens, 8, 64), (2, num_tokens, 2, 64), (2, num_tokens, 2, 64)]
     ids = torch.arange(num_tokens, device="cuda").div(90, rounding_mode="floor").repeat(2, 1)
-    where = (cumulative_lengths(ids) if documents else None, num_tokens, window)
+    where = (document_offsets(ids, 23) if documents else None, num_tokens, window)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     twins = [one.detach().float().requires_grad_() for one in inputs]
     fast, exact = way(*inputs, *where), attend_dense(*twins, *where)

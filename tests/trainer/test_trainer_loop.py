@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def test_a_finished_run_says_so(tiny: TrainConfig, run_single: RunSingle, tmp_pa
     assert json.loads((tmp_path / "result.json").read_text()) == {
         **asdict(result),
         "tokens": 6 * 8 * 16,
+        "source_epochs": {"text": 33 / 149, "code": 15 / 43},  # 0.7 and 0.3 of 48 sequences
         "first_heldout_loss": pytest.approx(math.log(64), abs=1e-4),
         "unigram_entropy": 4.1,
     }
@@ -235,3 +237,30 @@ def test_a_cpu_has_no_peak() -> None:
 def test_precision_is_named_as_fabric_names_it() -> None:
     assert fabric_precision(TrainConfig(precision="bf16")) == "bf16-mixed"
     assert fabric_precision(TrainConfig(precision="fp32")) == "32-true"
+
+
+class Leaving:
+    """Holds checkpoints back from the second step on, and leaves after the fifth."""
+
+    def poll(self, step: int) -> Signal:
+        return Signal(hold=step >= 1, stop=step >= 4)
+
+
+def test_on_the_way_out_no_checkpoint_is_begun_but_the_last(
+    tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
+) -> None:
+    result = run_single(replace(tiny, checkpoint_every_steps=1), tmp_path, signals=Leaving())
+    assert (result.outcome, result.step) == ("stopped", 5)
+    assert [place.step for place in checkpoints_of_chain(DirectoryStore(tmp_path))] == [5, 1]
+
+
+def test_compilation_is_a_phase_of_its_own_and_changes_nothing(
+    tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced and guarded as always; the code behind it is torch's own, which takes seconds instead of minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    phases: list[str] = []
+    config = replace(tiny, num_steps=2)
+    compiled = run_single(replace(config, compile=True), tmp_path / "compiled", phase=phases.append)
+    assert phases == ["data", "model", "load", "compile", "first_step"]
+    assert compiled == run_single(config, tmp_path / "plain")

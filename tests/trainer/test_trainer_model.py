@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.attention import cumulative_lengths, visible
+from trainer.attention import visible
 from trainer.config import GATE_INPUTS, ModelConfig
 from trainer.model import IGNORED, Transformer, build_model, weights_sha256
 from trainer.presets import PRESETS, expand
@@ -127,16 +127,15 @@ def test_documents_in_a_row_are_as_documents_alone(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens_BT, targets_BT = (torch.randint(50, (2, 12), generator=generator) for _ in range(2))
     documents_BT = torch.tensor([[0] * 5 + [1] * 7, [4] * 1 + [2] * 8 + [3] * 3])
-    cu_seqlens = cumulative_lengths(documents_BT)
     parts = [(0, 0, 5), (0, 5, 12), (1, 0, 1), (1, 1, 9), (1, 9, 12)]
     alone = [model.logits(tokens_BT[row : row + 1, begin:end])[0] for row, begin, end in parts]
-    found = model.logits(tokens_BT, cu_seqlens)
+    found = model.logits(tokens_BT, documents_BT)
     torch.testing.assert_close(found, torch.cat(alone).view(2, 12, 50), atol=1e-4, rtol=1e-4)
     losses = [
         float(model(tokens_BT[row : row + 1, begin:end], targets_BT[row : row + 1, begin:end]).detach())
         for row, begin, end in parts
     ]
-    assert float(model(tokens_BT, targets_BT, cu_seqlens).detach()) == pytest.approx(sum(losses), rel=1e-5)
+    assert float(model(tokens_BT, targets_BT, documents_BT).detach()) == pytest.approx(sum(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -16,98 +16,24 @@ from pathlib import Path
 import pytest
 
 from cost.errors import SlmError, UserError
+from tests.store_contract import Factory, StoreContract
 from trainer import store as store_module
-from trainer.store import DirectoryStore, Store, StoreError, StoreKeyMissing, open_store, scoped
+from trainer.store import DirectoryStore, Store, StoreError, open_store, scoped
 
-# Each factory opens the same store again when called again with the same folder.
 FACTORIES: dict[str, Callable[[Path], Store]] = {
     "directory": DirectoryStore,
     "uri": lambda folder: open_store(folder.as_uri()),
     "scoped": lambda folder: scoped(DirectoryStore(folder), "runs/one"),
+    "unconditional": lambda folder: open_store(f"{folder.as_uri()}?conditional_writes=no"),
 }
 
 
-@pytest.fixture(params=sorted(FACTORIES))
-def factory(request: pytest.FixtureRequest) -> Callable[[Path], Store]:
-    return FACTORIES[request.param]
-
-
-@pytest.fixture
-def store(factory: Callable[[Path], Store], tmp_path: Path) -> Store:
-    return factory(tmp_path / "store")
-
-
-def test_what_was_written_is_read_by_whoever_opens_the_store_next(
-    factory: Callable[[Path], Store], tmp_path: Path
-) -> None:
-    factory(tmp_path).write("progress/latest.json", b"one")
-    factory(tmp_path).write("progress/latest.json", b"two")
-    assert factory(tmp_path).read("progress/latest.json") == b"two"
-
-
-@pytest.mark.parametrize("key", ["absent", "folder", "folder/absent", "folder/key/below"])
-def test_a_missing_key_is_named(store: Store, key: str) -> None:
-    store.write("folder/key", b"x")
-    with pytest.raises(StoreKeyMissing, match="no key '"):
-        store.read(key)
-    with pytest.raises(KeyError):
-        store.read(key)
-
-
-def test_create_keeps_the_first_value(store: Store) -> None:
-    assert store.create("epochs/0.json", b"mine")
-    assert not store.create("epochs/0.json", b"theirs")
-    assert store.read("epochs/0.json") == b"mine"
-
-
-def test_list_gives_whole_keys_sorted_and_only_under_the_prefix(store: Store) -> None:
-    for key in ("b/2", "b/10", "a", "b/sub/3", "bc/1"):
-        store.write(key, b"")
-    assert store.list() == ["a", "b/10", "b/2", "b/sub/3", "bc/1"]
-    assert store.list("b/") == ["b/10", "b/2", "b/sub/3"]
-    assert store.list("b") == ["b/10", "b/2", "b/sub/3", "bc/1"]
-    assert store.list("b/1") == ["b/10"]
-    assert store.list("nothing/here") == []
-
-
-def test_delete_is_quiet_and_leaves_the_neighbours(store: Store) -> None:
-    store.write("a/one", b"1")
-    store.write("a/two", b"2")
-    store.delete("a/one")
-    store.delete("a/one")
-    store.delete("never/was")
-    store.delete("a/two/below")
-    assert store.list() == ["a/two"]
-
-
-def test_a_file_goes_up_and_comes_down_the_same(store: Store, tmp_path: Path) -> None:
-    content = random.Random(0).randbytes(3_000_001)
-    (tmp_path / "up").write_bytes(content)
-    store.upload("checkpoints/part", tmp_path / "up")
-    store.download("checkpoints/part", tmp_path / "new" / "down")
-    assert (tmp_path / "new" / "down").read_bytes() == content
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["down"]
-
-
-def test_a_missing_key_leaves_no_download(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(StoreKeyMissing):
-        store.download("absent", tmp_path / "new" / "down")
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../../b", ".tmp/x", "a/.hidden", "a\\b", "a\0"])
-def test_a_key_cannot_leave_the_store(store: Store, key: str) -> None:
-    with pytest.raises(ValueError, match="is no store key"):
-        store.write(key, b"")
-
-
-def test_a_scope_sees_only_its_own_keys(tmp_path: Path) -> None:
-    whole = DirectoryStore(tmp_path)
-    one, two = scoped(whole, "runs/one"), scoped(whole, "runs/two")
-    one.write("x", b"1")
-    two.write("x", b"2")
-    assert (one.read("x"), one.list(), whole.list()) == (b"1", ["x"], ["runs/one/x", "runs/two/x"])
-    assert one.uri == whole.uri + "/runs/one"
+class TestDirectory(StoreContract):
+    @pytest.fixture(params=sorted(FACTORIES))
+    def factory(self, request: pytest.FixtureRequest, tmp_path: Path) -> Factory:
+        if request.param == "unconditional" and "exactly_one" in request.node.name:
+            pytest.skip("this is what it cannot do")
+        return lambda: FACTORIES[request.param](tmp_path / "store")
 
 
 # --- processes that race or die ---
@@ -241,6 +167,23 @@ def test_a_full_disk_names_the_folder_the_space_and_the_way_out(
     assert isinstance(raised.value, OSError)
     assert store.read("a/k") == b"old"
     assert list((store.root / ".tmp").iterdir()) == []
+
+
+def test_a_file_system_without_hard_links_is_said_to_have_no_conditional_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    store = DirectoryStore(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", refuse)
+        message = r"has no conditional writes \(its file system makes no hard links: .*\); use another folder, or add"
+        with pytest.raises(StoreError, match=message):
+            store.create("k", b"1")
+        single = DirectoryStore(tmp_path, conditional=False)
+        assert (single.create("k", b"1"), single.create("k", b"2"), single.read("k")) == (True, False, b"1")
+    assert open_store(single.uri, create=False).uri == single.uri
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
