@@ -39,9 +39,10 @@ from trainer import attention
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.documents import document_offsets
 from trainer.fp8 import require_fp8
-from trainer.loop import Signal, fabric_precision, set_up_model, train
+from trainer.loop import Signal, train
 from trainer.metrics import flops_per_token, peak_flops
 from trainer.optim import Updates, scale_and_clip
+from trainer.parallel import fabric_precision, set_up_model
 from trainer.presets import expand
 from trainer.store import DirectoryStore
 

@@ -18,22 +18,21 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cost.errors import SlmError, UserError
-from trainer import attention
 from trainer.chain import require_newest
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import TrainConfig
 from trainer.data import Batch, Loader, TokenShards
-from trainer.fp8 import require_fp8, use_fp8
-from trainer.memory import keep_freed_memory, peak_bytes
+from trainer.memory import peak_bytes
 from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
-from trainer.model import IGNORED, Transformer, build_model, load_initial, weights_sha256
+from trainer.model import IGNORED, weights_sha256
 from trainer.optim import Updates, scale_and_clip
 from trainer.pacing import Pace
 from trainer.parallel import fabric_precision as fabric_precision
+from trainer.parallel import set_up_model
 from trainer.profile import profiler
 from trainer.schedule import learning_rate_factor
 from trainer.store import Store
@@ -374,23 +373,6 @@ class _Run:
             f"{factor * self.config.optimizer.learning_rate:.3g}; {before}. Start a new run with a smaller "
             "optimizer.learning_rate and optimizer.muon_learning_rate, or with more optimizer.warmup_steps."
         )
-
-
-def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Module]:
-    """The model itself, and what to call in its place: wrapped by Fabric's strategy, and compiled where asked for."""
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
-    weights = build_model(config.model, config.seed)
-    if config.initial_weights is not None:
-        load_initial(weights, Path(config.initial_weights))
-    weights.activation_checkpointing, weights.max_documents = config.activation_checkpointing, config.max_documents
-    if config.fp8:
-        require_fp8(fabric.device)
-        use_fp8(weights.blocks)
-    if fabric.global_rank == 0:
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        log.info("attention: %s", attention.describe(fabric.device, dtype))
-    return weights, fabric.setup_module(torch.compile(weights) if config.compile else weights)
 
 
 def masked_batch(sequence_length: int, *, with_documents: bool = False) -> Batch:
