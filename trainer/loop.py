@@ -28,7 +28,7 @@ from trainer.data import Batch, Loader, TokenShards
 from trainer.memory import peak_bytes
 from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
-from trainer.model import IGNORED, weights_sha256
+from trainer.model import IGNORED, parameters_sha256
 from trainer.optim import Updates, scale_and_clip
 from trainer.pacing import Pace
 from trainer.parallel import fabric_precision as fabric_precision
@@ -297,7 +297,8 @@ class _Run:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps but counters and random state: the very tensors that training uses."""
-        tensors = {f"model/{name}": value.detach() for name, value in self.weights.named_parameters()}
+        # Not the model's own: after an evaluation, a sharded one may hold parameters whole.
+        tensors = {f"model/{name}": value.detach() for name, value in self.updates.parameters.items()}
         return tensors | {f"optimizer/{name}": value for name, value in self.updates.state().items()}
 
     def _save(self, *, durable: bool) -> None:
@@ -307,7 +308,7 @@ class _Run:
         self.reporter.progress(self._progress())
 
     def _finish(self) -> Result:
-        digest = weights_sha256(self.weights)
+        digest = parameters_sha256(self.updates.parameters)
         finished = self.at.step == self.config.num_steps
         result = Result("finished" if finished else "stopped", self.at.step, self.at.heldout_loss, digest)
         if finished and self.rank == 0:

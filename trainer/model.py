@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -266,9 +267,14 @@ def load_initial(model: Transformer, path: Path) -> None:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of all parameters' names and fp32 bytes in the order of their names, whole even where they are sharded."""
+    """Of all parameters' names and fp32 bytes in the order of their names."""
+    return parameters_sha256(dict(model.named_parameters()))
+
+
+def parameters_sha256(parameters: Mapping[str, Tensor]) -> str:
+    """The same of parameters by name, whole even where they are sharded."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(parameters.items()):
         value = parameter.detach()
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(name.encode())

@@ -121,8 +121,11 @@ def test_a_sharded_run_goes_on_as_copies_and_alone(
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_in_bf16_shards_train_too(tiny: TrainConfig, run_group: RunGroup, tmp_path: Path) -> None:
+def test_shards_in_bf16_are_evaluated_and_saved_in_any_order(
+    tiny: TrainConfig, run_group: RunGroup, tmp_path: Path
+) -> None:
     config = replace(tiny, precision="bf16", sharding="sharded", activation_checkpointing=True, num_steps=4)
+    config = replace(config, checkpoint_every_steps=1, eval_every_steps=2)
     reports = run_group(2, [job(config, tmp_path / "run")])[0]
     assert [report.get("outcome") for report in reports] == ["finished", "finished"], reports
     assert reports[0] == reports[1]
