@@ -87,6 +87,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         phases.mark("imports")
         fabric = make_fabric(spec)
         phases.mark("fabric")
+        if fabric.global_rank == 0:
+            env.say(f"attention: {attention_of(fabric, spec)}")
         signals = NodeSignals(env, store, fabric.global_rank, step)
         writes = fabric.global_rank == 0
         train_config = spec.train_config()
@@ -121,6 +123,15 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         elif not isinstance(error, Regroup):
             env.say(f"worker at step {step.value}: {first_line(error)}")
         raise
+
+
+def attention_of(fabric: Any, spec: RunSpec) -> str:
+    """Which kernels attention uses here."""
+    import torch
+
+    from trainer.attention import describe
+
+    return describe(fabric.device, torch.bfloat16 if spec.train_config().precision == "bf16" else torch.float32)
 
 
 def outcome(fabric: Any, signals: NodeSignals, result: Result) -> dict[str, Any]:
