@@ -1,8 +1,8 @@
 """Our step beside the peers': runs `peers.py` for each in turn, several times over, and prints the medians as JSON.
 
-`python bench/keep.py peers -- python bench/peers_table.py ../shared/bench/peers.py --rounds 5` keeps them; `--python` is
-the interpreter of an environment with torch, Lightning, litgpt and transformers. On a shared machine only `pct_of_yard`
-(the step's FLOP/s over those of a matrix product timed beside it) compares.
+`python bench/keep.py peers -- python bench/peers_table.py ../shared/bench/peers.py --rounds 5` keeps them; `--python`
+is the interpreter of an environment with torch, Lightning, litgpt and transformers. On a shared machine only
+`pct_of_yard` (the step's FLOP/s over those of a matrix product timed beside it) compares.
 """
 
 from __future__ import annotations
