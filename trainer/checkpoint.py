@@ -60,6 +60,7 @@ FREE_FIELDS = (
     "activation_checkpointing",
     "sharding",
     "profile",
+    "initial_weights",
     "num_threads",
 )
 """What may differ between a checkpoint and the run that goes on from it: nothing here is part of what is learned."""

@@ -367,6 +367,7 @@ class _Run:
         )
 
     def _diverged(self, loss: float, norm: float, factor: float) -> str:
+        self.checkpoints.wait()  # what is on its way will be there
         newest = self.checkpoints.newest
         before = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is at {newest}"
         return (
