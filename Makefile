@@ -46,6 +46,7 @@ e2e: $(STAMP)
 	$(BIN)/python -m bench.prove_store_kills --kills 20
 	$(BIN)/python bench/prove_interrupts.py --moments 3
 	$(BIN)/python bench/prove_mutations.py
+	$(BIN)/python bench/gpu.py --tiny
 
 prove: $(STAMP)
 	$(BIN)/python -m pytest -m e2e tests/e2e
@@ -76,8 +77,11 @@ bench: $(STAMP)
 	$(BIN)/python bench/keep.py exactness -- python bench/exactness.py --json
 	$(BIN)/python bench/keep.py goodput -- python bench/goodput.py --json
 
+# On a machine with a CUDA device; without `make` any Python >= 3.11 with torch, lightning, numpy and transformers does:
+# python bench/gpu.py --out gpu.json
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python bench/keep.py gpu -- python bench/gpu.py --json
 
 # What `make` installs, remade from the ranges in pyproject.toml with SkyPilot's own pins kept.
 lock:

@@ -2,7 +2,7 @@
 
 Plain numbers only, so that the planner's estimate and the trainer's measured utilization share one formula.
 Invariant: `num_params` of `Workload.from_shape` is the number of weights that `trainer.model` allocates for the
-same shape (token embedding, RMSNorm weights, QK-norm weights, no biases, rotary positions).
+same shape, whatever its parts (norms, biases, learned positions, scalars, value embeddings).
 Source of the formulas: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, for 6 FLOPs per matrix weight and
 token; Chowdhery et al. 2022 (arXiv:2204.02311), appendix B, for attention.
 """
@@ -44,6 +44,14 @@ class Workload:
     tied_embeddings: bool = False
     mlp: Mlp = "swiglu"
     qk_norm: bool = True
+    layer_norm: bool = False
+    learned_positions: bool = False
+    biases: bool = False
+    residual_scalars: bool = False
+    num_value_embeddings: int = 0
+    value_gate_inputs: int = 0
+    window: int | None = None
+    num_windowed_layers: int = 0
     num_experts: int = 1
     num_active_experts: int = 1
     precision: Precision = "bf16"
@@ -65,6 +73,14 @@ class Workload:
         tied_embeddings: bool = False,
         mlp: Mlp = "swiglu",
         qk_norm: bool = True,
+        layer_norm: bool = False,
+        learned_positions: bool = False,
+        biases: bool = False,
+        residual_scalars: bool = False,
+        num_value_embeddings: int = 0,
+        value_gate_inputs: int = 0,
+        window: int | None = None,
+        num_windowed_layers: int = 0,
         num_experts: int = 1,
         num_active_experts: int = 1,
         precision: Precision = "bf16",
@@ -86,18 +102,32 @@ class Workload:
             tied_embeddings=tied_embeddings,
             mlp=mlp,
             qk_norm=qk_norm,
+            layer_norm=layer_norm,
+            learned_positions=learned_positions,
+            biases=biases,
+            residual_scalars=residual_scalars,
+            num_value_embeddings=num_value_embeddings,
+            value_gate_inputs=value_gate_inputs,
+            window=window,
+            num_windowed_layers=num_windowed_layers,
             num_experts=num_experts,
             num_active_experts=num_active_experts,
             precision=precision,
         )
-        counted = shape.matrix_params + shape.vector_params
-        counted += 0 if tied_embeddings else shape.embedding_params
+        counted = shape.matrix_params + shape.vector_params + shape.table_params
         return dataclasses.replace(shape, num_params=counted if num_params is None else num_params)
 
     @property
     def embedding_params(self) -> int:
         """Weights of the token table: looked up, never multiplied (a tied head multiplies the same table)."""
         return self.vocab_size * self.width
+
+    @property
+    def table_params(self) -> int:
+        """Weights that are only looked up: tokens (unless the head is that table), positions, value embeddings."""
+        tokens = 0 if self.tied_embeddings else self.embedding_params
+        positions = self.sequence_length * self.width if self.learned_positions else 0
+        return tokens + positions + self.num_value_embeddings * self.vocab_size * self.num_kv_heads * self.head_size
 
     @property
     def attention_params_per_layer(self) -> int:
@@ -116,14 +146,19 @@ class Workload:
 
     @property
     def vector_params(self) -> int:
-        """Two RMSNorms per layer, one at the end, and one weight of `head_size` each for queries and keys."""
-        per_layer = 2 * self.width + (2 * self.head_size if self.qk_norm else 0)
-        return self.num_layers * per_layer + self.width
+        """Norms (two per layer, one at the end, one per kind of head), biases, and two scalars per layer."""
+        norm = self.width * (2 if self.layer_norm else 1)
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_size + self.width  # query, key, value; output
+        biases += self.num_experts * (self.hidden_size * (2 if self.mlp == "swiglu" else 1) + self.width)
+        per_layer = 2 * norm + (2 * self.head_size if self.qk_norm else 0) + (biases if self.biases else 0)
+        per_layer += 2 if self.residual_scalars else 0
+        return self.num_layers * per_layer + norm
 
     def _matrix_params(self, num_experts: int) -> int:
         per_layer = self.attention_params_per_layer + self.router_params_per_layer
         per_layer += num_experts * self.expert_params
-        return self.num_layers * per_layer + self.vocab_size * self.width
+        gates = self.num_value_embeddings * self.value_gate_inputs * self.num_kv_heads
+        return self.num_layers * per_layer + gates + self.vocab_size * self.width
 
     @property
     def matrix_params(self) -> int:
@@ -142,9 +177,12 @@ class Workload:
 
     @property
     def attention_flops_per_token(self) -> float:
-        """Scores and weighted values, causal: half of PaLM's 12 · layers · heads · head size · T."""
-        mean_keys = self.sequence_length / 2
-        return FLOPS_PER_ATTENTION_PAIR * self.num_layers * self.num_heads * self.head_size * mean_keys
+        """Scores and weighted values, causal: half of PaLM's 12 · layers · heads · head size · T, less in a window."""
+        T = self.sequence_length
+        W = T if self.window is None else min(self.window, T)
+        windowed = W * (1 - W / (2 * T))  # mean over the sequence: it grows to W, and stays there
+        mean_keys = (self.num_layers - self.num_windowed_layers) * T / 2 + self.num_windowed_layers * windowed
+        return FLOPS_PER_ATTENTION_PAIR * self.num_heads * self.head_size * mean_keys
 
     @property
     def flops_per_token(self) -> float:

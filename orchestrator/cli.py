@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cost.errors import SlmError
-from orchestrator.commands import advice, launching, planning, runs, tables, upkeep
+from orchestrator.commands import advice, launching, models, planning, runs, tables, upkeep
 from orchestrator.commands.actions import Invocation
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ for command in (
     launching.resume,
     launching.recover,
     runs.ledger,
+    models.generate,
+    models.export,
     planning.recipes,
     planning.prepare,
     advice.estimate,
@@ -78,6 +80,7 @@ for command in (
     upkeep.doctor,
 ):
     app.command()(command)
+app.command("import")(models.import_)
 
 
 def main(arguments: Sequence[str] | None = None, *, actions: Actions | None = None) -> None:

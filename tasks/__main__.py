@@ -16,6 +16,9 @@ TASKS = {
     "node": ("tasks.cluster", "main"),
     "drain": ("tasks.cluster", "drain_main"),
     "pretrain": ("tasks.pretrain", "main"),
+    "export": ("tasks.export", "export_main"),
+    "import": ("tasks.export", "import_main"),
+    "generate": ("tasks.generate", "main"),
 }
 
 

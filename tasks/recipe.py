@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cost.errors import UserError
 from cost.workload import Workload
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+from trainer.presets import expand
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 STDLIB_CORPUS = "stdlib"
@@ -29,6 +30,8 @@ STDLIB_CORPUS = "stdlib"
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
 """A byte-level vocabulary begins with every byte."""
+IMPORTED_WEIGHTS = "weights.pt"
+"""In the folder that `slm import` makes."""
 MAX_VOCAB_SIZE = 65_536
 """Token shards hold unsigned 16-bit ids."""
 PLAIN_SOURCES = ("text", "code")
@@ -58,6 +61,15 @@ class Training(_Part):
     eval_every_steps: PositiveInt = 50
     eval_sequences: PositiveInt = 64
     compile: bool = False
+    max_documents: PositiveInt | None = None
+    """Of one sequence, that see nothing of each other; null: what stands in one sequence is seen as one."""
+    activation_checkpointing: bool = False
+    fp8: bool = False
+    """Hidden matrices multiply in 8 bits; for GPUs since Ada and Hopper, and from about half a billion parameters."""
+    sharding: Literal["replicated", "sharded"] = "replicated"
+    initial_weights: str | None = None
+    """Folder that `slm import` made: where training begins."""
+    profile: bool = False
     num_threads: PositiveInt | None = None
 
 
@@ -214,8 +226,18 @@ class Recipe(_Part):
             keep_last=self.checkpoint.keep_last,
             milestone_every_steps=self.checkpoint.milestone_every_steps,
             compile=self.training.compile,
+            max_documents=self.training.max_documents,
+            activation_checkpointing=self.training.activation_checkpointing,
+            fp8=self.training.fp8,
+            sharding=self.training.sharding,
+            initial_weights=self._initial_weights_file(),
+            profile=self.training.profile,
             num_threads=self.training.num_threads,
         )
+
+    def _initial_weights_file(self) -> str | None:
+        folder = self.training.initial_weights
+        return None if folder is None else str(Path(folder) / IMPORTED_WEIGHTS)
 
     def concrete_precision(self) -> ConcretePrecision:
         """What the trainer computes in.
@@ -243,18 +265,9 @@ class Recipe(_Part):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
     def _shape(self, num_tokens: int) -> Workload:
-        return Workload.from_shape(
+        return self.model.workload(
             num_tokens=num_tokens,
-            num_layers=self.model.num_layers,
-            width=self.model.width,
-            num_heads=self.model.num_heads,
-            num_kv_heads=self.model.num_kv_heads,
-            hidden_size=self.model.hidden_size,
-            vocab_size=self.model.vocab_size,
-            sequence_length=self.model.sequence_length,
             global_batch_size=self.training.global_batch_size,
-            tied_embeddings=self.model.tied_embeddings,
-            qk_norm=self.model.qk_norm,
             precision=PRECISIONS[0] if self.precision == AUTO else self.precision,
         )
 
@@ -286,13 +299,20 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
         if not (value > 0 and math.isfinite(value)):
             yield Problem(f"model.{name}", "should be greater than 0")
             return
-    if model.width % model.num_heads:
+    for name in ("head_size", "window"):
+        value = getattr(model, name)
+        if value is not None and value <= 0:
+            yield Problem(f"model.{name}", "should be greater than 0, or null")
+            return
+    if not 0 <= model.logit_softcap < math.inf:
+        yield Problem("model.logit_softcap", "should be 0 for no bound, or greater")
+    if model.head_size is None and model.width % model.num_heads:
         heads = [h for h in range(1, model.width + 1) if model.width % (2 * h) == 0]
         way_out = f"; {min(heads, key=lambda h: abs(h - model.num_heads))} does" if heads else ""
         yield Problem("model.num_heads", f"does not divide model.width={model.width}{way_out}")
-    elif (model.width // model.num_heads) % 2:
-        size = model.width // model.num_heads
-        yield Problem("model.num_heads", f"makes heads of size {size}; rotary positions need an even size")
+    elif model.positions == "rotary" and model.size_of_heads % 2:
+        name, size = "num_heads" if model.head_size is None else "head_size", model.size_of_heads
+        yield Problem(f"model.{name}", f"makes heads of size {size}; rotary positions need an even size")
     if model.num_heads % model.num_kv_heads:
         yield Problem("model.num_kv_heads", f"does not divide model.num_heads={model.num_heads}")
     least = NUM_BYTES + len(recipe.data.special_tokens)
@@ -303,9 +323,10 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_optimizer(recipe: Recipe) -> Iterator[Problem]:
     optimizer = recipe.optimizer
-    for name in ("learning_rate", "muon_learning_rate", "clip_norm"):
+    rates = ("learning_rate", "muon_learning_rate", "embedding_learning_rate", "head_learning_rate")
+    for name in (*rates, "scalar_learning_rate", "clip_norm"):
         value = getattr(optimizer, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             yield Problem(f"optimizer.{name}", "should be greater than 0")
     for name in ("weight_decay", "warmup_steps"):
         if not getattr(optimizer, name) >= 0:
@@ -388,7 +409,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Read a recipe by name or path; each override is `a.b=VALUE` with VALUE in YAML.
 
     Overriding one of num_steps, num_tokens and tokens_per_param replaces the file's choice among them. A relative
-    corpus path counts from the current directory.
+    corpus path counts from the current directory. `model.preset`, `shape` and `depth` become the fields they stand for.
 
     Raises:
         UserError: No such recipe, bad YAML, or a key or value that is wrong; each with its place.
@@ -398,9 +419,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     document = recipe_text.read(recipe_text.find(name_or_path, RECIPE_FOLDER))
     for override in overrides:
         document.override(override)
+    document.expand("model", expand)
     document.refuse_truth_values(Recipe)
     document.settle_choice("training", LENGTHS)
     document.make_paths_absolute("data", "corpus", keep={STDLIB_CORPUS})
+    document.make_paths_absolute("training", "initial_weights", keep=())
     document.values.setdefault("name", document.path.stem)
     try:
         return Recipe.model_validate(document.values)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -83,6 +83,20 @@ class Document:
         if isinstance(table, dict) and any(table.get(name) is not None for name in chosen):
             for name in set(names) - chosen:
                 table.pop(name, None)
+
+    def expand(self, part: str, words: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Replace words of a part by what they stand for.
+
+        Raises:
+            UserError: One of them stands for nothing; with its place.
+        """
+        table = self.values.get(part)
+        if isinstance(table, dict):
+            try:
+                self.values[part] = words(table)
+            except UserError as error:
+                key = (part, str(error).partition(" ")[0].rpartition(".")[2])
+                raise UserError(f"{self.place(key)}: {error}") from None
 
     def make_paths_absolute(self, part: str, name: str, *, keep: Collection[str]) -> None:
         """Resolve local paths against the current directory, so that another process finds the same files."""

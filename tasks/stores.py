@@ -27,7 +27,8 @@ SUPERVISORS = Patience(attempts=3, first_wait_seconds=0.2, longest_wait_seconds=
 def open_store(uri_or_path: str, *, create: bool = True, patience: Patience | None = None) -> Store:
     """The store at `s3://bucket/prefix`, at `file:///absolute/path` or at a plain path.
 
-    Without `create` it must be there already; `patience` is for S3. Raises UserError for a URI that names none, StoreError when it refuses.
+    Without `create` it must be there already; `patience` is for S3. Raises UserError for a URI that names none,
+    StoreError when it refuses.
     """
     if uri_or_path.startswith("s3://"):
         return S3Store.from_uri(uri_or_path, create=create, patience=patience)

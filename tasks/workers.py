@@ -87,6 +87,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         phases.mark("imports")
         fabric = make_fabric(spec)
         phases.mark("fabric")
+        if fabric.global_rank == 0:
+            env.say(f"attention: {attention_of(fabric, spec)}")
         signals = NodeSignals(env, store, fabric.global_rank, step)
         writes = fabric.global_rank == 0
         train_config = spec.train_config()
@@ -123,6 +125,15 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         raise
 
 
+def attention_of(fabric: Any, spec: RunSpec) -> str:
+    """Which kernels attention uses here."""
+    import torch
+
+    from trainer.attention import describe
+
+    return describe(fabric.device, torch.bfloat16 if spec.train_config().precision == "bf16" else torch.float32)
+
+
 def outcome(fabric: Any, signals: NodeSignals, result: Result) -> dict[str, Any]:
     """Why the loop returned, the same on all ranks.
 
@@ -151,11 +162,11 @@ def make_fabric(spec: RunSpec) -> Any:
     import ray.train.torch
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import ClusterEnvironment
-    from lightning.fabric.strategies import DDPStrategy
 
-    from trainer.loop import fabric_precision
+    from trainer.parallel import fabric_precision, strategy_class, strategy_options
 
     context = ray.train.get_context()
+    config = spec.train_config()
 
     class RayEnvironment(ClusterEnvironment):  # type: ignore[misc]
         """Ranks and addresses as Ray Train gave them."""
@@ -192,8 +203,8 @@ def make_fabric(spec: RunSpec) -> Any:
         def set_global_rank(self, rank: int) -> None:
             """Ray decides."""
 
-    class RayDDP(DDPStrategy):  # type: ignore[misc]
-        """DDP on Ray's device."""
+    class RayStrategy(strategy_class(config)):  # type: ignore[misc]
+        """DDP or FSDP2 on Ray's device."""
 
         @property
         def root_device(self) -> Any:
@@ -204,12 +215,14 @@ def make_fabric(spec: RunSpec) -> Any:
             return {"num_replicas": context.get_world_size(), "rank": context.get_world_rank()}
 
     device = ray.train.torch.get_device()
+    strategy = RayStrategy(**strategy_options(config, context.get_world_size()))
     fabric = Fabric(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         devices=context.get_local_world_size(),
         num_nodes=1,
-        strategy=RayDDP(cluster_environment=RayEnvironment()),
-        precision=fabric_precision(spec.train_config()),
+        strategy=strategy,
+        plugins=[RayEnvironment()],
+        precision=fabric_precision(config),
     )
     fabric.launch()
     return fabric

@@ -57,6 +57,10 @@ FREE_FIELDS = (
     "saved_at_notice",
     "restart_seconds",
     "compile",
+    "activation_checkpointing",
+    "sharding",
+    "profile",
+    "initial_weights",
     "num_threads",
 )
 """What may differ between a checkpoint and the run that goes on from it: nothing here is part of what is learned."""

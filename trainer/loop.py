@@ -25,11 +25,15 @@ from trainer.chain import require_newest
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import TrainConfig
 from trainer.data import Batch, Loader, TokenShards
+from trainer.memory import peak_bytes
 from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
-from trainer.model import IGNORED, build_model, weights_sha256
+from trainer.model import IGNORED, parameters_sha256
 from trainer.optim import Updates, scale_and_clip
 from trainer.pacing import Pace
+from trainer.parallel import fabric_precision as fabric_precision
+from trainer.parallel import set_up_model
+from trainer.profile import profiler
 from trainer.schedule import learning_rate_factor
 from trainer.store import Store
 
@@ -79,11 +83,7 @@ class StepFacts:
     tokens: int = 0
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
-
-
-def fabric_precision(config: TrainConfig) -> Literal["bf16-mixed", "32-true"]:
-    """The precision to build Fabric with: weights and optimizer state are fp32 in both."""
-    return "bf16-mixed" if config.precision == "bf16" else "32-true"
+    memory_bytes: int = 0
 
 
 def train(
@@ -133,16 +133,18 @@ class _Run:
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed + self.rank)
 
-        shards = TokenShards(data_dir, "train", config.model.sequence_length)
-        heldout = TokenShards(data_dir, "heldout", config.model.sequence_length)
+        apart = config.max_documents is not None
+        shards = TokenShards(data_dir, "train", config.model.sequence_length, with_documents=apart)
+        heldout = TokenShards(data_dir, "heldout", config.model.sequence_length, with_documents=apart)
         self.index = shards.index
         _check_vocabulary(config.model.vocab_size, self.index.vocab_size)
-        self.loader = Loader(shards, config.global_batch_size, config.seed)
-        self.heldout = Loader(heldout, min(config.eval_sequences, sum(heldout.num_windows)), HELDOUT_SEED)
+        most = config.max_documents
+        self.loader = Loader(shards, config.global_batch_size, config.seed, max_documents=most)
+        num_heldout = min(config.eval_sequences, sum(heldout.num_windows))
+        self.heldout = Loader(heldout, num_heldout, HELDOUT_SEED, max_documents=most)
         phase("data")
 
-        self.weights = build_model(config.model, config.seed)
-        self.model = fabric.setup_module(torch.compile(self.weights) if config.compile else self.weights)
+        self.weights, self.model = set_up_model(config, fabric)
         self.updates = Updates(self.weights, config.optimizer)
         phase("model")
 
@@ -175,22 +177,25 @@ class _Run:
             self.phase("compile")
         self.saved_at = time.monotonic()
         first, stop = True, at.step >= last_step
-        while not stop:
-            signal = self._step()
-            if first:
-                self.phase("first_step")
-                self.pace.started(time.monotonic() - self.started_at)
-                first = False
-            stop = signal.stop or at.step >= last_step
-            evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
-            if evaluated:
-                at.heldout_loss = self._evaluate()
-            self._report(evaluated)
-            # What somebody asked for is stored for good before training goes on: what follows may be the end.
-            durable = stop or signal.checkpoint
-            wanted = durable or signal.due or _divides(config.checkpoint_every_steps, at.step)
-            if stop or (wanted and not signal.hold):
-                self._save(durable=durable)
+        with profiler(self.store, self.checkpoints.epoch, wanted=config.profile and self.rank == 0) as tracer:
+            while not stop:
+                signal = self._step()
+                if tracer is not None:
+                    tracer.step()
+                if first:
+                    self.phase("first_step")
+                    self.pace.started(time.monotonic() - self.started_at)
+                    first = False
+                stop = signal.stop or at.step >= last_step
+                evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
+                if evaluated:
+                    at.heldout_loss = self._evaluate()
+                self._report(evaluated)
+                # What somebody asked for is stored for good before training goes on: what follows may be the end.
+                durable = stop or signal.checkpoint
+                wanted = durable or signal.due or _divides(config.checkpoint_every_steps, at.step)
+                if stop or (wanted and not signal.hold):
+                    self._save(durable=durable)
         return self._finish()
 
     def _step(self) -> Signal:
@@ -217,7 +222,8 @@ class _Run:
         seconds = time.monotonic() - began_at
         self.rate.add(num_targets, seconds)
         rate = factor * config.optimizer.learning_rate
-        self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds)
+        memory = peak_bytes(self.fabric.device)
+        self.newest = StepFacts(loss, norm, rate, num_targets, seconds, data_wait_seconds, memory)
         return signal
 
     def _compile(self) -> None:
@@ -291,7 +297,8 @@ class _Run:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps but counters and random state: the very tensors that training uses."""
-        tensors = {f"model/{name}": value.detach() for name, value in self.weights.named_parameters()}
+        # Not the model's own: after an evaluation, a sharded one may hold parameters whole.
+        tensors = {f"model/{name}": value.detach() for name, value in self.updates.parameters.items()}
         return tensors | {f"optimizer/{name}": value for name, value in self.updates.state().items()}
 
     def _save(self, *, durable: bool) -> None:
@@ -301,7 +308,7 @@ class _Run:
         self.reporter.progress(self._progress())
 
     def _finish(self) -> Result:
-        digest = weights_sha256(self.weights)
+        digest = parameters_sha256(self.updates.parameters)
         finished = self.at.step == self.config.num_steps
         result = Result("finished" if finished else "stopped", self.at.step, self.at.heldout_loss, digest)
         if finished and self.rank == 0:
@@ -319,16 +326,24 @@ class _Run:
         return result
 
     def _report(self, evaluated: bool) -> None:
-        row = {"step": self.at.step, **dataclasses.asdict(self.newest)}
+        progress, newest = self._progress(), self.newest
+        row = {"step": self.at.step, **dataclasses.asdict(newest)}
+        row["tokens_per_second"] = newest.tokens / newest.seconds
+        row["mfu"] = self._mfu(row["tokens_per_second"])
+        row["checkpoint_stall_seconds"] = progress.checkpoint_stall_seconds
         if evaluated:
             row["heldout_loss"] = self.at.heldout_loss
-        self.reporter.step(row, self._progress())
+        self.reporter.step(row, progress)
+
+    def _mfu(self, tokens_per_second: float | None) -> float | None:
+        """Share of the devices' peak that the model's own FLOPs are; None where the peak is not known."""
+        if tokens_per_second is None or self.peak_flops is None:
+            return None
+        flops_per_second: float = tokens_per_second / self.world_size * self.flops_per_token
+        return flops_per_second / self.peak_flops
 
     def _progress(self) -> Progress:
         rate = self.rate.tokens_per_second()
-        per_device = None if rate is None else rate / self.world_size
-        peak = self.peak_flops
-        mfu = None if per_device is None or peak is None else per_device * self.flops_per_token / peak
         return Progress(
             step=self.at.step,
             num_steps=self.config.num_steps,
@@ -337,8 +352,8 @@ class _Run:
             heldout_loss=self.at.heldout_loss,
             learning_rate=self.newest.learning_rate,
             tokens_per_second=rate,
-            tokens_per_second_per_device=per_device,
-            mfu=mfu,
+            tokens_per_second_per_device=None if rate is None else rate / self.world_size,
+            mfu=self._mfu(rate),
             world_size=self.world_size,
             epoch=self.checkpoints.epoch,
             checkpoint_step=None if self.checkpoints.newest is None else self.checkpoints.newest.step,
@@ -352,6 +367,7 @@ class _Run:
         )
 
     def _diverged(self, loss: float, norm: float, factor: float) -> str:
+        self.checkpoints.wait()  # what is on its way will be there
         newest = self.checkpoints.newest
         before = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is at {newest}"
         return (

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from cost.hardware import accelerator, canonical_name
-from cost.workload import Workload
 from trainer.config import ModelConfig, TrainConfig
 from trainer.store import Store
 
@@ -116,19 +115,7 @@ class Reporter:
 
 def flops_per_token(model: ModelConfig) -> float:
     """Model FLOPs of one token, forward and backward, by the planner's formula."""
-    return Workload.from_shape(
-        num_tokens=0,
-        num_layers=model.num_layers,
-        width=model.width,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        sequence_length=model.sequence_length,
-        global_batch_size=1,
-        tied_embeddings=model.tied_embeddings,
-        qk_norm=model.qk_norm,
-    ).flops_per_token
+    return model.workload().flops_per_token
 
 
 def peak_flops(device: torch.device, config: TrainConfig) -> float | None:

@@ -43,6 +43,7 @@ def launch(
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
     precision: options.PrecisionOption = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Keep a trace of a few steps in the run store.")] = False,
     sets: options.SetOption = None,
     notify: options.NotifyOption = None,
     store: options.StoreOption = None,
@@ -68,7 +69,9 @@ def launch(
     from orchestrator.losses import believed
 
     home = home_from(os.environ)
-    fields = options.overrides(sets, backend=backend, market=market, time_scale=time_scale, precision=precision)
+    fields = options.overrides(
+        sets, backend=backend, market=market, time_scale=time_scale, precision=precision, profile=profile
+    )
     chosen = planning.as_begun(home, recipe_with(recipe, fields, nodes))
     refuse_unasked_spending(chosen, budget, yes=yes)
     prices = prices_now(chosen)

@@ -125,6 +125,7 @@ def overrides(
     market: str | None = None,
     time_scale: float | None = None,
     precision: PrecisionName | None = None,
+    profile: bool = False,
 ) -> list[str]:
     """Options that stand for a recipe's field, as `--set` would say them; `--set` itself has the last word.
 
@@ -137,6 +138,7 @@ def overrides(
         "local.market": market and json.dumps(schedule.resolve(market)),
         "local.time_scale": time_scale,
         "precision": precision and precision.value,
+        "training.profile": "true" if profile else None,
     }
     return [f"{key}={value}" for key, value in named.items() if value is not None] + list(sets or ())
 

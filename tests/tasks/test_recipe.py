@@ -217,6 +217,24 @@ def test_a_precision_that_is_left_open_is_never_trained() -> None:
     assert auto.workload() == load_recipe("demo", ["precision=bf16"]).workload()
 
 
+def test_a_preset_and_a_shape_become_plain_fields(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {preset: speedrun, shape: 124m, vocab_size: 50304}\ntraining: {num_steps: 10}\n")
+    recipe = load_recipe(path)
+    assert (recipe.model.mlp, recipe.model.hidden_size, recipe.model.logit_softcap) == ("relu2", 3072, 15.0)
+    assert load_recipe(path, ["model.preset=llama"]).model.hidden_size == 2048
+    assert load_recipe(path, ["model.mlp=swiglu"]).model.mlp == "swiglu"
+
+
+def test_a_wrong_preset_is_said_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("training: {num_steps: 10}\nmodel:\n  preset: lama\n")
+    with pytest.raises(UserError, match=r"mine\.yaml:3: model\.preset = 'lama': there is no such preset"):
+        load_recipe(path)
+    with pytest.raises(UserError, match=r"--set model\.shape=7b: model\.shape = '7b'"):
+        load_recipe("demo", ["model.shape=7b"])
+
+
 def test_a_market_may_say_how_many_losses_are_announced() -> None:
     market = "hazard:30,notice=0.5,notice_seconds=15"
     assert load_recipe("demo", [f"local.market={market}"]).local.market == market

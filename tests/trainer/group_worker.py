@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
 
 from cost.errors import SlmError
 from trainer.checkpoint import Checkpoints, Identity
@@ -24,6 +22,7 @@ from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Signal, fabric_precision, train
 from trainer.model import build_model
 from trainer.optim import Updates
+from trainer.parallel import strategy_class, strategy_options
 from trainer.store import Bytes, DirectoryStore
 
 
@@ -97,34 +96,27 @@ class BrokenUpload(DirectoryStore):
         return StoreError(f"cannot upload {key}: this rank's disk is full")
 
 
-def sharding(world_size: int) -> ModelParallelStrategy:
-    """FSDP2: each block, and the rest, in equal rows over all workers."""
-
-    def shard(model: torch.nn.Module, mesh: Any) -> torch.nn.Module:
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(model, mesh=mesh["data_parallel"])
-        return model
-
-    return ModelParallelStrategy(
-        shard, data_parallel_size=world_size, tensor_parallel_size=1, process_group_backend="gloo"
-    )
-
-
 def main() -> None:
     data_dir, folder = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     reports = []
     fabrics: dict[str, Fabric] = {}
     for arguments in json.loads((folder / "jobs.json").read_text()):
-        precision = fabric_precision(TrainConfig(precision=arguments["config"]["precision"]))
-        kind = f"{precision} sharded" if arguments.pop("sharded", False) else precision
-        if kind not in fabrics:
+        if arguments.pop("sharded", False):
+            arguments["config"]["sharding"] = "sharded"
+        asked = {name: arguments["config"][name] for name in ("precision", "sharding")}
+        kind = TrainConfig(**asked)
+        if (name := " ".join(asked.values())) not in fabrics:
             world_size = int(os.environ["WORLD_SIZE"])
-            strategy = sharding(world_size) if "sharded" in kind else DDPStrategy(process_group_backend="gloo")
-            fabrics[kind] = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision=precision)
-            fabrics[kind].launch()
-        fabric = fabrics[kind]
+            options = strategy_options(kind, world_size)
+            fabrics[name] = Fabric(
+                accelerator="cpu",
+                devices=world_size,
+                strategy=strategy_class(kind)(process_group_backend="gloo", **options),
+                precision=fabric_precision(kind),
+            )
+            fabrics[name].launch()
+        fabric = fabrics[name]
         reports.append(job(fabric, data_dir, **arguments))
     (folder / f"report{fabric.global_rank}.json").write_text(json.dumps(reports))
 

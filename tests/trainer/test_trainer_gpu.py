@@ -9,8 +9,9 @@ import lightning
 import pytest
 import torch
 
-from trainer.attention import attend, attend_dense
+from trainer.attention import BACKENDS, attend_dense, attend_sdpa
 from trainer.config import TrainConfig
+from trainer.documents import document_offsets
 from trainer.loop import Signal, fabric_precision, train
 from trainer.store import DirectoryStore
 
@@ -25,13 +26,21 @@ class NoSignals:
         return Signal()
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("num_tokens", [1, 127, 2048])
-def test_attention_agrees_with_its_definition_forward_and_backward(num_tokens: int) -> None:
+@pytest.mark.parametrize("name", [*BACKENDS, "sdpa"])
+def test_attention_agrees_with_its_definition_forward_and_backward(
+    name: str, num_tokens: int, window: int | None, documents: bool
+) -> None:
+    way = BACKENDS.get(name, attend_sdpa)
     torch.manual_seed(0)
-    shapes = [(2, 8, num_tokens, 64), (2, 2, num_tokens, 64), (2, 2, num_tokens, 64)]
+    shapes = [(2, num_tokens, 8, 64), (2, num_tokens, 2, 64), (2, num_tokens, 2, 64)]
+    ids = torch.arange(num_tokens, device="cuda").div(90, rounding_mode="floor").repeat(2, 1)
+    where = (document_offsets(ids, 23) if documents else None, num_tokens, window)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     twins = [one.detach().float().requires_grad_() for one in inputs]
-    fast, exact = attend(*inputs), attend_dense(*twins)
+    fast, exact = way(*inputs, *where), attend_dense(*twins, *where)
     torch.testing.assert_close(fast.float(), exact, atol=2e-2, rtol=2e-2)
     fast.float().square().sum().backward()
     exact.square().sum().backward()

@@ -7,67 +7,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from cost.workload import Workload
-from trainer.attention import DENSE_MAX_TOKENS, attend, attend_dense
-from trainer.config import ModelConfig
+from trainer.attention import visible
+from trainer.config import GATE_INPUTS, ModelConfig
 from trainer.model import IGNORED, Transformer, build_model, weights_sha256
+from trainer.presets import PRESETS, expand
 
 SHAPE = ModelConfig(
     vocab_size=50, sequence_length=12, num_layers=2, width=24, num_heads=6, num_kv_heads=2, hidden_size=20
 )
 
 
-def random_qkv(T: int, dtype: torch.dtype, H: int = 6, G: int = 2, K: int = 8) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(T)
-    shapes = [(2, H, T, K), (2, G, T, K), (2, G, T, K)]
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-
-
-def by_loops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every output position from its own sum, in double precision."""
-    q, k, v = q.double(), k.double(), v.double()
-    group = q.shape[1] // k.shape[1]
-    out = torch.zeros_like(q)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            for t in range(q.shape[2]):
-                keys, values = k[b, h // group, : t + 1], v[b, h // group, : t + 1]
-                weights = torch.softmax(keys @ q[b, h, t] / math.sqrt(q.shape[3]), dim=0)
-                out[b, h, t] = weights @ values
-    return out
-
-
-@pytest.mark.parametrize("function", [attend, attend_dense])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("T", [1, 5, 33])
-def test_attention_is_what_its_definition_says(function: object, dtype: torch.dtype, tolerance: float, T: int) -> None:
-    q, k, v = random_qkv(T, dtype)
-    assert callable(function)
-    torch.testing.assert_close(function(q, k, v).double(), by_loops(q, k, v), atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("T", [DENSE_MAX_TOKENS, DENSE_MAX_TOKENS + 1])
-def test_both_ways_of_attention_agree_in_output_and_gradients(T: int) -> None:
-    results = []
-    for function in (attend, attend_dense):
-        inputs = random_qkv(T, torch.bfloat16, H=2, G=1)
-        out = function(*inputs)
-        (out.float() ** 2).sum().backward()
-        results.append([out, *(each.grad for each in inputs)])
-    for one, two in zip(*results, strict=True):
-        error = (one.float() - two.float()).norm() / two.float().norm()
-        assert error < 0.01
-
-
 def plain_logits(model: Transformer, tokens_T: Tensor) -> Tensor:
-    """The same model written again, one sequence, one head and one pair of a head at a time."""
+    """The same model written again, one document, one head and one pair of a head at a time."""
     config, weights = model.config, {name: value.double() for name, value in model.named_parameters()}
-    T, K = len(tokens_T), config.width // config.num_heads
+    T, K = len(tokens_T), config.size_of_heads
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
+    def norm(x: Tensor, name: str) -> Tensor:
+        if config.norm == "layer" and "query" not in name and "key" not in name:
+            x = x - x.mean(-1, keepdim=True)
+            return (
+                x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
+                + weights[f"{name}.bias"]
+            )
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
+
+    def product(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", torch.zeros(1))
 
     def turned(x_TK: Tensor) -> Tensor:
+        if config.positions == "learned":
+            return x_TK
         out = torch.empty_like(x_TK)
         for t in range(T):
             for pair in range(K // 2):
@@ -78,32 +47,46 @@ def plain_logits(model: Transformer, tokens_T: Tensor) -> Tensor:
         return out
 
     x = weights["embedding.weight"][tokens_T]
+    if config.positions == "learned":
+        x = x + weights["position_embedding.weight"][:T]
+    if config.residual_scalars:
+        x = x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    first = x
     for number in range(config.num_layers):
-        layer = {
-            name.removeprefix(f"blocks.{number}."): value
-            for name, value in weights.items()
-            if name.startswith(f"blocks.{number}.")
-        }
-        h = norm(x, layer["attention_norm.weight"])
+        layer = f"blocks.{number}"
+        if config.residual_scalars:
+            x = weights["stream_scale"][number] * x + weights["first_scale"][number] * first
+        h = norm(x, f"{layer}.attention_norm")
+        q, k, v = (product(h, f"{layer}.attention.{name}") for name in ("query", "key", "value"))
+        if config.has_value_embedding(number):
+            gate = 2 * torch.sigmoid(product(h[:, :GATE_INPUTS], f"{layer}.attention.value_gate"))
+            v = v + gate.repeat_interleave(K, 1) * weights[f"{layer}.attention.value_embedding.weight"][tokens_T]
         heads = []
         for head in range(config.num_heads):
             group = head * config.num_kv_heads // config.num_heads
-            rows, group_rows = slice(head * K, (head + 1) * K), slice(group * K, (group + 1) * K)
-            q = h @ layer["attention.query.weight"][rows].T
-            k = h @ layer["attention.key.weight"][group_rows].T
-            v = h @ layer["attention.value.weight"][group_rows].T
+            q_TK, k_TK = q[:, head * K : (head + 1) * K], k[:, group * K : (group + 1) * K]
             if config.qk_norm:
-                q = norm(q, layer["attention.query_norm.weight"])
-                k = norm(k, layer["attention.key_norm.weight"])
-            scores = turned(q) @ turned(k).T / math.sqrt(K)
-            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-            heads.append(scores.softmax(-1) @ v)
-        x = x + torch.cat(heads, -1) @ layer["attention.output.weight"].T
-        h = norm(x, layer["mlp_norm.weight"])
-        gate, up = h @ layer["mlp.gate.weight"].T, h @ layer["mlp.up.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ layer["mlp.down.weight"].T
-    head = weights["embedding.weight" if config.tied_embeddings else "head.weight"]
-    return norm(x, weights["norm.weight"]) @ head.T
+                q_TK, k_TK = norm(q_TK, f"{layer}.attention.query_norm"), norm(k_TK, f"{layer}.attention.key_norm")
+            scores = turned(q_TK) @ turned(k_TK).T / math.sqrt(K)
+            for t in range(T):
+                window = config.window_of(number)
+                for s in range(T):
+                    if s > t or (window is not None and s <= t - window):
+                        scores[t, s] = -math.inf
+            heads.append(scores.softmax(-1) @ v[:, group * K : (group + 1) * K])
+        x = x + product(torch.cat(heads, -1), f"{layer}.attention.output")
+        h = norm(x, f"{layer}.mlp_norm")
+        up = product(h, f"{layer}.mlp.up")
+        if config.mlp == "swiglu":
+            gate = product(h, f"{layer}.mlp.gate")
+            up = gate * torch.sigmoid(gate) * up
+        elif config.mlp == "relu2":
+            up = up.clamp(min=0) ** 2
+        else:
+            up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        x = x + product(up, f"{layer}.mlp.down")
+    logits = norm(x, "norm") @ weights["embedding.weight" if config.tied_embeddings else "head.weight"].T
+    return config.logit_softcap * torch.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 
 def with_random_weights(config: ModelConfig) -> Transformer:
@@ -116,13 +99,55 @@ def with_random_weights(config: ModelConfig) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_model_is_what_its_parts_say(tied: bool, qk_norm: bool) -> None:
-    model = with_random_weights(replace(SHAPE, tied_embeddings=tied, qk_norm=qk_norm))
+VARIANTS = {
+    **{name: expand({"preset": name}) for name in PRESETS},
+    "tied": {"tied_embeddings": True, "qk_norm": False},
+    "heads of another size": {"head_size": 6},
+    "windows": {"window": 5, "num_layers": 3},
+    "value embeddings": {**expand({"preset": "speedrun"}), "value_embeddings": True, "num_layers": 3, "window": 3},
+}
+
+
+def variant(name: str) -> ModelConfig:
+    fields = dict(VARIANTS[name])
+    return replace(SHAPE, **fields)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_model_is_what_its_parts_say(name: str) -> None:
+    model = with_random_weights(variant(name))
     tokens_BT = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
     expected = torch.stack([plain_logits(model, tokens_T) for tokens_T in tokens_BT])
     torch.testing.assert_close(model.logits(tokens_BT).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_documents_in_a_row_are_as_documents_alone(name: str) -> None:
+    model = with_random_weights(variant(name))
+    generator = torch.Generator().manual_seed(3)
+    tokens_BT, targets_BT = (torch.randint(50, (2, 12), generator=generator) for _ in range(2))
+    documents_BT = torch.tensor([[0] * 5 + [1] * 7, [4] * 1 + [2] * 8 + [3] * 3])
+    parts = [(0, 0, 5), (0, 5, 12), (1, 0, 1), (1, 1, 9), (1, 9, 12)]
+    alone = [model.logits(tokens_BT[row : row + 1, begin:end])[0] for row, begin, end in parts]
+    found = model.logits(tokens_BT, documents_BT)
+    torch.testing.assert_close(found, torch.cat(alone).view(2, 12, 50), atol=1e-4, rtol=1e-4)
+    losses = [
+        float(model(tokens_BT[row : row + 1, begin:end], targets_BT[row : row + 1, begin:end]).detach())
+        for row, begin, end in parts
+    ]
+    assert float(model(tokens_BT, targets_BT, documents_BT).detach()) == pytest.approx(sum(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_activation_checkpointing_changes_no_gradient(name: str) -> None:
+    model = with_random_weights(variant(name))
+    tokens_BT = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(2))
+    found = []
+    for model.activation_checkpointing in (False, True):
+        model.zero_grad()
+        model(tokens_BT, tokens_BT).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_in_bf16_the_model_is_the_same_up_to_rounding() -> None:
@@ -182,21 +207,40 @@ def test_the_digest_of_weights_sees_one_bit_and_one_name() -> None:
     assert weights_sha256(model) != one
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_planner_counts_the_parameters_that_the_model_has(tied: bool, qk_norm: bool) -> None:
-    config = replace(SHAPE, tied_embeddings=tied, qk_norm=qk_norm)
-    counted = Workload.from_shape(
-        num_tokens=0,
-        num_layers=config.num_layers,
-        width=config.width,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        sequence_length=config.sequence_length,
-        global_batch_size=1,
-        tied_embeddings=tied,
-        qk_norm=qk_norm,
-    ).num_params
-    assert sum(parameter.numel() for parameter in build_model(config, 0).parameters()) == counted
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_planner_counts_the_parameters_that_the_model_has(name: str) -> None:
+    config = variant(name)
+    model = build_model(config, 0)
+    workload = config.workload()
+    assert sum(parameter.numel() for parameter in model.parameters()) == workload.num_params
+    in_products = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert in_products == workload.matrix_params
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_planner_counts_the_pairs_that_attention_computes(name: str) -> None:
+    config = replace(variant(name), sequence_length=64)
+    pairs = sum(
+        int(visible(1, 64, None, config.window_of(layer), torch.device("cpu")).sum())
+        for layer in range(config.num_layers)
+    )
+    exact = 12 * config.num_heads * config.size_of_heads * pairs / 64
+    # The formula takes half of T for the mean of 1 to T: off by half a key per layer.
+    assert config.workload().attention_flops_per_token == pytest.approx(exact, rel=0.2)
+
+
+def test_windows_leave_out_every_fourth_layer_and_the_last() -> None:
+    config = replace(SHAPE, num_layers=6, window=3)
+    assert [config.window_of(layer) for layer in range(6)] == [3, 3, 3, None, 3, None]
+    assert [config.has_value_embedding(layer) for layer in range(6)] == [False] * 6
+    valued = replace(config, value_embeddings=True)
+    assert [valued.has_value_embedding(layer) for layer in range(6)] == [False, True] * 3
+
+
+def test_a_plain_model_begins_as_gpt2_did() -> None:
+    model = build_model(replace(SHAPE, width=240, hidden_size=480, zero_init=False), seed=0)
+    assert float(model.blocks[0].mlp.up.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(model.blocks[0].mlp.down.weight.detach().std()) == pytest.approx(
+        0.01, rel=0.02
+    )  # / sqrt(2 x 2 layers)
+    assert float(model.head.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
