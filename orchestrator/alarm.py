@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cost.ledger import Ledger
+from cost.ledger import Balance, Ledger
 
 WARN_AT = (50, 80, 95)
 """Percent of the cap."""
@@ -19,9 +19,9 @@ class CapAlarm:
     tell: Callable[..., None]
     _told: int = 0
 
-    def look(self) -> None:
+    def look(self, balance: Balance | None = None) -> None:
         """Tell the highest threshold that was passed since the last look."""
-        balance = self.ledger.balance()
+        balance = balance or self.ledger.balance()
         percent = int(100 * balance.spent_usd / balance.cap_usd) if balance.cap_usd else 0
         passed = [threshold for threshold in WARN_AT if percent >= threshold > self._told]
         if passed:

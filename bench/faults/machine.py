@@ -43,7 +43,7 @@ TERMS = Terms(
     create_seconds=30.0,
     call_seconds=30.0,
     store_patience_seconds=1200.0,
-    poll_seconds=45.0,
+    poll_seconds=60.0,
     accrue_seconds=120.0,
 )
 OWNER = "abc123"

@@ -13,11 +13,11 @@ from faults.world import World
 from tasks.guard import KILL, TERMINATE, State, decide, issue, parse_answer
 from trainer.store import StoreKeyMissing
 
-CONTACT_SECONDS = 45.0
-STEP_SECONDS = 45.0
+CONTACT_SECONDS = 60.0
+STEP_SECONDS = 60.0
 START_SECONDS = 60.0
 """From boot to the first step."""
-CHECKPOINT_SECONDS = 300.0
+CHECKPOINT_SECONDS = 180.0
 SAVE_SECONDS = 20.0
 GUARD_KILL_SECONDS = 3.0
 

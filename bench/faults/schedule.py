@@ -19,7 +19,7 @@ from faults.world import World
 from orchestrator.terms import Terms
 
 MAX_FAULTS = 5
-CAP_NODE_HOURS = (4.0, 6.0)
+CAP_NODE_HOURS = (3.5, 5.5)
 """The cap, in hours of the whole cluster at the first offer's price."""
 AFTERWARDS_SECONDS = 86_400.0
 RECONCILED_SECONDS = TERMS.reconcile_seconds + 60.0

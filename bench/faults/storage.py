@@ -34,7 +34,9 @@ class MemoryStore:
         return True
 
     def _put(self, key: str, data: bytes) -> None:
-        versions = self.data.setdefault(checked_key(key), [])
+        versions = self.data.get(key)
+        if versions is None:
+            versions = self.data[checked_key(key)] = []
         versions.append(data)
         del versions[:-3]
 
