@@ -129,9 +129,10 @@ def decide(situation: Situation) -> Decision:
             StopReason.BUDGET,
             f"${situation.remaining_usd:.2f} is left and the smallest lease sets aside ${cheapest:.2f}",
         )
-    if situation.cause is Cause.TTL:
-        return Rollover(affordable[0].offer, affordable[0].num_nodes)
     free = [one for one in affordable if not is_blocked(one, situation)]
+    if situation.cause is Cause.TTL:
+        first = (free or affordable)[0]
+        return Rollover(first.offer, first.num_nodes)
     if situation.cause is Cause.TOO_DEAR and not free:
         return Stop(StopReason.GAVE_UP, f"every offer costs more than it may; last: {situation.detail}")
     chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.key])

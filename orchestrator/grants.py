@@ -57,7 +57,7 @@ class Grants:
         now = self._clock.now_ms()
         drain_ms = self.billed_ms(self._terms.drain_seconds)
         if account.lease.ttl_seconds:
-            return account, account.expires_ms - now > drain_ms
+            return account, self.limit_ms(account) - now > drain_ms
         limit = affordable_until_ms(account, self._ledger.balance(), num_nodes=account.num_nodes)
         wanted = now + self.billed_ms(self._terms.term_seconds)
         due = account.expires_ms - now < self.billed_ms(self._terms.term_seconds * self._terms.renew_below)
@@ -68,6 +68,13 @@ class Grants:
         if self._to_extend:
             self.extend(account)
         return account, limit - now > drain_ms
+
+    def limit_ms(self, account: LeaseAccount) -> int:
+        """The earliest moment at which a fixed limit can end the nodes: as if they had been there when asked for.
+
+        What is paid reaches further, to the end of a limit that begins as late as it may.
+        """
+        return account.expires_ms - self.billed_ms(self._terms.first_seconds(0.0))
 
     def pay_first_deadline(self, lease: Lease) -> LeaseAccount:
         """Pay up to the first deadline of a node that is asked for at this moment.

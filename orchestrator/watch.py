@@ -222,6 +222,8 @@ class Watch:
         if started and head_gone:
             if self._stopping is not None:
                 return self._stopping, self._stop_detail
+            if self.lease.ttl_seconds and self.clock.now_ms() >= self.grants.limit_ms(account):
+                return Cause.TTL, "the provider's time limit ended it"
             if self.clock.now_ms() >= account.expires_ms:
                 return Cause.EXPIRED, "its grant ran out"
             return Cause.PREEMPTED, state.detail or "the provider took its first node"

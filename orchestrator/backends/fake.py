@@ -63,7 +63,7 @@ class FakeBackend:
         alive = sum(1 for node in self._nodes if node.ended_ms is None)
         if alive + len(missing) > self.capacity:
             raise NoCapacity(f"{lease.offer.offer_id}: {self.capacity - alive} nodes free, {len(missing)} asked for")
-        deadline = self.clock.real_seconds() + lease.first_grant_seconds
+        deadline = self.clock.real_seconds() + (lease.ttl_seconds or lease.first_grant_seconds)
         self._nodes += [FakeNode(lease, rank, self.clock.now_ms(), deadline) for rank in missing]
         self._exit_codes.pop(lease.lease_id, None)
         self.starts.append(lease)

@@ -75,6 +75,8 @@ class LocalBackend:
     def _order(self, lease: Lease, command: Sequence[str]) -> dict[str, Any]:
         """What the market is asked for, field by field as its `Order` has them."""
         ttl_seconds = lease.first_grant_seconds + TTL_SHARE_OF_LATENCY * lease.kill_latency_seconds
+        if lease.ttl_seconds:
+            ttl_seconds = lease.ttl_seconds
         if self._ttl == "fixed" and self._ttl_seconds is not None:
             ttl_seconds = self._ttl_seconds
         return {

@@ -17,7 +17,7 @@ from cost.errors import SlmError
 from cost.leases import Lease
 from cost.ledger import EntryKind, Fenced, Ledger
 from cost.offers import Offer
-from cost.providers import PriceBound
+from cost.providers import PriceBound, Ttl
 from cost.recovery import Candidate
 from orchestrator.backends.fake import FakeBackend
 from orchestrator.clock import ManualClock
@@ -589,3 +589,56 @@ def test_a_price_that_rose_moves_the_run_where_the_rest_costs_less(world: World)
     assert supervisor.run() is RunState.SUCCEEDED
     assert [lease.offer.region for lease in world.backend.starts] == ["zone-0", "zone-1"]
     assert [one.outcome for one in world.ledger.accounts()] == ["dearer", "finished"]
+
+
+def test_a_limit_that_cannot_be_moved_is_rolled_over_and_is_no_preemption(world: World) -> None:
+    terms = Terms(ttl=Ttl.FIXED, fixed_ttl_seconds=40.0)
+    assert world.supervisor(terms=terms).run() is RunState.SUCCEEDED
+    outcomes = [one.outcome for one in world.ledger.accounts()]
+    assert outcomes[-1] == "finished" and set(outcomes[:-1]) == {"ttl"} and len(outcomes) > 1
+    assert {lease.offer.region for lease in world.backend.starts} == {"zone-0"}
+    assert world.runs.get(world.run.run_id).preemptions == 0
+    assert world.ledger.balance().spent_usd >= world.backend.true_bill_usd()
+
+
+def test_a_fixed_limit_is_set_aside_as_a_whole_and_granted_bit_by_bit(world: World) -> None:
+    held: list[Decimal] = []
+    terms = Terms(ttl=Ttl.FIXED, fixed_ttl_seconds=200.0)
+    world.clock.after(30.0, lambda: held.append(world.ledger.balance().held_usd))
+    world.supervisor(terms=terms).run()
+    assert held[0] > Decimal("3.50")  # some 190 s more of two nodes, one cent each per second
+    grants = json.loads(world.store.read(f"grants/{world.backend.starts[0].lease_id}/0.json"))
+    assert grants["duration_seconds"] <= terms.term_seconds
+
+
+class AwayStore(DirectoryStore):
+    """Cannot be written to while `away`."""
+
+    away = False
+
+    def write(self, key: str, data: bytes) -> None:
+        if self.away:
+            raise StoreError("the store does not answer; run the command again.")
+        super().write(key, data)
+
+
+def test_a_store_that_is_away_for_less_than_a_grant_ends_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    store = AwayStore(tmp_path / "store")
+    supervisor = world.supervisor()
+    supervisor.store = store
+    world.clock.after(15.0, lambda: setattr(store, "away", True))
+    world.clock.after(25.0, lambda: setattr(store, "away", False))
+    assert supervisor.run() is RunState.SUCCEEDED
+    assert len(world.backend.starts) == 1
+    assert any("nothing is granted while the run store is away" in event.message for event in world.events)
+
+
+def test_a_prepaid_account_is_set_aside_as_a_whole_and_no_more_is_rented_than_it_holds(tmp_path: Path) -> None:
+    world = World(tmp_path, cap=Decimal("3.00"))
+    terms = Terms(balance_usd=Decimal("5.00"))
+    assert world.supervisor(terms=terms).run() is RunState.OUT_OF_BUDGET
+    assert world.backend.starts == []  # $5 on the account could all be used up, and the cap is $3
+    world = World(tmp_path / "more", cap=Decimal("9.00"))
+    assert world.supervisor(terms=terms).run() is RunState.SUCCEEDED
+    assert world.backend.starts[0].ttl_seconds == pytest.approx(250.0)  # $5 at two cents a second
