@@ -45,7 +45,7 @@ def optimum(case: Case, result: Result) -> float:
         left_usd = (worst * (TERMS.drain_seconds + TERMS.kill_latency_seconds) - price * TERMS.drain_seconds) / 3600
     else:
         left_usd = float((Decimal(worst) - Decimal(price)) * TERMS.smallest_hours(1.0))
-    return 1.0 - left_usd / result.cap_usd
+    return 1.0 - left_usd / result.num_nodes / result.cap_usd  # the last lease may be of one node
 
 
 def row(case: Case, results: list[Result]) -> dict[str, float | str]:

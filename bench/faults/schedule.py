@@ -67,6 +67,7 @@ class Result:
     """Paid before a node's first step."""
     usd_per_hour: float
     """Of the whole cluster, at the first offer's price."""
+    num_nodes: int
     leases: int
 
     @property
@@ -191,6 +192,7 @@ def run_schedule(
         unfenced_writes=machine.unfenced_writes(),
         end=machine.end,
         usd_per_hour=float(machine.num_nodes * machine.offers[0].usd_per_hour),
+        num_nodes=machine.num_nodes,
         leases=len({node.lease.lease_id for node in machine.cloud.nodes}),
         startup_usd=sum(node.startup_usd for node in machine.cloud.nodes if node.rank == 0),
     )
