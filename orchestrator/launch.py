@@ -253,7 +253,7 @@ def store_of(run: Run, runs: Runs, home: Home) -> Store:
 
 def extras_of(run: Run, recipe: Recipe, ledger: Ledger) -> Extras:
     """Storage and transfers of this run; its checkpoints are at most as far apart as it was planned."""
-    interval = run.options["checkpoint_interval_seconds"] or recipe.train_config().checkpoint_interval_seconds
+    interval = run.options.get("checkpoint_interval_seconds") or recipe.train_config().checkpoint_interval_seconds
     scale = recipe.local.time_scale if run.options["backend"] == "local" else 1.0
     num_params = recipe.num_params()
     return Extras(

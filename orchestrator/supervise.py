@@ -433,7 +433,8 @@ class Supervisor:
             if cause in (Cause.BROKEN, Cause.EXPIRED):
                 self._failures += 1
                 self.runs.count(run_id, failures=1)
-            self._waits = self._waits + 1 if cause is Cause.NO_CAPACITY else 0
+            # A preemption after new steps has set it to 0 before: one that brought nothing counts as a refusal does.
+            self._waits = self._waits + 1 if cause in (Cause.NO_CAPACITY, Cause.PREEMPTED) else 0
         remaining = self.ledger.balance().free_usd
         decision = decide(
             Situation(

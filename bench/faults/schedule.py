@@ -21,7 +21,7 @@ from orchestrator.terms import Terms
 MAX_FAULTS = 5
 CAP_NODE_HOURS = (3.5, 5.5)
 """The cap, in hours of the whole cluster at the first offer's price."""
-AFTERWARDS_SECONDS = 86_400.0
+AFTERWARDS_SECONDS = 20_000.0
 RECONCILED_SECONDS = TERMS.reconcile_seconds + 60.0
 """Within this a stray is found and ended, where nothing else is wrong."""
 BALANCE_SHARE = (0.3, 0.9)
