@@ -14,7 +14,7 @@ from faults.storage import MemoryStore
 from faults.world import ORIGIN_MS, World
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import utc
-from orchestrator.terms import Terms
+from orchestrator.terms import Terms, worst_price
 
 BOOT_SECONDS = (20.0, 60.0)
 TTL_LATENCY_SECONDS = (1.0, 15.0)
@@ -185,12 +185,59 @@ class FakeCloud:
         assert self.terms.balance_usd is not None
         if not self._alive:
             return
-        for cloud in {node.lease.offer.cloud for node in self._alive}:
+        for cloud in sorted({node.lease.offer.cloud for node in self._alive}):
             used = sum(self._cost(node) for node in self.nodes if node.lease.offer.cloud == cloud)
             if used >= float(self.terms.balance_usd):
                 for node in [one for one in self._alive if one.lease.offer.cloud == cloud]:
                     self.world.after(self.world.rng.uniform(*self.ttl_latency), lambda node=node: self.end(node))  # type: ignore[misc]
         self.world.after(BALANCE_SECONDS, self._look_at_balances)
+
+    def excess_usd(self) -> float:
+        """The overshoot that broken assumptions explain: prices above p-hat, late kills, strays for a while."""
+        return sum(self._excess(node) for node in self.nodes)
+
+    def _excess(self, node: Node) -> float:
+        offer = node.lease.offer
+        if node.hung_unarmed:  # nothing ends it until somebody looks
+            return self._cost(node)
+        worst = worst_price(offer, self.terms.price_bound)
+        seconds = node.late_seconds + (self.stray_seconds if node.is_stray else 0.0)
+        highest = max(price for _, price in self.prices[offer.offer_id])
+        return self._cost(node, float(worst)) + seconds * highest / 3600
+
+    def _create(self, lease: Lease, rank: int, *, is_stray: bool = False) -> None:
+        rng = self.world.rng
+        node = Node(
+            world=self.world,
+            store=self.store,
+            lease=lease,
+            rank=rank,
+            boot_seconds=rng.uniform(*BOOT_SECONDS),
+            ttl=self._first_limit(lease),
+            ttl_latency=rng.uniform(*self.ttl_latency),
+            end=self.end,
+            command_ended=self._command_ended,
+            usd_per_hour=lambda: self._usd_per_hour(lease),
+            guarded=self.guarded,
+            ttl_works=self.ttl_exists,
+            step=self._next_step,
+            is_stray=is_stray,
+        )
+        self.nodes.append(node)
+        self._alive.append(node)
+        node.begin()
+        if self.on_create is not None:
+            self.on_create(node)
+        if self.terms.balance_usd is not None and len(self._alive) == 1:
+            self.world.after(BALANCE_SECONDS, self._look_at_balances)
+
+    def _first_limit(self, lease: Lease) -> float | None:
+        """When the provider ends a node that nobody moves the limit of; None where none is armed at the create."""
+        if self.terms.ttl is Ttl.FIXED:
+            return self.world.t + lease.ttl_seconds + self.ttl_slack
+        if self.terms.ttl is Ttl.RENEWABLE and self.armed_at_create:
+            return self.world.t + lease.first_grant_seconds + self.ttl_slack
+        return None
 
     def _usd_per_hour(self, lease: Lease) -> float:
         """Of the nodes of a lease that are there now."""
