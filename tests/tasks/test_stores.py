@@ -19,7 +19,7 @@ from cost.errors import UserError
 from tasks import s3 as s3_module
 from tasks.s3 import Patience, S3Store
 from tasks.stores import has_conditional_writes, open_for_training, open_store, probe
-from tests.store_contract import Factory, StoreContract
+from tests.store_contract import ConditionalStoreContract, Factory
 from tests.tasks.s3_server import BUCKET, CREDENTIALS, Asked, FaultProxy, at_random, free_port, s3_server
 from trainer.store import DirectoryStore, Store, StoreError, StoreKeyMissing, scoped
 
@@ -62,7 +62,7 @@ def client(url: str) -> Any:
     return boto3.client("s3", endpoint_url=url)
 
 
-class TestS3(StoreContract):
+class TestS3(ConditionalStoreContract):
     @pytest.fixture(params=["s3", "uri", "whole bucket", "scoped"])
     def factory(self, server: str, request: pytest.FixtureRequest) -> Factory:
         prefix = fresh()
@@ -76,7 +76,7 @@ class TestS3(StoreContract):
         return lambda: s3(server, prefix)
 
 
-class TestS3ThroughFaults(StoreContract):
+class TestS3ThroughFaults(ConditionalStoreContract):
     """The same, while every fourth request fails in one of the ways in which requests fail."""
 
     @pytest.fixture
@@ -87,7 +87,7 @@ class TestS3ThroughFaults(StoreContract):
         return lambda: s3(proxy.url, prefix)
 
 
-class TestMemory(StoreContract):
+class TestMemory(ConditionalStoreContract):
     @pytest.fixture
     def factory(self) -> Factory:
         store = MemoryStore()
