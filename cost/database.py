@@ -70,7 +70,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TRIGGER entries_never_change BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
     CREATE TRIGGER entries_never_go BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
     """,
-    # The balance is a sum over all entries at every turn of the loop: these two answer it without the rows.
+    # The balance is a sum over all entries at every turn of the loop: these answer it without the rows.
     """
     CREATE INDEX entries_sums ON entries (run_id, spent_micro_usd, held_micro_usd);
     CREATE INDEX entries_by_lease ON entries (lease_id, spent_micro_usd, held_micro_usd);
@@ -89,6 +89,21 @@ MIGRATIONS: tuple[str, ...] = (
         spent_micro_usd INTEGER NOT NULL CHECK (spent_micro_usd >= 0),
         PRIMARY KEY (run_id, name)
     );
+    """,
+    # The balance is asked for at every turn of the loop: each entry adds itself to the run's sums, in its own transaction.
+    """
+    ALTER TABLE runs ADD COLUMN spent_micro_usd INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN held_micro_usd INTEGER NOT NULL DEFAULT 0;
+    UPDATE runs SET
+        spent_micro_usd = (SELECT COALESCE(SUM(spent_micro_usd), 0) FROM entries WHERE entries.run_id = runs.run_id),
+        held_micro_usd = (SELECT COALESCE(SUM(held_micro_usd), 0) FROM entries WHERE entries.run_id = runs.run_id);
+    DROP INDEX entries_sums;
+    CREATE TRIGGER entries_add_up AFTER INSERT ON entries BEGIN
+        UPDATE runs SET
+            spent_micro_usd = spent_micro_usd + NEW.spent_micro_usd,
+            held_micro_usd = held_micro_usd + NEW.held_micro_usd
+        WHERE run_id = NEW.run_id;
+    END;
     """,
 )
 

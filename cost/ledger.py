@@ -97,14 +97,11 @@ class Ledger:
     def balance(self) -> Balance:
         """Cap, spent and held, summed over the entries."""
         row = self._db.execute(
-            "SELECT (SELECT cap_micro_usd FROM runs WHERE run_id = ?) AS cap, "
-            "COALESCE(SUM(spent_micro_usd), 0) AS spent, COALESCE(SUM(held_micro_usd), 0) AS held "
-            "FROM entries INDEXED BY entries_sums WHERE run_id = ?",
-            (self.run_id, self.run_id),
+            "SELECT cap_micro_usd, spent_micro_usd, held_micro_usd FROM runs WHERE run_id = ?", (self.run_id,)
         ).fetchone()
-        if row["cap"] is None:
+        if row is None:
             raise SlmError(f"there are no books for run {self.run_id}.")
-        return Balance(usd(row["cap"]), usd(row["spent"]), usd(row["held"]))
+        return Balance(usd(row["cap_micro_usd"]), usd(row["spent_micro_usd"]), usd(row["held_micro_usd"]))
 
     def entries(self) -> list[LedgerEntry]:
         """Every line, oldest first."""

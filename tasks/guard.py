@@ -109,7 +109,8 @@ class State:
 
 def issue(state: State, now: float, at_least: int) -> Tuple[State, int]:
     """A new request at `now`; its number is above all before it and not below `at_least`."""
-    number = max([at_least, state.accepted + 1] + [number + 1 for number, _ in state.issued])
+    newest = state.issued[-1][0] if state.issued else 0
+    number = max(at_least, state.accepted + 1, newest + 1)
     return replace(state, issued=(*state.issued, (number, now))[-MAX_ISSUED:]), number
 
 
@@ -123,10 +124,10 @@ def decide(state: State, now: float, answer: Optional[Answer], term_seconds: flo
     if now >= state.deadline:
         return replace(state, ending=True), KILL
     if answer is not None and not state.ending:
-        moments = dict(state.issued)
+        asked = next((moment for number, moment in reversed(state.issued) if number == answer.number), None)
         newer = (answer.epoch, answer.number) >= (state.epoch, state.accepted)
-        if newer and answer.number in moments:
-            deadline = moments[answer.number] + answer.duration_seconds
+        if newer and asked is not None:
+            deadline = asked + answer.duration_seconds
             state = replace(state, deadline=deadline, epoch=answer.epoch, accepted=answer.number)
     if now >= state.deadline:
         return replace(state, ending=True), KILL
