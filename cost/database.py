@@ -90,7 +90,7 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (run_id, name)
     );
     """,
-    # The balance is asked for at every turn of the loop: each entry adds itself to the run's sums, in its own transaction.
+    # The balance is asked for at every turn of the loop: each entry adds itself to the sums, in its own transaction.
     """
     ALTER TABLE runs ADD COLUMN spent_micro_usd INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE runs ADD COLUMN held_micro_usd INTEGER NOT NULL DEFAULT 0;
