@@ -41,7 +41,17 @@ EXIT_BROKEN = 30
 """As in tasks.cluster: safe to start again elsewhere."""
 OWN_INDEX = ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_FIND_LINKS", "UV_OFFLINE", "PIP_INDEX_URL", "PIP_FIND_LINKS")
 """Where packages come from another place than everybody's, it is not gone round."""
-PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SSL_CERT_FILE", "NO_PROXY")
+PASSED_ON = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "SSL_CERT_FILE",
+    "NO_PROXY",
+    "SLM_CACHE",
+)
 """Beside all that begins with one of PASSED_PREFIXES; SkyPilot's and Ray's own variables stay behind."""
 PASSED_PREFIXES = (
     "SLURM_JOB",
@@ -260,7 +270,10 @@ def send_log(folder: str, facts: Mapping[str, Any]) -> None:
 
 
 def cache_root() -> str:
-    """Outlives the lease: SkyPilot's HOME on Slurm is one cluster's and goes with it."""
+    """Outlives the lease: SkyPilot's HOME on Slurm is one cluster's and goes with it. SLM_CACHE names another."""
+    named = os.environ.get("SLM_CACHE")
+    if named:
+        return named
     home = pwd.getpwuid(os.getuid()).pw_dir
     for parent in (os.path.join(home, ".cache", "slm"), os.path.join(tempfile.gettempdir(), f"slm-{os.getuid()}")):
         with contextlib.suppress(OSError):
