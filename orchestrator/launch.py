@@ -395,6 +395,7 @@ def backend_of(
             recipe,
             allow_unguarded=bool(run.options.get("allow_unguarded")),
             known_leases=lambda: known_leases(home),
+            starts=home.starts,
             tell=lambda message: emit(Event("cloud", message, datetime.now(UTC))),
         )
     return LocalBackend(

@@ -81,6 +81,7 @@ class SkyBackend:
         credentials: Callable[[], str | None] | None = None,
         region: str = "",
         tell: Tell = lambda _: None,
+        on_ready: Callable[[Lease, dict[str, float]], None] = lambda _, __: None,
     ) -> None:
         """`known_leases`: of the books, whose names tell what is listed; `credentials`: of the run store, for nodes."""
         self._folder = folder
@@ -93,6 +94,8 @@ class SkyBackend:
         self._credentials = credentials or (lambda: None)
         self._region = region
         self._tell = tell
+        self._on_ready = on_ready
+        self._ready: set[str] = set()
         self._records: dict[str, dict[str, Any]] = {}
 
     # -- the contract ----------------------------------------------------------------------------
@@ -156,6 +159,7 @@ class SkyBackend:
                 detail = f"its guard has said nothing for {silent:.0f} s"
                 return LeaseState(LeasePhase.ENDED, ranks, EXIT_UNGUARDED, price, detail)
             return LeaseState(LeasePhase.STARTING, ranks, None, price)
+        self._tell_ready(lease, record)
         code = request.get("exit_code")
         phase = LeasePhase.RUNNING if code is None else LeasePhase.ENDED
         return LeaseState(phase, ranks, None if code is None else int(code), price)
@@ -251,6 +255,21 @@ class SkyBackend:
         except (StoreKeyMissing, StoreError, ValueError):
             return None
         return content if isinstance(content, dict) else None
+
+    def _tell_ready(self, lease: Lease, record: Mapping[str, Any]) -> None:
+        """Once for each lease that was created here: where the time went until its first node was set up."""
+        if lease.lease_id in self._ready or "seconds" not in record:
+            return
+        setup = self._read(f"setup/{lease.lease_id}/0.json")
+        if setup is None:
+            return
+        self._ready.add(lease.lease_id)
+        parts = {name: float(setup[name]) for name in ("environment_seconds", "data_seconds")}
+        parts = {"launch_seconds": float(record["seconds"]), **parts}
+        total = parts["launch_seconds"] + float(setup["seconds"])
+        said = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.1f} s" for name, seconds in parts.items())
+        self._tell(f"node 0 of {lease.lease_id} is set up {total:.0f} s after the request: {said}")
+        self._on_ready(lease, {"seconds": total, **parts})
 
     def _price(self, lease: Lease, record: Mapping[str, Any]) -> Decimal | None:
         """As the provider bills it where that can be read; else as it was fixed at rent."""
