@@ -13,6 +13,7 @@ from cost.errors import SlmError, UserError
 from cost.leases import Lease
 from cost.offers import Offer
 from cost.providers import Ttl, balance_refusal, provider, refusal
+from orchestrator.backends.aws_arm import AwsArm
 from orchestrator.backends.every import SKY_FOLDER
 from orchestrator.backends.sky import SkyBackend, SkySettings
 from orchestrator.backends.sky_killers import Arm, armable
@@ -27,7 +28,7 @@ BOOT_SHARE = 0.9
 
 def arms() -> Mapping[str, Arm]:
     """Providers' own interfaces beside SkyPilot, by cloud."""
-    return {}
+    return {"aws": AwsArm()}
 
 
 def terms_on_clouds(recipe: Recipe) -> TermsOf:

@@ -108,6 +108,9 @@ class SkyBackend:
         if self._store is None:
             raise BackendError("a backend without a run store rents nothing.")
         self._refuse_unguarded(lease)
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None and (reason := arm.refusal(lease)) is not None:
+            raise SkyRefusal(reason)
         alive = self._alive(lease)
         if len(alive) >= lease.num_nodes:
             return
@@ -149,7 +152,9 @@ class SkyBackend:
         )
         live = {one for one, what in seen["instances"].items() if what["status"] in LIVE}
         if not live:
-            return LeaseState(LeasePhase.GONE, detail="nothing of it is left at the provider")
+            arm = self._arms.get(lease.offer.cloud)
+            why = "" if arm is None else arm.why_gone(record, lease)
+            return LeaseState(LeasePhase.GONE, detail=why or "nothing of it is left at the provider")
         ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
         request = self._read(f"guard/{lease.lease_id}/0/request.json")
         price = self._price(lease, record)
@@ -180,6 +185,9 @@ class SkyBackend:
         if result["left"]:
             trouble = f" ({result['trouble']})" if result.get("trouble") else ""
             raise BackendError(f"{lease.lease_id} has {len(result['left'])} instances left at the provider{trouble}.")
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None and record:
+            arm.release(record, lease)
 
     def list_alive(self) -> Sequence[Instance]:
         result = self._client.call("list", seconds=CALL_SECONDS)

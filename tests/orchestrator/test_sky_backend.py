@@ -41,6 +41,15 @@ class FileArm:
     def usd_per_hour(self, record: Mapping[str, Any], lease: Lease) -> Decimal | None:
         return None
 
+    def refusal(self, lease: Lease) -> str | None:
+        return self.rig.state.get("refusal")
+
+    def why_gone(self, record: Mapping[str, Any], lease: Lease) -> str:
+        return "the file took it back" if record else ""
+
+    def release(self, record: Mapping[str, Any], lease: Lease) -> None:
+        self.rig.set(released=lease.lease_id)
+
 
 class SkyRig:
     """The stand-in's provider side."""
@@ -193,6 +202,21 @@ def test_a_cloud_where_nothing_ends_a_hung_node_is_refused_before_anything_is_as
         rig.backend.start(lease_of(), rig.command)
     assert rig.state["calls"] == []
     assert rig.store.list("clusters/") == []
+
+
+def test_the_provider_s_own_interface_refuses_tells_and_forgets(rig: SkyRig) -> None:
+    rig.set(refusal="the quota is 0 vCPUs, 8 are needed")
+    with pytest.raises(SkyRefusal, match="the quota is 0 vCPUs") as refused:
+        rig.backend.start(lease_of(), rig.command)
+    assert refused.value.for_good
+    assert rig.state["calls"] == []
+    rig.set(refusal=None)
+    rig.backend.start(lease_of(), rig.command)
+    rig.take(lease_of(), 0)
+    rig.take(lease_of(), 1)
+    assert rig.backend.poll(lease_of()).detail == "the file took it back"
+    rig.backend.stop(lease_of())
+    assert rig.state["released"] == "slm-test-1"
 
 
 def test_what_is_left_after_an_end_is_told(rig: SkyRig) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from cost.providers import KillerKind, provider, providers, refusal
 from orchestrator import catalog_slurm
+from orchestrator.backends.aws_arm import AwsArm
 from orchestrator.backends.sky_client import SkyRefusal, error_of
 from orchestrator.backends.sky_errors import Trouble, classify
 from orchestrator.backends.sky_killers import (
@@ -97,14 +98,7 @@ def test_a_killer_that_nothing_here_arms_does_not_count() -> None:
 
 
 def test_an_arm_beside_skypilot_makes_a_cloud_rentable() -> None:
-    class Arm:
-        killers = frozenset({"eventbridge-terminate"})
-
-        def limit(self, record: object, lease: object, seconds: float) -> None: ...
-
-        def usd_per_hour(self, record: object, lease: object) -> Decimal | None: ...
-
-    aws = armable(provider("aws"), {"aws": Arm()})
+    aws = armable(provider("aws"), {"aws": AwsArm()})
     assert refusal(aws, allow_unguarded=False) is None
     assert any(killer.kind is KillerKind.PROVIDER for killer in aws.killers)
 
