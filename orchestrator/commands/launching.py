@@ -119,6 +119,7 @@ def launch(
             single_supervisor=single_supervisor,
             store=absolute(store),
             expected_usd={one.offer.offer_id: one.bill.total_usd for one in reversed(plan.ranked)},
+            allow_unguarded=allow_unguarded,
         ),
         chosen.name,
         as_json=as_json,
