@@ -278,7 +278,7 @@ class User:
 
     @property
     def slm_home(self) -> Path:
-        return self.folder / "slm" / self.prefix
+        return self.folder / "slm" / (self.prefix or "first")
 
     @property
     def store(self) -> str:
@@ -338,9 +338,11 @@ class User:
         self.supervisors.append(one)
         return one
 
-    def launch(self, *options: str) -> subprocess.Popen[str]:
-        """The lab's recipe, on SkyPilot, into the bucket."""
-        return self.start("launch", str(RECIPE), "--backend", "sky", "--store", self.store, "--yes", *options)
+    def launch(self, *settings: str, budget: str = "5") -> subprocess.Popen[str]:
+        """The lab's recipe with these fields set, on SkyPilot, into the bucket."""
+        options = [word for one in settings for word in ("--set", one)]
+        command = ("launch", str(RECIPE), "--backend", "sky", "--store", self.store, "--budget", budget, "--yes")
+        return self.start(*command, *options)
 
     def finish(self, supervisor: subprocess.Popen[str], *, seconds: float = WAIT_SECONDS) -> int:
         """The supervisor's exit code; what it printed is in the message when it is late."""

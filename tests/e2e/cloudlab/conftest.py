@@ -54,6 +54,7 @@ def sky_user(lab: Lab, bucket: Bucket) -> Iterator[User]:
     folder = Path(tempfile.mkdtemp(prefix="slm-lab-"))
     one = new_user(folder, lab, bucket)
     try:
+        until("prices of the lab", lambda: one.slm("offers", "--refresh").returncode == 0)
         yield one
     finally:
         one.end()
@@ -65,6 +66,8 @@ def user(sky_user: User, lab: Lab, request: pytest.FixtureRequest) -> Iterator[U
     """A user who has launched nothing yet, on a cloud where everything is free."""
     name = request.node.name.removeprefix("test_")[:24].strip("_").replace("_", "-")
     one = User(sky_user.folder, lab, sky_user.bucket, sky_user.port, prefix=name)
+    one.slm_home.mkdir(parents=True)
+    shutil.copy(sky_user.slm_home / "offers.json", one.slm_home / "offers.json")
     yield one
     for supervisor in one.supervisors:
         if supervisor.poll() is None:
@@ -75,8 +78,8 @@ def user(sky_user: User, lab: Lab, request: pytest.FixtureRequest) -> Iterator[U
 
 def set_free(lab: Lab) -> None:
     """Every node up, every partition open, no job left: also after a scenario that failed."""
-    lab.slurm("scancel", "--partition=spot,ondemand,reclaim")
-    for name in ("spot", "ondemand"):
+    for name in ("spot", "ondemand", "reclaim"):
+        lab.slurm("scancel", f"--partition={name}")
         lab.slurm("scontrol", "update", f"PartitionName={name}", "State=UP")
     for node in NODES:
         lab("node_up", node)

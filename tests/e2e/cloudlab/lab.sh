@@ -124,6 +124,8 @@ CONF
   # slurmd 22.05 always loads a cgroup plugin; v1 does nothing as long as no cgroup task or proctrack plugin is set
   printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' > $ETC/cgroup.conf
   { echo "127.0.0.1 localhost"; echo "$NET.1 $(hostname) login"; for n in $NODES; do echo "$(node_ip $n) $n"; done; } > $ETC/hosts
+  # nobody answers names beyond those: refused at once, where a silent server would cost seconds each time
+  printf 'nameserver 127.0.0.1\noptions timeout:1 attempts:1\n' > $ETC/resolv.conf
   [ -f $ETC/ssh_host_ed25519 ] || ssh-keygen -q -t ed25519 -N '' -f $ETC/ssh_host_ed25519
   [ -f $ETC/id_ed25519 ] || ssh-keygen -q -t ed25519 -N '' -f $ETC/id_ed25519
   install -o $CUSER -g $CUSER -m 600 $ETC/id_ed25519.pub $ETC/authorized_keys
@@ -159,16 +161,17 @@ done
 exec /usr/bin/curl "$@"
 SH
   # uv as it comes, but for: python 3.10 (a download) is the system's own; packages are linked from a cache on the same
-  # mount; an install is tried from the cache alone first, and goes to the registry through the proxy only if that fails
+  # mount (SkyPilot's own lie in the node's /tmp); an install is tried from the cache alone first, and goes to the
+  # registry through the proxy only if that fails
   cat > $R/shims/uv <<SH
 #!/bin/bash
 args=(); prev=; cache=$CACHE/uv
-for a in "\$@" "\${VIRTUAL_ENV:-}" "\${SKY_RUNTIME_DIR:-}"; do case \$a in /tmp/*) [ -d /tmp/uv-cache ] && cache=/tmp/uv-cache;; esac; done
+case "\${VIRTUAL_ENV:-} \${SKY_RUNTIME_DIR:-} \$*" in *$R/home/warm*) cache=$CACHE/uv-sky;; */tmp/*) [ -d /tmp/uv-cache ] && cache=/tmp/uv-cache;; esac
 for a in "\$@"; do
   [ "\$prev" = --python ] && [ "\$a" = 3.10 ] && a=/usr/bin/python3
   args+=("\$a"); prev=\$a
 done
-case "\${VIRTUAL_ENV:-} \$*" in *$R/home/*) cache=$CACHE/uv;; esac
+[ "\$cache" = /tmp/uv-cache ] && case "\${VIRTUAL_ENV:-} \$*" in *$R/home/*) cache=$CACHE/uv;; esac
 export UV_CACHE_DIR=\$cache UV_LINK_MODE=hardlink UV_PYTHON_DOWNLOADS=never
 export SSL_CERT_FILE=\${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
 if [ "\${1:-}" = pip ]; then
@@ -199,13 +202,12 @@ PY
 
 # Fill uv's cache once with what SkyPilot installs on nodes, so that a node's start needs no network.
 warm_uv(){
-  mkdir -p $CACHE/uv; chown $CUSER: $CACHE/uv
-  [ "$(stat -c %U $CACHE/uv)" = "$CUSER" ] && [ -f $CACHE/uv/.warm ] && chown -R $CUSER: $CACHE/uv && return
-  chown -R $CUSER: $CACHE/uv
+  mkdir -p $CACHE/uv $CACHE/uv-sky; chown -R $CUSER: $CACHE/uv $CACHE/uv-sky
+  [ -f $CACHE/uv-sky/.warm ] && return
   runuser -u $CUSER -- env HOME=$R/home bash --login -ec "
     cd; $R/shims/uv venv -q --seed $R/home/warm --python 3.10
     VIRTUAL_ENV=$R/home/warm $R/shims/uv pip install -q 'skypilot[slurm,remote]==$SKY_VERSION'
-    rm -rf $R/home/warm; touch $CACHE/uv/.warm"
+    rm -rf $R/home/warm; touch $CACHE/uv-sky/.warm"
 }
 
 # A pid file is believed only while that process looks like ours: pids are used again.
@@ -225,9 +227,9 @@ node_up(){
   ip -n slm-$n link set eth0 up
   ip -n slm-$n route add default via $NET.1
   mkdir -p $R/spool/$n $R/tmp-$n
-  [ -d $R/tmp-$n/uv-cache ] || cp -al $CACHE/uv $R/tmp-$n/uv-cache
+  [ -d $R/tmp-$n/uv-cache ] || cp -al $CACHE/uv-sky $R/tmp-$n/uv-cache
   setsid ip netns exec slm-$n unshare --uts --pid --mount --fork --mount-proc --kill-child bash -c "
-     hostname $n; mount --bind $ETC/hosts /etc/hosts
+     hostname $n; mount --bind $ETC/hosts /etc/hosts; mount --bind $ETC/resolv.conf /etc/resolv.conf
      chmod 1777 $R/tmp-$n; mount --bind $R/tmp-$n /tmp
      export PATH=$R/shims:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin SLM_BASE=$BASE
      slurmd -D -N $n -f $ETC/slurm.conf & wait" </dev/null >$R/log/$n.out 2>&1 9>&- &
@@ -243,7 +245,7 @@ node_kill(){
   local n=$1
   end $R/run/$n.init "slurmd -D -N $n" -9
   ip netns del slm-$n 2>/dev/null || true; ip link del slmv-$n 2>/dev/null || true
-  rm -rf $R/tmp-$n
+  local gone=$R/gone-$n-$RANDOM$RANDOM; mv $R/tmp-$n $gone 2>/dev/null && { setsid rm -rf $gone </dev/null >/dev/null 2>&1 9>&- & }
   echo "$n killed"
 }
 
@@ -276,7 +278,7 @@ down(){
     userdel -f $CUSER 2>/dev/null || true
   fi
   ip link del $BR 2>/dev/null || true
-  rm -rf $R
+  for _ in $(seq 50); do rm -rf $R 2>/dev/null && break; sleep .1; done   # a killed node's disk may still be going
 }
 
 purge(){ down; rm -rf $BASE; }
