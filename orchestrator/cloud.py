@@ -12,6 +12,7 @@ from cost.clouds import cloud_terms
 from cost.errors import SlmError, UserError
 from cost.offers import Offer
 from cost.providers import Ttl, balance_refusal, provider, refusal
+from orchestrator.backends.every import SKY_FOLDER
 from orchestrator.backends.sky import SkyBackend, SkySettings
 from orchestrator.backends.sky_killers import Arm, armable
 from orchestrator.terms import Terms, TermsOf, terms_on, worst_price
@@ -20,7 +21,6 @@ from trainer.store import Store
 
 BOOT_SHARE = 0.9
 """A create is given up after this share of the provider's boot time, so that no first grant begins later."""
-FOLDER = "sky"
 
 
 def arms() -> Mapping[str, Arm]:
@@ -134,7 +134,7 @@ def sky_backend(
         allow_unguarded=allow_unguarded,
     )
     return SkyBackend(
-        folder / FOLDER,
+        folder / SKY_FOLDER,
         store,
         offers=offers,
         settings=settings,

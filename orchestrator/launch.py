@@ -222,7 +222,7 @@ def supervise(
         kind = run.options["backend"]
         terms, scale = terms_of(recipe, kind), scale_of(recipe, kind)
         offers = [offer_of(content) for content in run.options["offers"]]
-        backend = backend_of(recipe, run, store=store, home=home, offers=offers, ledger=ledger, emit=emit)
+        backend = backend_of(recipe, run, store=store, home=home, offers=offers, emit=emit)
         place = str(data_dir) if kind == LOCAL or switch.level else brought(store, data_dir, emit)
         supervisor = Supervisor(
             run_record=run,
@@ -381,11 +381,11 @@ def backend_of(
     store: Store,
     home: Home,
     offers: Sequence[Offer],
-    ledger: Ledger,
     emit: Emit,
 ) -> Backend:
     """The backend that the run was launched on."""
     if run.options["backend"] != LOCAL:
+        from orchestrator.backends.every import known_leases
         from orchestrator.cloud import sky_backend
 
         return sky_backend(
@@ -394,7 +394,7 @@ def backend_of(
             offers,
             recipe,
             allow_unguarded=bool(run.options.get("allow_unguarded")),
-            known_leases=lambda: sorted(ledger.open_leases_of_all_runs()),
+            known_leases=lambda: known_leases(home),
             tell=lambda message: emit(Event("cloud", message, datetime.now(UTC))),
         )
     return LocalBackend(

@@ -56,16 +56,19 @@ class SkySettings:
 
 
 class SkyBackend:
-    """Nodes of one run; `store` is the run's. `folder`: what only this machine needs."""
+    """Nodes of one run; `store` is the run's. `folder`: what only this machine needs.
+
+    Without a store it lists and ends what anybody of this name has rented, and rents nothing.
+    """
 
     name = "sky"
 
     def __init__(
         self,
         folder: Path,
-        store: Store,
+        store: Store | None,
         *,
-        offers: Sequence[Offer],
+        offers: Sequence[Offer] = (),
         client: SkyClient | None = None,
         settings: SkySettings | None = None,
         arms: Mapping[str, Arm] | None = None,
@@ -94,6 +97,8 @@ class SkyBackend:
 
     def start(self, lease: Lease, command: Sequence[str]) -> None:  # noqa: ARG002
         """`command` is the node's own affair here: its Python lies where the node has put it."""
+        if self._store is None:
+            raise BackendError("a backend without a run store rents nothing.")
         self._refuse_unguarded(lease)
         alive = self._alive(lease)
         if alive:
@@ -138,7 +143,7 @@ class SkyBackend:
         if not live:
             return LeaseState(LeasePhase.GONE, detail="nothing of it is left at the provider")
         ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
-        request = self._guard_request(lease)
+        request = self._read(f"guard/{lease.lease_id}/0/request.json")
         price = self._price(lease, record)
         if request is None:
             return LeaseState(LeasePhase.STARTING, ranks, None, price)
@@ -211,21 +216,25 @@ class SkyBackend:
     def _remember(self, lease: Lease, record: dict[str, Any]) -> None:
         """Here and in the run store; a store that is away must not hide what was rented from us."""
         self._records[lease.lease_id] = record
+        if self._store is None:
+            return
         with contextlib.suppress(StoreError):
             self._store.write(f"{RECORDS}{lease.lease_id}.json", json.dumps(record, indent=1).encode())
 
     def _record(self, lease: Lease) -> dict[str, Any]:
         if lease.lease_id not in self._records:
-            try:
-                self._records[lease.lease_id] = json.loads(self._store.read(f"{RECORDS}{lease.lease_id}.json"))
-            except (StoreKeyMissing, StoreError, ValueError):
+            record = self._read(f"{RECORDS}{lease.lease_id}.json")
+            if record is None:
                 return {}
+            self._records[lease.lease_id] = record
         return self._records[lease.lease_id]
 
-    def _guard_request(self, lease: Lease) -> dict[str, Any] | None:
-        """The newest word of node 0's guard."""
+    def _read(self, key: str) -> dict[str, Any] | None:
+        """A JSON object of the run store; None while there is none, or the store is away."""
+        if self._store is None:
+            return None
         try:
-            content = json.loads(self._store.read(f"guard/{lease.lease_id}/0/request.json"))
+            content = json.loads(self._store.read(key))
         except (StoreKeyMissing, StoreError, ValueError):
             return None
         return content if isinstance(content, dict) else None
