@@ -290,8 +290,9 @@ class Supervisor:
         terms = self.terms(offer)
         worst = worst_price(offer, terms.price_bound)
         fixed = terms.first_seconds(terms.kill_latency_seconds) + RENT_SLACK_SECONDS
-        free = self.ledger.balance().free_usd
-        affordable = seconds_for(free, worst * num_nodes, self.clock.scale) - fixed
+        hourly, once = self._beside(offer, num_nodes)
+        free = self.ledger.balance().free_usd - once
+        affordable = seconds_for(free, worst * num_nodes + hourly, self.clock.scale) - fixed
         ttl = min(terms.fixed_ttl_seconds, affordable) if terms.ttl is Ttl.FIXED else 0.0
         if terms.balance_usd is not None:  # paid to the last cent of it: what a hung node would use up
             ttl = seconds_for(self._balance_left(offer, terms), worst * num_nodes, self.clock.scale)
@@ -328,6 +329,13 @@ class Supervisor:
         price = f"${offer.usd_per_hour:.2f}/h each"
         self._tell("start", f"renting {num_nodes} x {offer.offer_id} at {price} as {lease.lease_id}")
         return account
+
+    def _beside(self, offer: Offer, num_nodes: int) -> tuple[Decimal, Decimal]:
+        """A lease's disks and transfers: dollars per billed hour, and those that are due once and not yet held."""
+        if self.extras is None:
+            return Decimal(0), Decimal(0)
+        once = Decimal(0) if self.ledger.accounts() else self.extras.download(offer)
+        return self.extras.rates(offer).usd_per_hour(num_nodes), once
 
     def _balance_left(self, offer: Offer, terms: Terms) -> Decimal:
         """What is left on the prepaid account of that cloud, from which only this run pays."""

@@ -314,19 +314,14 @@ def _localised(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def end(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-    """End a cluster and look until the provider shows nothing of it; quiet where there is nothing."""
-    from sky.client import sdk
+    """End a cluster and look until the provider shows nothing of it; quiet where there is nothing.
 
+    SkyPilot's own `down` takes up to a minute, most of it after the nodes are gone: it follows, and is not waited for.
+    """
     name = request["cluster"]
     record = _with_config(request)
-    trouble = ""
-    if _record(name):
-        try:
-            sdk.get(sdk.down(name))
-        except Exception as error:  # its end is tried in another way below
-            if type(error).__name__ != "ClusterDoesNotExist":
-                trouble = f"{type(error).__name__}: {error}"
     if not record.get("provider_config"):
+        trouble = _down(name, wait=True)
         if trouble:
             raise Refused(Trouble.UNKNOWN, trouble)
         return {"left": []}
@@ -336,9 +331,26 @@ def end(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
     for _ in range(VERIFY_TRIES):
         if not left:
             break
-        time.sleep(2.0)
         left = _query(record)
-    return {"left": sorted(left), "trouble": trouble}
+        time.sleep(2.0 if left else 0.0)
+    trouble = _down(name, wait=bool(left))
+    return {"left": sorted(_query(record)) if left else [], "trouble": trouble}
+
+
+def _down(name: str, *, wait: bool) -> str:
+    """SkyPilot's own end, which also cleans its database; what went wrong, if that was waited for."""
+    from sky.client import sdk
+
+    if not _record(name):
+        return ""
+    if not wait:
+        _in_thread(lambda: sdk.down(name))  # its API server may have to be started for it
+        return ""
+    try:
+        sdk.get(sdk.down(name))
+    except Exception as error:
+        return "" if type(error).__name__ == "ClusterDoesNotExist" else f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _terminate(record: Mapping[str, Any]) -> None:
