@@ -5,19 +5,62 @@ Whatever else can rent is added to `every_backend`; listing and ending need no r
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 
+from cost.accounts import LeaseAccount
+from cost.database import DatabaseError
+from cost.errors import SlmError
+from cost.ledger import Ledger
+from orchestrator.backends.aws import AwsAccount
+from orchestrator.backends.aws_arm import AwsInstances
 from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
+from orchestrator.backends.sky import SkyBackend
 from orchestrator.market.books import STATE_FILE
+from orchestrator.report import books
 from orchestrator.settings import Home
 
 MARKET_FOLDER = "market"
+SKY_FOLDER = "sky"
+"""In the folder of each run that was ever supervised here and rents through SkyPilot."""
 
 
 def every_backend(home: Home) -> Sequence[Backend]:
     """One for each place; each lists and ends what is there."""
-    return local_markets(home)
+    return [*local_markets(home), *aws_accounts(home), *skypilot(home)]
+
+
+def aws_accounts(home: Home) -> list[Backend]:
+    """The AWS account that this machine has credentials for, whether or not SkyPilot knows anything of it.
+
+    Without credentials it is looked at all the same, and that it cannot be is told, while something there is unsettled.
+    """
+    account = AwsAccount()
+    unsettled = [one for one in leases_on(home, "aws") if one.is_open]
+    if find_spec("boto3") is None or not (unsettled or account.has_credentials()):
+        return []
+    return [
+        AwsInstances(
+            account,
+            known_leases=lambda: [one.lease.lease_id for one in leases_on(home, "aws")],
+            is_expected=lambda: bool(leases_on(home, "aws")),
+        )
+    ]
+
+
+def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
+    """All that the books ever had there; none where they cannot be read, which whoever ends anything is told."""
+    if not home.database.exists():
+        return []
+    try:
+        with books(home) as runs:
+            accounts = [one for run in runs.all() for one in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()]
+    except (SlmError, sqlite3.Error):
+        return []
+    return [one for one in accounts if one.lease.offer.cloud == cloud]
 
 
 def local_markets(home: Home) -> list[Backend]:
@@ -35,3 +78,32 @@ def local_markets(home: Home) -> list[Backend]:
         )
         for folder in folders
     ]
+
+
+def skypilot(home: Home) -> list[Backend]:
+    """All that SkyPilot and the queues of its Slurm clusters show of our name, where a run of this home rents there."""
+    if not any((home.root / "runs").glob(f"*/{SKY_FOLDER}")) and not rents_through_skypilot(home):
+        return []
+    return [SkyBackend(home.root / SKY_FOLDER, None, known_leases=lambda: known_leases(home))]
+
+
+def rents_through_skypilot(home: Home) -> bool:
+    """Whether the books know such a run: one that was brought here from another machine has no folder yet."""
+    with suppress(DatabaseError, sqlite3.Error):
+        if home.database.exists():
+            with books(home) as runs:
+                return any(run.options.get("backend") == "sky" for run in runs.all())
+    return False
+
+
+def known_leases(home: Home) -> list[str]:
+    """Every lease that the books ever wrote down; none from books that cannot be read."""
+    if not home.database.exists():
+        return []
+    with suppress(DatabaseError, sqlite3.Error), books(home) as runs:
+        return [
+            account.lease.lease_id
+            for run in runs.all()
+            for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+        ]
+    return []
