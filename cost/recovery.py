@@ -111,8 +111,8 @@ def decide(situation: Situation) -> Decision:
 
     Finished, asked, out of money and a bug end the run, and so do prices that are above their bound everywhere, since
     each try would cost money that nothing bounds. Everything else goes on with the first candidate in plan order
-    that is affordable and not blocked; where all affordable ones are blocked, with the one that is free soonest, after
-    a wait that costs nothing. Waits grow twofold up to MAX_DELAY_SECONDS.
+    that is affordable and not blocked, on-demand only where it `pays`; where all of these are blocked, with the one
+    that is free soonest, after a wait that costs nothing. Waits grow twofold up to MAX_DELAY_SECONDS.
     """
     stop = STOPS.get(situation.cause)
     if stop is not None:
@@ -123,6 +123,7 @@ def decide(situation: Situation) -> Decision:
             f"{situation.failures_without_progress} breakdowns in a row without a new step; last: {situation.detail}",
         )
     affordable = [one for one in situation.candidates if one.needed_usd <= situation.remaining_usd]
+    affordable = [one for one in affordable if pays(one, affordable, situation.remaining_usd)]
     if not affordable:
         cheapest = min((one.needed_usd for one in situation.candidates), default=Decimal(0))
         return Stop(
@@ -137,6 +138,21 @@ def decide(situation: Situation) -> Decision:
         return Stop(StopReason.GAVE_UP, f"every offer costs more than it may; last: {situation.detail}")
     chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.key])
     return Relaunch(chosen.offer, chosen.num_nodes, delay_seconds(situation, waiting=not free))
+
+
+def pays(candidate: Candidate, affordable: Sequence[Candidate], remaining_usd: Decimal) -> bool:
+    """Whether a node that is not preempted is worth its price now, where waiting for spot would cost nothing.
+
+    On-demand is taken where the plan prefers it to all spot, or where the money pays for the whole run on it and leaves
+    what spot is expected to need: B - p_s A (T - t) > p_o W, with W at its longest.
+    """
+    spot = [one for one in affordable if one.offer.spot]
+    if candidate.offer.spot or not spot or candidate.expected_usd is None:
+        return True
+    if affordable.index(candidate) < affordable.index(spot[0]):
+        return True
+    kept = min((one.expected_usd for one in spot if one.expected_usd is not None), default=Decimal(0))
+    return remaining_usd - kept > candidate.expected_usd
 
 
 def is_blocked(candidate: Candidate, situation: Situation) -> bool:

@@ -23,10 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cost.offers import Offer, Quotes, Skipped, read_catalog
+from orchestrator import catalog_slurm
 from orchestrator.prices import Prices, Unread, read_cache, write_cache
 
-UNPRICED = frozenset({"kubernetes", "slurm", "ssh", "vsphere"})
+UNPRICED = frozenset({"kubernetes", "ssh", "vsphere"})
 """Machines that people own: SkyPilot lists what their clusters have, at no price."""
+SLURM = "slurm"
+"""Machines of one's own too, but SkyPilot's settings can price them, and they can be spot markets."""
 CLOUD_SECONDS = 60
 """Longest wait for one cloud: SkyPilot downloads without a limit of its own."""
 LONGEST_REASON = 120
@@ -102,6 +105,8 @@ def priced_clouds() -> list[str]:
     from sky.utils.registry import CLOUD_REGISTRY
 
     names = sorted(str(name) for name in CLOUD_REGISTRY if str(name) not in UNPRICED)
+    here = Path("~/.slurm/config").expanduser().exists()
+    names = [name for name in names if name != SLURM or here]
     return [name for name in names if importlib.util.find_spec(f"sky.catalog.{name}_catalog") is not None]
 
 
@@ -110,6 +115,8 @@ def read_cloud(cloud: str) -> Quotes:
 
     The API leaves out what a file says about the GPU itself, which tells an H100's form; that is added from the file.
     """
+    if cloud == SLURM:
+        return catalog_slurm.read()
     from sky import catalog
     from sky.catalog import common
 

@@ -37,6 +37,10 @@ class Rates:
     run_store_usd: Decimal
     egress_usd: Decimal
 
+    def usd_per_hour(self, num_nodes: int) -> Decimal:
+        """Of a lease of so many nodes."""
+        return self.disk_usd * num_nodes + self.run_store_usd + self.egress_usd
+
 
 def rates_on(offer: Offer, *, num_params: int, interval_seconds: float) -> Rates:
     """On that offer's cloud, where a checkpoint is sent every `interval_seconds` of billed time."""

@@ -42,9 +42,11 @@ from orchestrator.terms import Terms, TermsOf, needed_usd, same_terms
 from orchestrator.watch import StopSwitch
 from tasks.recipe import Recipe
 from tasks.spec import Losses, RunSpec
+from tasks.store_data import offer_data
 from tasks.stores import SUPERVISORS, below, open_for_training, open_store
 from trainer.store import Store
 
+LOCAL = "local"
 NODE_COMMAND = ("-m", "tasks", "node")
 MAX_CANDIDATES = 8
 STOP_WAIT_SECONDS = 120.0
@@ -67,26 +69,30 @@ def launch(
     single_supervisor: bool = False,
     store: str | None = None,
     expected_usd: Mapping[str, Decimal] | None = None,
+    allow_unguarded: bool = False,
 ) -> RunSummary:
     """Run the recipe to its end on the first of `offers` that can be had.
 
     An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
     stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given. `store` is the folder
     or bucket under which a new run gets its run store, by default in this home. `expected_usd`: of the whole run, by
-    offer_id, for telling later whether another offer has become cheaper.
+    offer_id, for telling later whether another offer has become cheaper. `allow_unguarded`: also where nothing would
+    end a hung node.
 
     Raises:
         UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
     """
     home.create()
-    require_backend(recipe.backend or "local")
+    backend = recipe.backend or LOCAL
     recipe.concrete_precision()  # a run is never created with one that is still open
     cap_usd = recipe.budget_usd if budget_usd is None else budget_usd
+    if backend != LOCAL:
+        offers = require_cloud(recipe, offers, store=store, cap_usd=cap_usd, allow_unguarded=allow_unguarded)
     with books(home) as runs:
         known = unfinished(runs, recipe, home)
         if known is None:
             require_one_lease(
-                candidates_of(offers, recipe, terms_of(recipe)),
+                candidates_of(offers, recipe, terms_of(recipe, backend), scale=scale_of(recipe, backend)),
                 cap_usd,
                 Decimal(0),
             )
@@ -98,7 +104,8 @@ def launch(
             store=store,
             cap_usd=cap_usd,
             options={
-                "backend": recipe.backend or "local",
+                "backend": backend,
+                "allow_unguarded": allow_unguarded,
                 "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
                 "checkpoint_interval_seconds": checkpoint_interval_seconds,
                 "losses": losses,
@@ -212,9 +219,11 @@ def supervise(
             ledger.set_cap(budget_usd)
         clock = clock_of(run, recipe, ledger, emit)
         data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
-        terms = terms_of(recipe)
+        kind = run.options["backend"]
+        terms, scale = terms_of(recipe, kind), scale_of(recipe, kind)
         offers = [offer_of(content) for content in run.options["offers"]]
-        backend = backend_of(recipe, run, store=store, home=home, offers=offers)
+        backend = backend_of(recipe, run, store=store, home=home, offers=offers, emit=emit)
+        place = str(data_dir) if kind == LOCAL or switch.level else brought(store, data_dir, emit)
         supervisor = Supervisor(
             run_record=run,
             runs=runs,
@@ -223,12 +232,12 @@ def supervise(
             store=store,
             clock=clock,
             terms=terms,
-            candidates=lambda _: candidates_of(offers, recipe, terms, run.options.get("expected_usd", {})),
+            candidates=lambda _: candidates_of(offers, recipe, terms, run.options.get("expected_usd", {}), scale=scale),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
             owners=run.options.get(journals.OWNERS, ()),
             write_spec=lambda lease: write_spec(
-                lease, run, recipe, store, data_dir, learned(run.options, ledger.accounts(), preemptions_of(runs, run))
+                lease, run, recipe, store, place, learned(run.options, ledger.accounts(), preemptions_of(runs, run))
             ),
             emit=emit,
             switch=switch,
@@ -254,7 +263,7 @@ def store_of(run: Run, runs: Runs, home: Home) -> Store:
 def extras_of(run: Run, recipe: Recipe, ledger: Ledger) -> Extras:
     """Storage and transfers of this run; its checkpoints are at most as far apart as it was planned."""
     interval = run.options.get("checkpoint_interval_seconds") or recipe.train_config().checkpoint_interval_seconds
-    scale = recipe.local.time_scale if run.options["backend"] == "local" else 1.0
+    scale = scale_of(recipe, run.options["backend"])
     num_params = recipe.num_params()
     return Extras(
         ledger,
@@ -280,20 +289,48 @@ def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_
         )
 
 
-def require_backend(name: str) -> None:
-    """Raises UserError when this installation cannot rent from that backend."""
-    if name != "local":
+def require_cloud(
+    recipe: Recipe, offers: Sequence[Offer], *, store: str | None, cap_usd: Decimal, allow_unguarded: bool
+) -> list[Offer]:
+    """The offers that may be rented; everything that can be known to be missing is told before there is a run.
+
+    Raises:
+        UserError: Nothing may be rented, or nodes could not reach what they need.
+    """
+    from orchestrator import cloud
+
+    if recipe.training.initial_weights is not None:
         raise UserError(
-            f"backend {name} cannot rent yet; use --backend local, which plays a spot market on this machine."
+            "training.initial_weights is a folder of this machine, which nodes of a cloud do not reach yet."
         )
+    cloud.require_cloud_store(store)
+    cloud.node_credentials()
+    found, reasons = cloud.rentable(offers, recipe, free_usd=cap_usd, allow_unguarded=allow_unguarded)
+    if offers and not found:
+        raise UserError(f"no offer of the plan may be rented: {'; '.join(reasons)}")
+    return found
 
 
-def terms_of(recipe: Recipe) -> TermsOf:
-    return same_terms(Terms(term_seconds=recipe.local.lease_seconds))
+def scale_of(recipe: Recipe, backend: str) -> float:
+    """Billed seconds in a real one."""
+    return recipe.local.time_scale if backend == LOCAL else 1.0
+
+
+def terms_of(recipe: Recipe, backend: str = LOCAL) -> TermsOf:
+    if backend == LOCAL:
+        return same_terms(Terms(term_seconds=recipe.local.lease_seconds))
+    from orchestrator.cloud import terms_on_clouds
+
+    return terms_on_clouds(recipe)
 
 
 def candidates_of(
-    offers: Sequence[Offer], recipe: Recipe, terms: TermsOf, expected_usd: Mapping[str, str] | None = None
+    offers: Sequence[Offer],
+    recipe: Recipe,
+    terms: TermsOf,
+    expected_usd: Mapping[str, str] | None = None,
+    *,
+    scale: float,
 ) -> list[Candidate]:
     """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
     counts, known = dict.fromkeys((recipe.nodes.max, recipe.nodes.min)), expected_usd or {}
@@ -301,7 +338,7 @@ def candidates_of(
         Candidate(
             offer,
             count,
-            needed_usd(offer, terms(offer), num_nodes=count, scale=recipe.local.time_scale),
+            needed_usd(offer, terms(offer), num_nodes=count, scale=scale),
             Decimal(known[offer.offer_id]) if offer.offer_id in known else None,
         )
         for count in counts
@@ -315,17 +352,17 @@ def preemptions_of(runs: Runs, run: Run) -> int:
 
 
 def write_spec(
-    lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: Path, losses: Losses | None = None
+    lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: str, losses: Losses | None = None
 ) -> None:
-    """Tell the nodes of this lease what to do."""
-    workers_per_node = max(1, lease.offer.gpus_per_node if run.options["backend"] != "local" else 1)
+    """Tell the nodes of this lease what to do; `data_dir`: a folder, or where the data lie in the run store."""
+    workers_per_node = max(1, lease.offer.gpus_per_node if run.options["backend"] != LOCAL else 1)
     spec = RunSpec(
         run_id=run.run_id,
         lease_id=lease.lease_id,
         attempt=lease.attempt,
         recipe=recipe,
         store_uri=store.uri,
-        data_dir=str(data_dir),
+        data_dir=data_dir,
         num_nodes=lease.num_nodes,
         workers_per_node=workers_per_node,
         min_workers=min(recipe.nodes.min, lease.num_nodes) * workers_per_node,
@@ -337,9 +374,30 @@ def write_spec(
     store.write("spec.json", spec.to_bytes())
 
 
-def backend_of(recipe: Recipe, run: Run, *, store: Store, home: Home, offers: Sequence[Offer]) -> Backend:
+def backend_of(
+    recipe: Recipe,
+    run: Run,
+    *,
+    store: Store,
+    home: Home,
+    offers: Sequence[Offer],
+    emit: Emit,
+) -> Backend:
     """The backend that the run was launched on."""
-    require_backend(run.options["backend"])
+    if run.options["backend"] != LOCAL:
+        from orchestrator.backends.every import known_leases
+        from orchestrator.cloud import sky_backend
+
+        return sky_backend(
+            home.run_dir(run.run_id),
+            store,
+            offers,
+            recipe,
+            allow_unguarded=bool(run.options.get("allow_unguarded")),
+            known_leases=lambda: known_leases(home),
+            starts=home.starts,
+            tell=lambda message: emit(Event("cloud", message, datetime.now(UTC))),
+        )
     return LocalBackend(
         Path(run.options.get(journals.MARKET) or home.run_dir(run.run_id) / "market"),
         run.run_id,
@@ -351,9 +409,15 @@ def backend_of(recipe: Recipe, run: Run, *, store: Store, home: Home, offers: Se
     )
 
 
+def brought(store: Store, data_dir: Path, emit: Emit) -> str:
+    """Where nodes find the prepared data in the run store."""
+    emit(Event("prepare", "bringing the prepared data to the run store", datetime.now(UTC)))
+    return offer_data(store, data_dir)
+
+
 def clock_of(run: Run, recipe: Recipe, ledger: Ledger, emit: Emit) -> SystemClock:
     """Billed time of the run, never before the newest entry of its books."""
-    scale = recipe.local.time_scale if run.options["backend"] == "local" else 1.0
+    scale = scale_of(recipe, run.options["backend"])
     clock = SystemClock(
         origin_ms=run.created_ms, scale=scale, floor_ms=ledger.newest_ms(), last_moment_ms=ledger.last_moment_ms()
     )

@@ -22,6 +22,7 @@ from cost.offers import Offer
 from cost.providers import Ttl
 from cost.recovery import (
     BLOCK_MS,
+    STOPS,
     Candidate,
     Cause,
     Decision,
@@ -87,6 +88,8 @@ class Supervisor:
     extras: Extras | None = None
     """Costs that are no node's; None where there are none."""
     _blocked: dict[tuple[str, int], int] = field(default_factory=dict)
+    _left_out: dict[str, str] = field(default_factory=dict)
+    """Offers that refused for good, and why."""
     _failures: int = 0
     _waits: int = 0
     _last_step: int = -1
@@ -157,6 +160,8 @@ class Supervisor:
             return self._wait_for_store(decision, error)
         except NoCapacity as error:
             self._settle_unrented(account)
+            if error.for_good:
+                self._leave_out(account.lease.offer, str(error))
             return self._decide(Cause.NO_CAPACITY, str(error), account)
         except BackendError as error:
             self._close(account, Cause.BROKEN, asked_at=self.clock.real_seconds())
@@ -285,8 +290,9 @@ class Supervisor:
         terms = self.terms(offer)
         worst = worst_price(offer, terms.price_bound)
         fixed = terms.first_seconds(terms.kill_latency_seconds) + RENT_SLACK_SECONDS
-        free = self.ledger.balance().free_usd
-        affordable = seconds_for(free, worst * num_nodes, self.clock.scale) - fixed
+        hourly, once = self._beside(offer, num_nodes)
+        free = self.ledger.balance().free_usd - once
+        affordable = seconds_for(free, worst * num_nodes + hourly, self.clock.scale) - fixed
         ttl = min(terms.fixed_ttl_seconds, affordable) if terms.ttl is Ttl.FIXED else 0.0
         if terms.balance_usd is not None:  # paid to the last cent of it: what a hung node would use up
             ttl = seconds_for(self._balance_left(offer, terms), worst * num_nodes, self.clock.scale)
@@ -324,15 +330,29 @@ class Supervisor:
         self._tell("start", f"renting {num_nodes} x {offer.offer_id} at {price} as {lease.lease_id}")
         return account
 
+    def _beside(self, offer: Offer, num_nodes: int) -> tuple[Decimal, Decimal]:
+        """A lease's disks and transfers: dollars per billed hour, and those that are due once and not yet held."""
+        if self.extras is None:
+            return Decimal(0), Decimal(0)
+        once = Decimal(0) if self.ledger.accounts() else self.extras.download(offer)
+        return self.extras.rates(offer).usd_per_hour(num_nodes), once
+
     def _balance_left(self, offer: Offer, terms: Terms) -> Decimal:
         """What is left on the prepaid account of that cloud, from which only this run pays."""
         spent = sum(one.spent_micro_usd for one in self.ledger.accounts() if one.lease.offer.cloud == offer.cloud)
         return max(Decimal(0), (terms.balance_usd or Decimal(0)) - usd(spent))
 
+    def _leave_out(self, offer: Offer, reason: str) -> None:
+        """Waiting does not help there: it is not asked again by this supervisor, and that is told."""
+        self._left_out[offer.offer_id] = reason
+        self._tell("warning", f"{offer.offer_id} is left out: {reason}")
+
     def _candidates(self, remaining_usd: Decimal) -> list[Candidate]:
         """Candidates with all that renting them sets aside: of a prepaid account everything that is left on it."""
         found = []
         for one in self.candidates(remaining_usd):
+            if one.offer.offer_id in self._left_out:
+                continue
             terms = self.terms(one.offer)
             if terms.balance_usd is None:
                 found.append(one)
@@ -436,6 +456,8 @@ class Supervisor:
             # A preemption after new steps has set it to 0 before: one that brought nothing counts as a refusal does.
             self._waits = self._waits + 1 if cause in (Cause.NO_CAPACITY, Cause.PREEMPTED) else 0
         remaining = self.ledger.balance().free_usd
+        if self._left_out and not self._candidates(remaining) and cause not in STOPS:
+            return Stop(StopReason.GAVE_UP, f"nothing can be rented: {'; '.join(self._left_out.values())}")
         decision = decide(
             Situation(
                 cause=cause,

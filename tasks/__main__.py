@@ -14,6 +14,7 @@ from cost.errors import SlmError
 TASKS = {
     "prepare": ("tasks.prepare", "main"),
     "node": ("tasks.cluster", "main"),
+    "rented-node": ("tasks.rented_node", "main"),
     "drain": ("tasks.cluster", "drain_main"),
     "pretrain": ("tasks.pretrain", "main"),
     "export": ("tasks.export", "export_main"),

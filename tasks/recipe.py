@@ -159,6 +159,22 @@ class Local(_Part):
         return value
 
 
+class Cloud(_Part):
+    """How the sky backend rents; real seconds."""
+
+    lease_seconds: PositiveFloat = 900.0
+    """How far ahead nodes are paid for, and how long they live without hearing from the supervisor."""
+    ttl_seconds: PositiveFloat | None = None
+    """The provider's own limit where it cannot be moved; by default what wastes least."""
+    poll_seconds: PositiveFloat = 5.0
+    capacity_seconds: PositiveFloat = 120.0
+    """How long a node that is not to be had is waited for in a queue before the next offer is tried."""
+    drain_seconds: PositiveFloat = 60.0
+    """Longest time from asking for a checkpoint and a stop to their end."""
+    balance_usd: dict[str, Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    """What lies on the prepaid account of a cloud, where only its end stops a hung node (RunPod, Vast)."""
+
+
 class Recipe(_Part):
     """One run, from corpus to budget."""
 
@@ -176,6 +192,7 @@ class Recipe(_Part):
     nodes: Nodes = Field(default_factory=Nodes)
     offers: Offers = Field(default_factory=Offers)
     local: Local = Field(default_factory=Local)
+    cloud: Cloud = Field(default_factory=Cloud)
     budget_usd: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] = Decimal(100)
 
     @model_validator(mode="after")

@@ -25,6 +25,9 @@ class BackendError(SlmError):
 class NoCapacity(BackendError):
     """The provider has none of these nodes now; nothing was rented by this call."""
 
+    for_good = False
+    """Whether waiting cannot help: a quota, credentials, a setting."""
+
 
 class LeasePhase(StrEnum):
     """STARTING: asked for, not all seen yet. GONE: nothing of the lease is left at the provider."""

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 
 from cost.accounts import LeaseAccount
+from cost.database import DatabaseError
 from cost.errors import SlmError
 from cost.ledger import Ledger
 from orchestrator.backends.aws import AwsAccount
 from orchestrator.backends.aws_arm import AwsInstances
 from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
+from orchestrator.backends.sky import SkyBackend
 from orchestrator.market.books import STATE_FILE
 from orchestrator.report import books
 from orchestrator.settings import Home
 
 MARKET_FOLDER = "market"
+SKY_FOLDER = "sky"
+"""In the folder of each run that was ever supervised here and rents through SkyPilot."""
 
 
 def every_backend(home: Home) -> Sequence[Backend]:
     """One for each place; each lists and ends what is there."""
-    return [*local_markets(home), *aws_accounts(home)]
+    return [*local_markets(home), *aws_accounts(home), *skypilot(home)]
 
 
 def aws_accounts(home: Home) -> list[Backend]:
@@ -73,3 +78,32 @@ def local_markets(home: Home) -> list[Backend]:
         )
         for folder in folders
     ]
+
+
+def skypilot(home: Home) -> list[Backend]:
+    """All that SkyPilot and the queues of its Slurm clusters show of our name, where a run of this home rents there."""
+    if not any((home.root / "runs").glob(f"*/{SKY_FOLDER}")) and not rents_through_skypilot(home):
+        return []
+    return [SkyBackend(home.root / SKY_FOLDER, None, known_leases=lambda: known_leases(home))]
+
+
+def rents_through_skypilot(home: Home) -> bool:
+    """Whether the books know such a run: one that was brought here from another machine has no folder yet."""
+    with suppress(DatabaseError, sqlite3.Error):
+        if home.database.exists():
+            with books(home) as runs:
+                return any(run.options.get("backend") == "sky" for run in runs.all())
+    return False
+
+
+def known_leases(home: Home) -> list[str]:
+    """Every lease that the books ever wrote down; none from books that cannot be read."""
+    if not home.database.exists():
+        return []
+    with suppress(DatabaseError, sqlite3.Error), books(home) as runs:
+        return [
+            account.lease.lease_id
+            for run in runs.all()
+            for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+        ]
+    return []

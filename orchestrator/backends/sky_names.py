@@ -1,0 +1,42 @@
+"""Names of clusters: the lease's own where every cloud keeps it whole, else a short one that tells whose it is.
+
+GCP keeps 35 characters, of which SkyPilot takes 9 for the hash of its user: `LONGEST` are ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+LONGEST = 26
+PREFIX = "slm-"
+USER_HASH = re.compile(r"-[0-9a-f]{8}$")
+"""What SkyPilot appends to a name on the cloud: which of its installations made it."""
+_LEASE = re.compile(r"slm-([0-9a-f]+)-(.+)-(\d+)")
+_SAFE = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+
+
+def cluster_name(lease_id: str) -> str:
+    """The cluster of a lease; a cluster's name is its own, so that what was only listed can be ended too."""
+    if len(lease_id) <= LONGEST and _SAFE.fullmatch(lease_id):
+        return lease_id
+    parts = _LEASE.fullmatch(lease_id)
+    if parts is None:
+        return f"{PREFIX}{_digest(lease_id, 20)}"
+    owner, run, attempt = parts.groups()
+    return f"{PREFIX}{owner[:6]}-{_digest(run, 6)}-{attempt}"[:LONGEST]
+
+
+def name_without_user(name_on_cloud: str) -> str:
+    """The cluster's name out of the one that stands at the provider."""
+    return USER_HASH.sub("", name_on_cloud)
+
+
+def lease_names(lease_ids: Iterable[str]) -> dict[str, str]:
+    """Leases by the names of their clusters."""
+    return {cluster_name(lease_id): lease_id for lease_id in lease_ids}
+
+
+def _digest(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

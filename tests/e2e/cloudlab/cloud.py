@@ -1,0 +1,432 @@
+"""The lab as seen from a test: a cloud that gives and takes nodes, a bucket, and users with homes of their own.
+
+Everything is decided by files, by what Slurm says and by what the run store holds. `until` bounds each wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+import psutil
+from botocore.config import Config
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "lab.sh"
+RECIPE = HERE / "lab.yaml"
+BIN = Path(sys.executable).parent
+BRIDGE = "10.77.0.1"
+BUCKET = "slm-lab"
+NODE_USER = "slmlab"
+WAIT_SECONDS = 240.0
+USD_PER_HOUR = {"spot": Decimal("1.10"), "ondemand": Decimal("2.99")}
+"""What `lab.sh sky_home` tells SkyPilot."""
+KEYS = {"AWS_ACCESS_KEY_ID": "lab", "AWS_SECRET_ACCESS_KEY": "lab-secret-value", "AWS_REGION": "eu-north-1"}
+
+Found = TypeVar("Found")
+
+
+class Late(AssertionError):
+    """Something did not come within its bound."""
+
+
+def until(what: str, look: Callable[[], Found], *, seconds: float = WAIT_SECONDS, every: float = 1.0) -> Found:
+    """The first true thing that `look` sees.
+
+    Raises:
+        Late: Nothing within so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise Late(f"waited {seconds:.0f} s for {what}")
+        time.sleep(every)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One ended Slurm job, as Slurm's own accounting wrote it."""
+
+    name: str
+    state: str
+    partition: str
+    started: datetime
+    ended: datetime
+    num_nodes: int
+
+    @property
+    def node_hours(self) -> Decimal:
+        return Decimal((self.ended - self.started).total_seconds()) * self.num_nodes / 3600
+
+    @property
+    def usd(self) -> Decimal:
+        """What the nodes cost at the partition's price."""
+        return self.node_hours * USD_PER_HOUR[self.partition]
+
+
+class Lab:
+    """The cluster on this machine."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.env = {
+            **os.environ,
+            "LAB_DIR": str(base),
+            "PYTHON": sys.executable,
+            "SLURM_CONF": str(base / "cluster" / "etc" / "slurm.conf"),
+        }
+
+    def __call__(self, *command: str, seconds: float = WAIT_SECONDS) -> str:
+        """A command of lab.sh."""
+        return self._run([str(SCRIPT), *command], seconds)
+
+    def slurm(self, *command: str) -> str:
+        """A command of Slurm's, as its administrator."""
+        return self._run(command, 60)
+
+    def _run(self, command: Sequence[str], seconds: float) -> str:
+        done = subprocess.run(
+            command,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
+        return done.stdout
+
+    def refusal(self) -> str | None:
+        """Why this machine cannot be a lab; None if it can."""
+        done = subprocess.run(
+            [str(SCRIPT), "check"], env=self.env, capture_output=True, text=True, timeout=60, check=False
+        )
+        return None if done.returncode == 0 else (done.stdout.strip() or done.stderr.strip() or "lab.sh check failed")
+
+    def jobs(self) -> list[dict[str, str]]:
+        """Clusters that exist now: ours are the jobs whose names begin with slm-."""
+        lines = self.slurm("squeue", "-h", "-o", "%i|%j|%P|%T|%N").splitlines()
+        rows = [
+            dict(zip(("id", "name", "partition", "state", "nodes"), line.split("|"), strict=True)) for line in lines
+        ]
+        return [row for row in rows if row["name"].startswith("slm-")]
+
+    def running(self) -> dict[str, str] | None:
+        """The one cluster of ours that runs."""
+        return next((job for job in self.jobs() if job["state"] == "RUNNING" and job["nodes"]), None)
+
+    def ended_jobs(self) -> list[Job]:
+        """Every cluster of ours that has ended since the lab is up."""
+        log = self.base / "cluster" / "jobcomp" / "jobcomp.log"
+        found = []
+        for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+            said = dict(part.split("=", 1) for part in line.split() if "=" in part)
+            # A job that was cancelled before it began has no start, and cost nothing.
+            if said["Name"].startswith("slm-") and "Unknown" not in (said["StartTime"], said["EndTime"]):
+                found.append(
+                    Job(
+                        name=said["Name"],
+                        state=said["JobState"],
+                        partition=said["Partition"],
+                        started=datetime.fromisoformat(said["StartTime"]),
+                        ended=datetime.fromisoformat(said["EndTime"]),
+                        num_nodes=int(said["NodeCnt"]),
+                    )
+                )
+        return found
+
+    def reclaim(self, node: str, *, seconds: int = 20) -> None:
+        """Another tenant with a better right: Slurm preempts what runs there."""
+        wrap = f"sleep {seconds}"
+        self.slurm("sbatch", "-p", "reclaim", "-w", node, "--exclusive", "-t", "2", "-o", "/dev/null", "--wrap", wrap)
+
+    def node_processes(self, node: str, *words: str) -> list[psutil.Process]:
+        """Processes on that node whose command line has all these words."""
+        init = self.base / "cluster" / "run" / f"{node}.init"
+        if not init.exists():
+            return []
+        found = []
+        namespace = namespace_of(int(init.read_text()))
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                line = " ".join(process.cmdline())
+                if line and all(word in line for word in words) and namespace_of(process.pid) == namespace:
+                    found.append(process)
+        return found
+
+
+def namespace_of(pid: int) -> str:
+    """Which process namespace a process lives in; every node has one of its own."""
+    try:
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def kill_all(look: Callable[[], list[psutil.Process]]) -> int:
+    """Stop, then SIGKILL whatever `look` finds, until nothing is found: watchdogs that restart each other included."""
+    killed = 0
+    while found := look():
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in found:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+        killed += len(found)
+        psutil.wait_procs(found, timeout=5)
+    return killed
+
+
+@dataclass
+class Bucket:
+    """The run stores, in an S3 server on the bridge, where nodes and this machine both reach it."""
+
+    url: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**KEYS, "AWS_ENDPOINT_URL": self.url}
+
+    def client(self) -> Any:
+        return boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            region_name=KEYS["AWS_REGION"],
+            aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+            config=Config(s3={"addressing_style": "path"}),
+        )
+
+    def keys(self, prefix: str) -> list[str]:
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [one["Key"] for page in pages for one in page.get("Contents", [])]
+
+    def read(self, key: str) -> bytes:
+        return bytes(self.client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
+
+    def json(self, key: str) -> dict[str, Any]:
+        """An object of the store; empty where there is none yet."""
+        try:
+            return dict(json.loads(self.read(key)))
+        except self.client().exceptions.NoSuchKey:
+            return {}
+
+
+@contextmanager
+def bucket_on_the_bridge() -> Iterator[Bucket]:
+    """moto's server as a process of its own."""
+    port = free_port(BRIDGE)
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-m", "moto.server", "-H", BRIDGE, "-p", str(port)]
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        try:
+            bucket = Bucket(f"http://{BRIDGE}:{port}")
+            until("the S3 server", lambda: answers(BRIDGE, port), seconds=60, every=0.2)
+            place = {"LocationConstraint": KEYS["AWS_REGION"]}
+            bucket.client().create_bucket(Bucket=BUCKET, CreateBucketConfiguration=place)
+            yield bucket
+        finally:
+            server.kill()
+            server.wait(10)
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as one:
+        one.bind((host, 0))
+        return int(one.getsockname()[1])
+
+
+def answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
+@dataclass
+class User:
+    """Somebody with a HOME for SkyPilot and an SLM_HOME, who types slm commands."""
+
+    folder: Path
+    lab: Lab
+    bucket: Bucket
+    port: int
+    """Of this user's own SkyPilot API server."""
+    prefix: str = ""
+    supervisors: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def slm_home(self) -> Path:
+        return self.folder / "slm" / (self.prefix or "first")
+
+    @property
+    def store(self) -> str:
+        return f"s3://{BUCKET}/{self.prefix}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "SLM_", "SKY"))}
+        return {
+            **kept,
+            **self.bucket.env,
+            "HOME": str(self.home),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "SLM_HOME": str(self.slm_home),
+            "SLM_REFRESH": "never",
+            "NO_COLOR": "1",
+            "SKYPILOT_API_SERVER_LOCAL_PORT": str(self.port),
+            "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+            **{name: os.environ[name] for name in ("AWS_CA_BUNDLE",) if name in os.environ},
+        }
+
+    def sky(self, *arguments: str, seconds: float = WAIT_SECONDS) -> subprocess.CompletedProcess[str]:
+        return self._run(BIN / "sky", arguments, seconds)
+
+    def slm(self, *arguments: str, seconds: float = WAIT_SECONDS) -> subprocess.CompletedProcess[str]:
+        """Run slm to its end."""
+        return self._run(BIN / "slm", arguments, seconds)
+
+    def _run(self, program: Path, arguments: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(program), *arguments],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+
+    @property
+    def log(self) -> Path:
+        return self.slm_home / "lab.log"
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Run slm in a session of its own; what it prints is kept in `log`."""
+        self.slm_home.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            one = subprocess.Popen(
+                [str(BIN / "slm"), *arguments],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        self.supervisors.append(one)
+        return one
+
+    def launch(self, *settings: str, budget: str = "5") -> subprocess.Popen[str]:
+        """The lab's recipe with these fields set, on SkyPilot, into the bucket."""
+        options = [word for one in settings for word in ("--set", one)]
+        command = ("launch", str(RECIPE), "--backend", "sky", "--store", self.store, "--budget", budget, "--yes")
+        return self.start(*command, *options)
+
+    def finish(self, supervisor: subprocess.Popen[str], *, seconds: float = WAIT_SECONDS) -> int:
+        """The supervisor's exit code; what it printed is in the message when it is late."""
+        try:
+            return supervisor.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise Late(f"slm still runs after {seconds:.0f} s:\n{self.said()}") from None
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")[-6000:] if self.log.exists() else ""
+
+    # -- what the run says of itself ---------------------------------------------------------------
+
+    def run_id(self) -> str:
+        """The only run of this home; empty before it is there."""
+        runs = self.slm_home / "runs"
+        names = sorted(one.name for one in runs.iterdir()) if runs.is_dir() else []
+        return names[0] if names else ""
+
+    def status(self) -> dict[str, Any]:
+        """The only run's facts, as `slm status --json` tells them; empty before there is one."""
+        done = self.slm("status", "--json", seconds=60)
+        runs = json.loads(done.stdout)["runs"] if done.returncode == 0 and done.stdout else []
+        return dict(runs[0]) if runs else {}
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """The run's own log of what happened."""
+        path = self.slm_home / "runs" / self.run_id() / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if self.run_id() and path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        return [one for one in events if not kinds or one["kind"] in kinds]
+
+    def store_prefix(self) -> str:
+        """Where in the bucket the run keeps everything; empty before anything is there."""
+        keys = self.bucket.keys(self.prefix)
+        found = {key.split("/books/")[0] for key in keys if "/books/" in key}
+        return found.pop() if found else ""
+
+    def progress(self) -> dict[str, Any]:
+        """What the trainer last wrote; empty before its first step."""
+        prefix = self.store_prefix()
+        return self.bucket.json(f"{prefix}/progress/latest.json") if prefix else {}
+
+    def step(self) -> int:
+        return int(self.progress().get("step") or 0)
+
+    def checkpoints(self) -> list[int]:
+        """Steps of whole checkpoints."""
+        keys = self.bucket.keys(f"{self.store_prefix()}/checkpoints/")
+        return sorted(int(key.split("/step=")[1].split("/")[0]) for key in keys if key.endswith("/manifest.json"))
+
+    def spent_usd(self) -> Decimal:
+        return Decimal(str(self.status()["spent_usd"]))
+
+    def jobs_usd(self, jobs: Mapping[str, Job] | Sequence[Job]) -> Decimal:
+        """What Slurm's own accounting makes of these clusters."""
+        return sum((job.usd for job in (jobs.values() if isinstance(jobs, Mapping) else jobs)), Decimal(0))
+
+    def end(self) -> None:
+        """SIGKILL what this user started, and end its SkyPilot API server."""
+        for one in self.supervisors:
+            if one.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(one.pid, signal.SIGKILL)
+                one.wait(10)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get("HOME") == str(self.home):
+                    process.kill()
+
+    def api_server(self) -> list[psutil.Process]:
+        """SkyPilot's API server of this home, with its workers."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                ours = process.environ().get("HOME") == str(self.home)
+                if ours and "sky.server.server" in " ".join(process.cmdline()):
+                    found += [process, *process.children(recursive=True)]
+        return found
+
+
+def new_user(folder: Path, lab: Lab, bucket: Bucket) -> User:
+    """A home as `lab.sh sky_home` makes it, with a SkyPilot that knows nothing yet."""
+    user = User(folder, lab, bucket, free_port("127.0.0.1"))
+    user.home.mkdir(parents=True)
+    lab("sky_home", str(user.home))
+    return user
