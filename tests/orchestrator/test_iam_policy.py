@@ -21,7 +21,7 @@ from tasks.s3 import S3Store
 from tasks.stores import open_store, probe
 from tests.orchestrator.aws_cloud import MACHINE, ZONE, AwsCloud, allow, aws_cloud
 from tests.orchestrator.test_aws import a_lease, record_of
-from tests.tasks.moto_cloud import BUCKET
+from tests.tasks.moto_cloud import BUCKET, REGION
 
 URI = f"s3://{BUCKET}/runs"
 S3_ACTIONS = {
@@ -78,7 +78,6 @@ def everything_that_we_ask(account: AwsAccount) -> None:
     assert arm.refusal(lease) is None
     arm.limit(record, lease, 600.0)
     arm.limit(record, lease, 900.0)
-    assert arm.limits.ends_at(str(record["region"]), node) is not None
     assert arm.why_gone(record, lease) == ""
     assert len(AwsInstances(account).list_alive()) == 1
     AwsInstances(account).stop(lease)
@@ -91,7 +90,10 @@ def test_each_call_of_ours_has_its_permission(aws: AwsCloud, capsys: pytest.Capt
     aws.quotas["L-7212CCBC"] = 960.0
     session = boto3.session.Session()
     calls = recorded(session)
-    everything_that_we_ask(AwsAccount(session))
+    account = AwsAccount(session)
+    everything_that_we_ask(account)
+    # Not below, where signatures are recomputed: the server does not for this call.
+    assert AwsArm(account).limits.ends_at(REGION, "i-none") is None
     assert {"ec2:TerminateInstances", "scheduler:UpdateSchedule", "servicequotas:GetServiceQuota"} <= calls
     document = printed(capsys, "--store", URI)
     assert not [one for one in calls if not is_allowed(one, document)]
