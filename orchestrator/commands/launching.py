@@ -121,6 +121,9 @@ def launch(
             single_supervisor=single_supervisor,
             store=absolute(store),
             expected_usd={one.offer.offer_id: one.bill.total_usd for one in reversed(plan.ranked)},
+            planned_speed={
+                one.offer.offer_id: one.tokens_per_second / one.layout.world_size for one in reversed(plan.ranked)
+            },
             allow_unguarded=allow_unguarded,
         ),
         chosen.name,

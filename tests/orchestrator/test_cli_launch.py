@@ -76,6 +76,7 @@ class FakeActions:
         single_supervisor: bool = False,
         store: str | None = None,
         expected_usd: Mapping[str, Decimal] | None = None,
+        planned_speed: Mapping[str, float] | None = None,
         allow_unguarded: bool = False,
     ) -> RunSummary:
         self.called = {
