@@ -415,7 +415,9 @@ def costs(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
     from sky import core
 
     wanted = set(request["clusters"])
-    found = [one for one in core.cost_report(days=request["days"], cluster_names=sorted(wanted)) if one["name"] in wanted]
+    found = [
+        one for one in core.cost_report(days=request["days"], cluster_names=sorted(wanted)) if one["name"] in wanted
+    ]
     return {
         "costs": [
             {"cluster": one["name"], "usd": float(one["total_cost"]), "seconds": float(one["duration"] or 0)}
