@@ -244,11 +244,10 @@ class SkyBackend:
                 failed = error
         else:
             raise SkyRefusal(f"SkyPilot could not be started, so nothing was rented: {failed}") from failed
-        if lease.offer.cloud not in enabled:
-            has = ", ".join(enabled) or "no cloud"
+        if enabled and lease.offer.cloud not in enabled:  # one that was never asked looks for itself at the launch
             raise SkyRefusal(
-                f"SkyPilot has no credentials for {lease.offer.cloud} (it has them for {has}); see what is missing "
-                f"with: sky check {lease.offer.cloud}"
+                f"SkyPilot has no credentials for {lease.offer.cloud} (it has them for {', '.join(enabled)}); see what "
+                f"is missing with: sky check {lease.offer.cloud}"
             )
 
     def _alive(self, lease: Lease) -> list[str]:
