@@ -34,6 +34,8 @@ from trainer.store import Store, StoreError, StoreKeyMissing
 RECORDS = "clusters/"
 CALL_SECONDS = 120.0
 """Longest wait for a look."""
+SERVER_TRIES = 3
+"""How often SkyPilot's API server is started before an offer is given up."""
 END_SECONDS = 300.0
 """Longest wait for an end; the caller tries again."""
 LAUNCH_SLACK_SECONDS = 120.0
@@ -57,6 +59,7 @@ class SkySettings:
     """How long a node that is not to be had is waited for in a provider's queue."""
     guard_seconds: float = 180.0
     """After a create, within which the first node's guard must have reached the run store."""
+    server_pause_seconds: float = 10.0
     allow_unguarded: bool = False
 
 
@@ -114,6 +117,7 @@ class SkyBackend:
         alive = self._alive(lease)
         if len(alive) >= lease.num_nodes:
             return
+        self._require_skypilot(lease)
         before = self._record(lease) if alive else {}
         ranks = {ip: rank for rank, (one, ip) in enumerate(before.get("instances") or ()) if one in alive}
         if alive and 0 not in ranks.values():
@@ -156,8 +160,11 @@ class SkyBackend:
             why = "" if arm is None else arm.why_gone(record, lease)
             return LeaseState(LeasePhase.GONE, detail=why or "nothing of it is left at the provider")
         ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
-        request = self._read(f"guard/{lease.lease_id}/0/request.json")
         price = self._price(lease, record)
+        try:
+            request = self._word(f"guard/{lease.lease_id}/0/request.json")
+        except StoreError:  # its silence is the store's: nothing is concluded from it
+            return LeaseState(LeasePhase.RUNNING, ranks, None, price, "the run store is away")
         if request is None:
             silent = time.time() - float(record.get("started_at") or time.time())
             if silent > self._settings.guard_seconds:
@@ -221,6 +228,28 @@ class SkyBackend:
         if reason is not None:
             raise SkyRefusal(reason)
 
+    def _require_skypilot(self, lease: Lease) -> None:
+        """SkyPilot answers and may rent there: asked before the intent is written, so that a refusal costs no wait.
+
+        Raises:
+            SkyRefusal: It cannot be started, or has no credentials for that cloud.
+        """
+        for attempt in range(SERVER_TRIES):
+            if attempt:
+                time.sleep(self._settings.server_pause_seconds)
+            try:
+                enabled = self._client.call("check", seconds=CALL_SECONDS)["enabled"]
+                break
+            except BackendError as error:
+                failed = error
+        else:
+            raise SkyRefusal(f"SkyPilot could not be started, so nothing was rented: {failed}") from failed
+        if enabled and lease.offer.cloud not in enabled:  # one that was never asked looks for itself at the launch
+            raise SkyRefusal(
+                f"SkyPilot has no credentials for {lease.offer.cloud} (it has them for {', '.join(enabled)}); see what "
+                f"is missing with: sky check {lease.offer.cloud}"
+            )
+
     def _alive(self, lease: Lease) -> list[str]:
         """Instances of a lease that was asked for before; nobody is asked about one that never was."""
         if not self._record(lease):
@@ -256,11 +285,18 @@ class SkyBackend:
 
     def _read(self, key: str) -> dict[str, Any] | None:
         """A JSON object of the run store; None while there is none, or the store is away."""
+        try:
+            return self._word(key)
+        except StoreError:
+            return None
+
+    def _word(self, key: str) -> dict[str, Any] | None:
+        """The same; raises StoreError while the store is away."""
         if self._store is None:
             return None
         try:
             content = json.loads(self._store.read(key))
-        except (StoreKeyMissing, StoreError, ValueError):
+        except (StoreKeyMissing, ValueError):
             return None
         return content if isinstance(content, dict) else None
 

@@ -46,6 +46,11 @@ class Cloud:
             "instances": [[one, nodes[one]["ip"]] for one in order],
         }
 
+    def check(self, _: dict[str, Any]) -> dict[str, Any]:
+        if self.state.get("broken"):
+            return {"failure": {"trouble": "server", "message": "address in use"}}
+        return {"result": {"enabled": self.state.get("enabled", ["example"])}}
+
     def launch(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.state.get("fail"):
             return {"failure": self.state["fail"]}

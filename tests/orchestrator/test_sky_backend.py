@@ -219,6 +219,32 @@ def test_the_provider_s_own_interface_refuses_tells_and_forgets(rig: SkyRig) -> 
     assert rig.state["released"] == "slm-test-1"
 
 
+def test_without_credentials_for_the_cloud_nothing_is_asked_for(rig: SkyRig) -> None:
+    rig.set(enabled=["gcp"])
+    with pytest.raises(SkyRefusal, match=r"no credentials for example \(it has them for gcp\)"):
+        rig.backend.start(lease_of(), rig.command)
+    assert rig.state["calls"] == ["check"]
+    assert rig.store.list("clusters/") == []
+
+
+def test_a_skypilot_that_cannot_be_started_is_one_clear_message(tmp_path: Path) -> None:
+    rig = SkyRig(tmp_path, server_pause_seconds=0.0)
+    rig.set(broken=True)
+    with pytest.raises(SkyRefusal, match=r"could not be started, so nothing was rented: .*address in use"):
+        rig.backend.start(lease_of(), rig.command)
+    rig.client.close()
+    assert rig.state["calls"] == ["check"] * sky.SERVER_TRIES
+
+
+def test_a_run_store_that_is_away_ends_no_lease(tmp_path: Path) -> None:
+    rig = SkyRig(tmp_path, guard_seconds=0.0)
+    rig.backend.start(lease_of(), rig.command)
+    rig.store.root.rename(tmp_path / "elsewhere")
+    state = rig.backend.poll(lease_of())
+    rig.client.close()
+    assert (state.phase, state.detail) == (LeasePhase.RUNNING, "the run store is away")
+
+
 def test_what_is_left_after_an_end_is_told(rig: SkyRig) -> None:
     rig.backend.start(lease_of(), rig.command)
     rig.set(left=["i-1"])
