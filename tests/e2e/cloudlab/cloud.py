@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,6 +34,8 @@ BRIDGE = "10.77.0.1"
 BUCKET = "slm-lab"
 NODE_USER = "slmlab"
 WAIT_SECONDS = 240.0
+MARK = "SLM_CLOUDLAB"
+"""In the environment of everything that a test starts here, so that what a killed test left behind is found."""
 USD_PER_HOUR = {"spot": Decimal("1.10"), "ondemand": Decimal("2.99")}
 """What `lab.sh sky_home` tells SkyPilot."""
 KEYS = {"AWS_ACCESS_KEY_ID": "lab", "AWS_SECRET_ACCESS_KEY": "lab-secret-value", "AWS_REGION": "eu-north-1"}
@@ -70,6 +72,7 @@ class Job:
     partition: str
     started: datetime
     ended: datetime
+    nodes: str
     num_nodes: int
 
     @property
@@ -149,6 +152,7 @@ class Lab:
                         partition=said["Partition"],
                         started=datetime.fromisoformat(said["StartTime"]),
                         ended=datetime.fromisoformat(said["EndTime"]),
+                        nodes=said["NodeList"],
                         num_nodes=int(said["NodeCnt"]),
                     )
                 )
@@ -195,6 +199,14 @@ def kill_all(look: Callable[[], list[psutil.Process]]) -> int:
     return killed
 
 
+def end_all(variable: str, value: str) -> None:
+    """SIGKILL every process with that in its environment, this one excepted."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(variable) == value:
+                process.kill()
+
+
 @dataclass
 class Bucket:
     """The run stores, in an S3 server on the bridge, where nodes and this machine both reach it."""
@@ -236,7 +248,10 @@ def bucket_on_the_bridge() -> Iterator[Bucket]:
     port = free_port(BRIDGE)
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "moto.server", "-H", BRIDGE, "-p", str(port)]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        env = {**os.environ, MARK: "1"}
+        server = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             bucket = Bucket(f"http://{BRIDGE}:{port}")
             until("the S3 server", lambda: answers(BRIDGE, port), seconds=60, every=0.2)
@@ -290,6 +305,7 @@ class User:
         return {
             **kept,
             **self.bucket.env,
+            MARK: "1",
             "HOME": str(self.home),
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "SLM_HOME": str(self.slm_home),
@@ -394,12 +410,18 @@ class User:
         keys = self.bucket.keys(f"{self.store_prefix()}/checkpoints/")
         return sorted(int(key.split("/step=")[1].split("/")[0]) for key in keys if key.endswith("/manifest.json"))
 
+    def epochs(self) -> list[dict[str, Any]]:
+        """Each start of the workers, and the checkpoint it came from."""
+        prefix = f"{self.store_prefix()}/epochs/"
+        found = [self.bucket.json(key) for key in self.bucket.keys(prefix)]
+        return sorted(found, key=lambda one: int(one["epoch"]))
+
+    def trains(self) -> bool:
+        """Whether a step was made that a whole checkpoint holds."""
+        return bool(self.store_prefix()) and bool(self.checkpoints())
+
     def spent_usd(self) -> Decimal:
         return Decimal(str(self.status()["spent_usd"]))
-
-    def jobs_usd(self, jobs: Mapping[str, Job] | Sequence[Job]) -> Decimal:
-        """What Slurm's own accounting makes of these clusters."""
-        return sum((job.usd for job in (jobs.values() if isinstance(jobs, Mapping) else jobs)), Decimal(0))
 
     def end(self) -> None:
         """SIGKILL what this user started, and end its SkyPilot API server."""
@@ -408,10 +430,7 @@ class User:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(one.pid, signal.SIGKILL)
                 one.wait(10)
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get("HOME") == str(self.home):
-                    process.kill()
+        end_all("HOME", str(self.home))
 
     def api_server(self) -> list[psutil.Process]:
         """SkyPilot's API server of this home, with its workers."""

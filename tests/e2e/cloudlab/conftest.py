@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cloudlab.cloud import Bucket, Lab, User, bucket_on_the_bridge, new_user, until
+from tests.e2e.cloudlab.cloud import MARK, Bucket, Lab, User, bucket_on_the_bridge, end_all, new_user, until
 
 LOCK = Path("/var/tmp/slm-cloudlab.lock")
 NODES = ("n1", "n2")
@@ -26,11 +26,13 @@ def lab() -> Iterator[Lab]:
         pytest.skip(f"no lab on this machine: {refusal}")
     with LOCK.open("w") as lock:
         until("the lab to be free", lambda: taken(lock.fileno()), seconds=600)
+        end_all(MARK, "1")
         one("down")
         one("up", seconds=600)
         try:
             yield one
         finally:
+            end_all(MARK, "1")
             one("down")
 
 
