@@ -151,6 +151,8 @@ class Seen:
     sightings: tuple[Sighting, ...] = ()
     problem: str | None = None
     """Why nothing, or not all, could be learned."""
+    starts: Mapping[str, float] = field(default_factory=dict)
+    """By cloud, seconds from the request to a node that is set up."""
 
     def losses_on(self, offer: Offer) -> Sighting | None:
         """What was seen of this kind of spot node."""
@@ -206,5 +208,7 @@ class Market:
     calibration: Calibration = field(default_factory=default_calibration)
     software: Software = field(default_factory=our_trainer)
     """Our trainer as the recipe sets it: compiled or not, and its optimizer."""
+    starts: Mapping[str, float] = field(default_factory=dict)
+    """By cloud, seconds from the request to a node that is set up, where our own runs measured them."""
     precisions: tuple[Precision, ...] = ()
     """Each offer gets the fastest of these; without any, all offers get the workload's own."""

@@ -185,7 +185,9 @@ class _Task:
     def _pace(self, offer: Offer, layout: Layout) -> Rhythm:
         key = (offer.cloud, layout.num_nodes, layout.world_size)
         if key not in self._paces:
-            self._paces[key] = self._new_pace(cloud_terms(offer.cloud), layout)
+            cloud = cloud_terms(offer.cloud)
+            measured = self.market.starts.get(offer.cloud, cloud.startup_seconds)
+            self._paces[key] = self._new_pace(replace(cloud, startup_seconds=measured), layout)
         return self._paces[key]
 
     def _new_pace(self, cloud: Cloud, layout: Layout) -> Rhythm:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 from cost.clouds import cloud_terms
 from cost.errors import SlmError, UserError
+from cost.leases import Lease
 from cost.offers import Offer
 from cost.providers import Ttl, balance_refusal, provider, refusal
+from orchestrator.backends.aws_arm import AwsArm
 from orchestrator.backends.every import SKY_FOLDER
 from orchestrator.backends.sky import SkyBackend, SkySettings
 from orchestrator.backends.sky_killers import Arm, armable
+from orchestrator.starts import remember
 from orchestrator.terms import Terms, TermsOf, terms_on, worst_price
 from tasks.recipe import Recipe
 from trainer.store import Store
@@ -25,7 +28,7 @@ BOOT_SHARE = 0.9
 
 def arms() -> Mapping[str, Arm]:
     """Providers' own interfaces beside SkyPilot, by cloud."""
-    return {}
+    return {"aws": AwsArm()}
 
 
 def terms_on_clouds(recipe: Recipe) -> TermsOf:
@@ -125,8 +128,14 @@ def sky_backend(
     allow_unguarded: bool,
     known_leases: Callable[[], Sequence[str]],
     tell: Callable[[str], None],
+    starts: Path,
 ) -> SkyBackend:
-    """The backend of one run."""
+    """The backend of one run; `starts`: where it is kept how long nodes took to be set up."""
+
+    def remember_start(lease: Lease, parts: dict[str, float]) -> None:
+        rest = {name: seconds for name, seconds in parts.items() if name != "seconds"}
+        remember(starts, cloud=lease.offer.cloud, seconds=parts["seconds"], parts=rest)
+
     boots = [provider(offer.cloud).boot_seconds for offer in offers]
     settings = SkySettings(
         launch_seconds=BOOT_SHARE * min(boots, default=600.0),
@@ -143,4 +152,5 @@ def sky_backend(
         credentials=node_credentials,
         region=store_region(),
         tell=tell,
+        on_ready=remember_start,
     )

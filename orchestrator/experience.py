@@ -13,7 +13,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from cost.workload import Workload
 from orchestrator.measured import SETTLED_STEPS
 from orchestrator.runs import TERMINAL
 from orchestrator.settings import Home
+from orchestrator.starts import typical
 from tasks.recipe import AUTO, PRECISIONS, ConcretePrecision, Recipe
 
 LOCAL = "local"
@@ -60,6 +61,8 @@ class Experience:
     sightings: tuple[Sighting, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     problem: str | None = None
+    starts: Mapping[str, float] = field(default_factory=dict)
+    """By cloud, seconds from the request to a node that is set up."""
 
     def calibrated(self, base: Calibration | None = None) -> Calibration:
         """The constants, corrected by what was measured; the newest run on a GPU has the last word."""
@@ -79,7 +82,10 @@ class Experience:
     def seen(self) -> Seen:
         """For the text of a plan."""
         return Seen(
-            {one.cluster.accelerator.name: one.run_id for one in self.measurements}, self.sightings, self.problem
+            {one.cluster.accelerator.name: one.run_id for one in self.measurements},
+            self.sightings,
+            self.problem,
+            self.starts,
         )
 
 
@@ -98,7 +104,7 @@ def experience_of(home: Home) -> Experience:
     measured = tuple(_measurements(home, rented, unread))
     named = ", ".join(dict.fromkeys(unread))
     problem = f"nothing was learned from what could not be read: {named}" if unread else None
-    return Experience(_sightings(rented), measured, problem)
+    return Experience(_sightings(rented), measured, problem, typical(home.starts))
 
 
 def begun_precision(home: Home, recipe: Recipe) -> ConcretePrecision | None:

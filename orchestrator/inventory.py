@@ -126,9 +126,12 @@ def reconcile(
     """
     listed: list[tuple[Backend, list[Instance]]] = []
     problems = []
+    seen: set[tuple[str, str]] = set()
     for backend in backends:
         try:
-            listed.append((backend, list(backend.list_alive())))
+            alive = [one for one in backend.list_alive() if (one.lease_id, one.instance_id) not in seen]
+            listed.append((backend, alive))
+            seen |= {(one.lease_id, one.instance_id) for one in alive}  # a cloud and SkyPilot may both show it
         except BackendError as error:
             problems.append(f"{backend.name}: cannot list what is alive: {error}")
     known = read_books(home, now_ms or billed_now_ms)

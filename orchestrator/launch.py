@@ -34,6 +34,7 @@ from orchestrator.events import Emit, Event, EventLog
 from orchestrator.extras import Extras, download_usd, rates_on
 from orchestrator.losses import learned
 from orchestrator.notify import keep, notified
+from orchestrator.replan import measured, replanned
 from orchestrator.report import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
 from orchestrator.runs import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
 from orchestrator.settings import Home
@@ -69,6 +70,7 @@ def launch(
     single_supervisor: bool = False,
     store: str | None = None,
     expected_usd: Mapping[str, Decimal] | None = None,
+    planned_speed: Mapping[str, float] | None = None,
     allow_unguarded: bool = False,
 ) -> RunSummary:
     """Run the recipe to its end on the first of `offers` that can be had.
@@ -76,8 +78,8 @@ def launch(
     An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
     stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given. `store` is the folder
     or bucket under which a new run gets its run store, by default in this home. `expected_usd`: of the whole run, by
-    offer_id, for telling later whether another offer has become cheaper. `allow_unguarded`: also where nothing would
-    end a hung node.
+    offer_id, for telling later whether another offer has become cheaper. `planned_speed`: tokens per second of one
+    device by offer_id. `allow_unguarded`: also where nothing would end a hung node.
 
     Raises:
         UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
@@ -106,6 +108,7 @@ def launch(
             options={
                 "backend": backend,
                 "allow_unguarded": allow_unguarded,
+                "planned_speed": dict(planned_speed or {}),
                 "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
                 "checkpoint_interval_seconds": checkpoint_interval_seconds,
                 "losses": losses,
@@ -232,7 +235,9 @@ def supervise(
             store=store,
             clock=clock,
             terms=terms,
-            candidates=lambda _: candidates_of(offers, recipe, terms, run.options.get("expected_usd", {}), scale=scale),
+            candidates=lambda _: candidates_now(
+                run, store, ledger, candidates_of(offers, recipe, terms, run.options.get("expected_usd"), scale=scale)
+            ),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
             owners=run.options.get(journals.OWNERS, ()),
@@ -346,6 +351,14 @@ def candidates_of(
     ]
 
 
+def candidates_now(run: Run, store: Store, ledger: Ledger, candidates: list[Candidate]) -> list[Candidate]:
+    """The plan's candidates in the order that the run's own speed suggests; the local cloud's GPUs are no GPUs."""
+    if run.options["backend"] == LOCAL:
+        return candidates
+    seen = measured(store, ledger.accounts(), run.options.get("planned_speed") or {})
+    return candidates if seen is None else replanned(candidates, [seen])
+
+
 def preemptions_of(runs: Runs, run: Run) -> int:
     """As the books count them now."""
     return runs.get(run.run_id).preemptions
@@ -395,6 +408,7 @@ def backend_of(
             recipe,
             allow_unguarded=bool(run.options.get("allow_unguarded")),
             known_leases=lambda: known_leases(home),
+            starts=home.starts,
             tell=lambda message: emit(Event("cloud", message, datetime.now(UTC))),
         )
     return LocalBackend(

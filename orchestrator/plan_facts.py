@@ -86,6 +86,7 @@ def experience_facts(seen: Seen) -> dict[str, Any]:
         "measured": [{"accelerator": name, "run_id": run} for name, run in sorted(seen.measured_by.items())],
         "sightings": seen.sightings,
         "problem": seen.problem,
+        "starts": [{"cloud": cloud, "seconds": seconds} for cloud, seconds in sorted(seen.starts.items())],
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal
@@ -115,7 +115,7 @@ def planned_for(
             spot=recipe.offers.spot if spot is None else spot,
             deadline_hours=deadline_hours,
             emulation=emulation,
-            market=market_of(recipe, hazards, belief or Belief(), calibration),
+            market=market_of(recipe, hazards, belief or Belief(), calibration, starts=known.starts),
             speed=1.0 if emulation is None else EMULATED_SPEED,
         )
         plan = plan if allow_unguarded or emulation is not None else guarded(plan)
@@ -166,6 +166,7 @@ def options_without_recipe(
         "market": Market(
             hazards=Hazards(known.sightings),
             calibration=known.calibrated(),
+            starts=known.starts,
             precisions=precisions_of(precision),
             law=(belief or Belief()).law(USUAL_OPTIMIZER),
             unique_tokens=None if belief is None else belief.unique_tokens,
@@ -287,7 +288,14 @@ def as_begun(home: Home, recipe: Recipe) -> Recipe:
     return recipe if begun is None else recipe.in_precision(begun)
 
 
-def market_of(recipe: Recipe, hazards: Hazards, belief: Belief, calibration: Calibration | None = None) -> Market:
+def market_of(
+    recipe: Recipe,
+    hazards: Hazards,
+    belief: Belief,
+    calibration: Calibration | None = None,
+    *,
+    starts: Mapping[str, float] | None = None,
+) -> Market:
     """What the planner believes for a recipe: its way of training decides the law and the kernels."""
     optimizer = recipe.optimizer.name
     return Market(
@@ -297,6 +305,7 @@ def market_of(recipe: Recipe, hazards: Hazards, belief: Belief, calibration: Cal
         software=our_trainer(optimizer=optimizer, compiled=recipe.training.compile),
         calibration=default_calibration() if calibration is None else calibration,
         precisions=precisions_of(recipe.precision),
+        starts=starts or {},
     )
 
 

@@ -302,6 +302,11 @@ def lessons(plan: Plan, best: Estimate) -> list[str]:
             f"own runs lost {seen.losses} of such nodes in {seen.node_hours:.1f} node-hours, which corrects the "
             "published rate"
         )
+    started = plan.seen.starts.get(best.offer.cloud)
+    if started is not None:
+        notes.append(
+            f"own runs waited {started:.0f} s at {best.offer.cloud} until nodes were set up; start-up is so long"
+        )
     return notes
 
 

@@ -54,6 +54,11 @@ class Home:
         """What such a refresh printed."""
         return self.root / "offers.log"
 
+    @property
+    def starts(self) -> Path:
+        """How long rented nodes took to be set up."""
+        return self.root / "starts.jsonl"
+
     def run_dir(self, run_id: str) -> Path:
         """What only this machine needs of a run: its supervisor's log and lock."""
         return self.root / "runs" / run_id

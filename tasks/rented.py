@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -40,7 +41,17 @@ EXIT_BROKEN = 30
 """As in tasks.cluster: safe to start again elsewhere."""
 OWN_INDEX = ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_FIND_LINKS", "UV_OFFLINE", "PIP_INDEX_URL", "PIP_FIND_LINKS")
 """Where packages come from another place than everybody's, it is not gone round."""
-PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SSL_CERT_FILE", "NO_PROXY")
+PASSED_ON = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "SSL_CERT_FILE",
+    "NO_PROXY",
+    "SLM_CACHE",
+)
 """Beside all that begins with one of PASSED_PREFIXES; SkyPilot's and Ray's own variables stay behind."""
 PASSED_PREFIXES = (
     "SLURM_JOB",
@@ -77,12 +88,25 @@ def node_folder(lease_id: str, rank: int) -> str:
     return os.path.join(tempfile.gettempdir(), f"slm-{os.getuid()}", f"{lease_id}-{rank}")
 
 
+def node_ranks(ips: Sequence[str], known: Mapping[str, int]) -> dict[str, int]:
+    """Each node's rank by its address: those that live keep theirs, new ones get what is free, in SkyPilot's order."""
+    kept = {ip: known[ip] for ip in ips if ip in known}
+    free = (rank for rank in range(len(ips)) if rank not in kept.values())
+    return {**kept, **{ip: next(free) for ip in ips if ip not in kept}}
+
+
+def rank_and_ips(facts: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[int, list[str]]:
+    """This node's rank, and all addresses by rank."""
+    ips = environ["SKYPILOT_NODE_IPS"].split()
+    ranks = node_ranks(ips, facts.get("ranks") or {})
+    return ranks[ips[int(environ["SKYPILOT_NODE_RANK"])]], sorted(ips, key=lambda ip: ranks[ip])
+
+
 def node_environment(
     facts: Mapping[str, Any], environ: Mapping[str, str], node_dir: str, mark: str, folder: str
 ) -> dict[str, str]:
     """What the guard and all that it starts are told; see tasks.node_env."""
-    ips = environ["SKYPILOT_NODE_IPS"].split()
-    rank = int(environ["SKYPILOT_NODE_RANK"])
+    rank, ips = rank_and_ips(facts, environ)
     kept = {
         name: value for name, value in environ.items() if name in PASSED_ON or name.upper().startswith(PASSED_PREFIXES)
     }
@@ -115,7 +139,7 @@ def guard_command(
     options = {
         "--store": facts["store_uri"],
         "--lease": facts["lease_id"],
-        "--rank": environ["SKYPILOT_NODE_RANK"],
+        "--rank": str(rank_and_ips(facts, environ)[0]),
         "--first-grant": str(facts["first_grant_seconds"]),
         "--period": str(facts["guard_period_seconds"]),
         "--mark": mark,
@@ -139,21 +163,36 @@ def start(facts_path: str) -> int:
     facts = read_json(facts_path)
     if facts.get("credentials"):
         os.chmod(os.path.join(folder, facts["credentials"]), 0o600)
-    node_dir = node_folder(facts["lease_id"], int(os.environ["SKYPILOT_NODE_RANK"]))
+    node_dir = node_folder(facts["lease_id"], rank_and_ips(facts, os.environ)[0])
     os.makedirs(node_dir, mode=0o700, exist_ok=True)
     mark = mark_of(node_dir, facts["lease_id"])
     log = os.path.join(node_dir, "node.log")
-    with open(log, "ab") as output:
-        guard = subprocess.Popen(
-            guard_command(facts, os.environ, node_dir, mark, folder),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            cwd=node_dir,
-            env=node_environment(facts, os.environ, node_dir, mark, folder),
-        )
-    return follow(log, guard, node_dir)
+    detach(
+        guard_command(facts, os.environ, node_dir, mark, folder),
+        node_environment(facts, os.environ, node_dir, mark, folder),
+        node_dir,
+        log,
+    )
+    return follow(log, node_dir)
+
+
+def detach(command: Sequence[str], environment: Mapping[str, str], cwd: str, log: str) -> None:
+    """Start it as nobody's child: whoever ends us and all that descends from us does not end it."""
+    if os.fork():
+        os.wait()
+        return
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir(cwd)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, number in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(source, number)
+    try:
+        os.execve(command[0], list(command), dict(environment))
+    finally:
+        os._exit(127)
 
 
 def mark_of(node_dir: str, lease_id: str) -> str:
@@ -164,9 +203,11 @@ def mark_of(node_dir: str, lease_id: str) -> str:
     return str(read_json(path)["mark"])
 
 
-def follow(log: str, guard: subprocess.Popen[bytes], node_dir: str) -> int:
-    """Copy the log until the guard is gone; where another one was there already, until that one is."""
-    code = None
+def follow(log: str, node_dir: str) -> int:
+    """Copy the log until the guard is gone: the one that we started, or one that was there already."""
+    lock, began, seen = os.path.join(node_dir, "guard.lock"), time.monotonic(), False
+    while not os.path.exists(log):
+        time.sleep(TICK_SECONDS)
     with open(log, "rb") as file:
         while True:
             chunk = file.read()
@@ -174,9 +215,10 @@ def follow(log: str, guard: subprocess.Popen[bytes], node_dir: str) -> int:
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
                 continue
-            if code is not None and not is_held(os.path.join(node_dir, "guard.lock")):
-                return code
-            code = guard.poll()
+            held = is_held(lock)
+            seen = seen or held
+            if not held and (seen or time.monotonic() - began > GUARD_START_SECONDS):
+                return 0 if seen else EXIT_BROKEN
             time.sleep(TICK_SECONDS)
 
 
@@ -203,6 +245,8 @@ def bootstrap(facts_path: str) -> int:
         python, cached = environment(folder)
     except (OSError, subprocess.SubprocessError) as error:
         say(f"the Python environment could not be made: {error}")
+        with contextlib.suppress(Exception):  # whatever the store says, this node has nothing better to do
+            send_log(folder, read_json(facts_path))
         return EXIT_BROKEN
     seconds = time.time() - began
     say(f"Python environment {'found' if cached else 'made'} in {seconds:.1f} s")
@@ -212,8 +256,24 @@ def bootstrap(facts_path: str) -> int:
     return EXIT_BROKEN
 
 
+def send_log(folder: str, facts: Mapping[str, Any]) -> None:
+    """Bring the node's log to the run store by the guard's own client, since there is no other yet."""
+    spec = importlib.util.spec_from_file_location("slm_guard", os.path.join(folder, "tasks", "guard.py"))
+    assert spec is not None and spec.loader is not None
+    guard = importlib.util.module_from_spec(spec)
+    sys.modules["slm_guard"] = guard
+    spec.loader.exec_module(guard)
+    credentials = os.path.join(folder, facts["credentials"]) if facts.get("credentials") else ""
+    store = guard.S3Store(facts["store_uri"], guard.Aws(guard.Metadata(), credentials, facts.get("region") or ""))
+    with open(os.path.join(os.environ["SLM_NODE_DIR"], "node.log"), "rb") as file:
+        store._call("PUT", f"logs/{facts['lease_id']}-{os.environ['SLM_RANK']}.log", file.read())
+
+
 def cache_root() -> str:
-    """Outlives the lease: SkyPilot's HOME on Slurm is one cluster's and goes with it."""
+    """Outlives the lease: SkyPilot's HOME on Slurm is one cluster's and goes with it. SLM_CACHE names another."""
+    named = os.environ.get("SLM_CACHE")
+    if named:
+        return named
     home = pwd.getpwuid(os.getuid()).pw_dir
     for parent in (os.path.join(home, ".cache", "slm"), os.path.join(tempfile.gettempdir(), f"slm-{os.getuid()}")):
         with contextlib.suppress(OSError):

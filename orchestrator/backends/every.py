@@ -8,9 +8,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 
+from cost.accounts import LeaseAccount
 from cost.database import DatabaseError
+from cost.errors import SlmError
 from cost.ledger import Ledger
+from orchestrator.backends.aws import AwsAccount
+from orchestrator.backends.aws_arm import AwsInstances
 from orchestrator.backends.base import Backend
 from orchestrator.backends.local import LocalBackend
 from orchestrator.backends.sky import SkyBackend
@@ -25,7 +30,37 @@ SKY_FOLDER = "sky"
 
 def every_backend(home: Home) -> Sequence[Backend]:
     """One for each place; each lists and ends what is there."""
-    return [*local_markets(home), *skypilot(home)]
+    return [*local_markets(home), *aws_accounts(home), *skypilot(home)]
+
+
+def aws_accounts(home: Home) -> list[Backend]:
+    """The AWS account that this machine has credentials for, whether or not SkyPilot knows anything of it.
+
+    Without credentials it is looked at all the same, and that it cannot be is told, while something there is unsettled.
+    """
+    account = AwsAccount()
+    unsettled = [one for one in leases_on(home, "aws") if one.is_open]
+    if find_spec("boto3") is None or not (unsettled or account.has_credentials()):
+        return []
+    return [
+        AwsInstances(
+            account,
+            known_leases=lambda: [one.lease.lease_id for one in leases_on(home, "aws")],
+            is_expected=lambda: bool(leases_on(home, "aws")),
+        )
+    ]
+
+
+def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
+    """All that the books ever had there; none where they cannot be read, which whoever ends anything is told."""
+    if not home.database.exists():
+        return []
+    try:
+        with books(home) as runs:
+            accounts = [one for run in runs.all() for one in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()]
+    except (SlmError, sqlite3.Error):
+        return []
+    return [one for one in accounts if one.lease.offer.cloud == cloud]
 
 
 def local_markets(home: Home) -> list[Backend]:

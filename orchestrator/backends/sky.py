@@ -28,6 +28,7 @@ from orchestrator.backends.sky_killers import Arm, armable, autodown_minutes
 from orchestrator.backends.sky_names import cluster_name, lease_names
 from orchestrator.backends.sky_task import CREDENTIALS_FILE, FACTS_FILE, NodeTerms, facts_of, task_of
 from tasks import guard
+from tasks.rented import node_ranks
 from trainer.store import Store, StoreError, StoreKeyMissing
 
 RECORDS = "clusters/"
@@ -37,6 +38,8 @@ END_SECONDS = 300.0
 """Longest wait for an end; the caller tries again."""
 LAUNCH_SLACK_SECONDS = 120.0
 """Beyond a create's own limit, for giving it up."""
+EXIT_UNGUARDED = 3
+"""As the guard itself ends where it refuses to start."""
 LIVE = ("UP", "INIT")
 CODE = ("tasks", "trainer", "cost")
 LOCK_FILE = "constraints.txt"
@@ -52,6 +55,8 @@ class SkySettings:
     """A create that takes longer is given up: a guard's first grant counts from its start."""
     capacity_seconds: float = 120.0
     """How long a node that is not to be had is waited for in a provider's queue."""
+    guard_seconds: float = 180.0
+    """After a create, within which the first node's guard must have reached the run store."""
     allow_unguarded: bool = False
 
 
@@ -76,6 +81,7 @@ class SkyBackend:
         credentials: Callable[[], str | None] | None = None,
         region: str = "",
         tell: Tell = lambda _: None,
+        on_ready: Callable[[Lease, dict[str, float]], None] = lambda _, __: None,
     ) -> None:
         """`known_leases`: of the books, whose names tell what is listed; `credentials`: of the run store, for nodes."""
         self._folder = folder
@@ -88,6 +94,8 @@ class SkyBackend:
         self._credentials = credentials or (lambda: None)
         self._region = region
         self._tell = tell
+        self._on_ready = on_ready
+        self._ready: set[str] = set()
         self._records: dict[str, dict[str, Any]] = {}
 
     # -- the contract ----------------------------------------------------------------------------
@@ -100,14 +108,17 @@ class SkyBackend:
         if self._store is None:
             raise BackendError("a backend without a run store rents nothing.")
         self._refuse_unguarded(lease)
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None and (reason := arm.refusal(lease)) is not None:
+            raise SkyRefusal(reason)
         alive = self._alive(lease)
-        if alive:
-            if len(alive) >= lease.num_nodes:
-                return
-            raise NoCapacity(
-                f"{lease.lease_id}: {len(alive)} of {lease.num_nodes} nodes live; one lost is not rented again alone."
-            )
-        self._remember(lease, {"cluster": cluster_name(lease.lease_id), "state": "asked"})
+        if len(alive) >= lease.num_nodes:
+            return
+        before = self._record(lease) if alive else {}
+        ranks = {ip: rank for rank, (one, ip) in enumerate(before.get("instances") or ()) if one in alive}
+        if alive and 0 not in ranks.values():
+            raise NoCapacity(f"{lease.lease_id}: its first node is gone or unknown, so it does not grow back.")
+        self._remember(lease, {**before, "cluster": cluster_name(lease.lease_id), "state": "asked"})
         terms = NodeTerms(
             store_uri=self._store.uri,
             limit_seconds=lease.ttl_seconds or self._settings.launch_seconds + lease.first_grant_seconds,
@@ -115,7 +126,7 @@ class SkyBackend:
             region=self._region,
             has_credentials=(keys := self._credentials()) is not None,
         )
-        with staged(self._folder / lease.lease_id, facts_of(lease, terms), keys) as workdir:
+        with staged(self._folder / lease.lease_id, facts_of(lease, terms, ranks), keys) as workdir:
             task = task_of(lease, terms, workdir=str(workdir), environment={})
             began = time.monotonic()
             result = self._client.call(
@@ -127,7 +138,7 @@ class SkyBackend:
                 capacity_seconds=self._settings.capacity_seconds,
                 limit_seconds=self._settings.launch_seconds,
             )
-        self._remember(lease, {**result, "state": "started"})
+        self._remember(lease, {**in_order(result, ranks), "state": "started", "started_at": time.time()})
         self._tell(f"{lease.lease_id} launched in {time.monotonic() - began:.0f} s")
 
     def poll(self, lease: Lease) -> LeaseState:
@@ -141,12 +152,19 @@ class SkyBackend:
         )
         live = {one for one, what in seen["instances"].items() if what["status"] in LIVE}
         if not live:
-            return LeaseState(LeasePhase.GONE, detail="nothing of it is left at the provider")
+            arm = self._arms.get(lease.offer.cloud)
+            why = "" if arm is None else arm.why_gone(record, lease)
+            return LeaseState(LeasePhase.GONE, detail=why or "nothing of it is left at the provider")
         ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
         request = self._read(f"guard/{lease.lease_id}/0/request.json")
         price = self._price(lease, record)
         if request is None:
+            silent = time.time() - float(record.get("started_at") or time.time())
+            if silent > self._settings.guard_seconds:
+                detail = f"its guard has said nothing for {silent:.0f} s"
+                return LeaseState(LeasePhase.ENDED, ranks, EXIT_UNGUARDED, price, detail)
             return LeaseState(LeasePhase.STARTING, ranks, None, price)
+        self._tell_ready(lease, record)
         code = request.get("exit_code")
         phase = LeasePhase.RUNNING if code is None else LeasePhase.ENDED
         return LeaseState(phase, ranks, None if code is None else int(code), price)
@@ -167,6 +185,9 @@ class SkyBackend:
         if result["left"]:
             trouble = f" ({result['trouble']})" if result.get("trouble") else ""
             raise BackendError(f"{lease.lease_id} has {len(result['left'])} instances left at the provider{trouble}.")
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None and record:
+            arm.release(record, lease)
 
     def list_alive(self) -> Sequence[Instance]:
         result = self._client.call("list", seconds=CALL_SECONDS)
@@ -176,11 +197,13 @@ class SkyBackend:
         found: list[Instance] = []
         for cluster in result["clusters"]:
             lease_id = leases.get(cluster["cluster"], cluster["cluster"])
-            self._records.setdefault(lease_id, cluster)
+            record = self._records.setdefault(lease_id, cluster)
+            order = [one for one, _ in record.get("instances") or ()]
             started = datetime.fromtimestamp(float(cluster.get("started") or time.time()), UTC)
             price = Decimal(cluster.get("usd_per_hour") or 0)
+            run_id = record.get("run_id") or run_of(lease_id)
             found += [
-                Instance(str(one), lease_id, run_of(lease_id), rank, price, started)
+                Instance(one, lease_id, run_id, order.index(one) if one in order else rank, price, started)
                 for rank, one in enumerate(cluster["seen"])
             ]
         return found
@@ -209,12 +232,14 @@ class SkyBackend:
 
     def _on_event(self, lease: Lease, event: Mapping[str, Any]) -> None:
         if event["event"] == "record":
-            self._remember(lease, {**event["record"], "state": "asked"})
+            order = {"instances": self._record(lease).get("instances") or []}  # SkyPilot's own is not that of the ranks
+            self._remember(lease, {**self._record(lease), **event["record"], **order, "state": "asked"})
         elif event["event"] == "server":
             self._tell(str(event["message"]))
 
     def _remember(self, lease: Lease, record: dict[str, Any]) -> None:
         """Here and in the run store; a store that is away must not hide what was rented from us."""
+        record = {**record, "lease_id": lease.lease_id, "run_id": lease.run_id}
         self._records[lease.lease_id] = record
         if self._store is None:
             return
@@ -239,6 +264,21 @@ class SkyBackend:
             return None
         return content if isinstance(content, dict) else None
 
+    def _tell_ready(self, lease: Lease, record: Mapping[str, Any]) -> None:
+        """Once for each lease that was created here: where the time went until its first node was set up."""
+        if lease.lease_id in self._ready or "seconds" not in record:
+            return
+        setup = self._read(f"setup/{lease.lease_id}/0.json")
+        if setup is None:
+            return
+        self._ready.add(lease.lease_id)
+        parts = {name: float(setup[name]) for name in ("environment_seconds", "data_seconds")}
+        parts = {"launch_seconds": float(record["seconds"]), **parts}
+        total = parts["launch_seconds"] + float(setup["seconds"])
+        said = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.1f} s" for name, seconds in parts.items())
+        self._tell(f"node 0 of {lease.lease_id} is set up {total:.0f} s after the request: {said}")
+        self._on_ready(lease, {"seconds": total, **parts})
+
     def _price(self, lease: Lease, record: Mapping[str, Any]) -> Decimal | None:
         """As the provider bills it where that can be read; else as it was fixed at rent."""
         arm = self._arms.get(lease.offer.cloud)
@@ -257,6 +297,13 @@ def ranks_of(live: set[str], instances: Sequence[Sequence[str]], num_nodes: int)
     if set(order) >= live and len(order) == num_nodes:
         return tuple(rank for rank, one in enumerate(order) if one in live)
     return tuple(range(min(len(live), num_nodes)))
+
+
+def in_order(record: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
+    """The record with its instances by rank, as the nodes themselves work it out."""
+    instances = record.get("instances") or ()
+    ranks = node_ranks([ip for _, ip in instances], known)
+    return {**record, "instances": sorted(instances, key=lambda one: ranks[one[1]])}
 
 
 def run_of(lease_id: str) -> str:

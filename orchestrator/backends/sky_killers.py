@@ -32,12 +32,24 @@ class Arm(Protocol):
     killers: frozenset[str]
     """Names of `cost.providers` killers that `limit` arms."""
 
+    def refusal(self, lease: Lease) -> str | None:
+        """Why the provider will not give this lease, whatever waiting is done: a quota; None where it may."""
+        ...
+
     def limit(self, record: Mapping[str, Any], lease: Lease, seconds: float) -> None:
         """End the lease's nodes `seconds` from now unless called again. Raises BackendError."""
         ...
 
     def usd_per_hour(self, record: Mapping[str, Any], lease: Lease) -> Decimal | None:
         """What one node costs now; None where it cannot be read."""
+        ...
+
+    def why_gone(self, record: Mapping[str, Any], lease: Lease) -> str:
+        """What the provider says became of the nodes; empty where it says nothing."""
+        ...
+
+    def release(self, record: Mapping[str, Any], lease: Lease) -> None:
+        """Forget the limits of a lease that is gone; never raises."""
         ...
 
 

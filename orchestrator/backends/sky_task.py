@@ -103,8 +103,8 @@ def task_of(lease: Lease, terms: NodeTerms, *, workdir: str, environment: Mappin
     return {**task, "config": config} if config else task
 
 
-def facts_of(lease: Lease, terms: NodeTerms) -> dict[str, Any]:
-    """What `tasks.rented` reads on every node."""
+def facts_of(lease: Lease, terms: NodeTerms, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What `tasks.rented` reads on every node; `ranks`: of the nodes that live already, by address."""
     killers = node_killers(lease.offer.cloud)
     return {
         "lease_id": lease.lease_id,
@@ -120,6 +120,7 @@ def facts_of(lease: Lease, terms: NodeTerms) -> dict[str, Any]:
         "region": terms.region,
         "credentials": CREDENTIALS_FILE if terms.has_credentials else "",
         "gpus_per_node": lease.offer.gpus_per_node,
+        "ranks": dict(ranks or {}),
     }
 
 

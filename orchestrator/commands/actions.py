@@ -38,6 +38,7 @@ class Actions(Protocol):
         single_supervisor: bool = False,
         store: str | None = None,
         expected_usd: Mapping[str, Decimal] | None = None,
+        planned_speed: Mapping[str, float] | None = None,
         allow_unguarded: bool = False,
     ) -> RunSummary: ...
 

@@ -21,6 +21,7 @@ from orchestrator.settings import home_from
 if TYPE_CHECKING:
     from orchestrator.events import Emit
     from orchestrator.report import RunSummary
+    from orchestrator.sky_ask import Enabled
     from orchestrator.watch import StopSwitch
     from tasks.recipe import Recipe
 
@@ -72,7 +73,8 @@ def launch(
     fields = options.overrides(
         sets, backend=backend, market=market, time_scale=time_scale, precision=precision, profile=profile
     )
-    chosen = planning.as_begun(home, recipe_with(recipe, fields, nodes))
+    chosen = with_backend(recipe_with(recipe, fields, nodes))
+    chosen = planning.as_begun(home, chosen)
     refuse_unasked_spending(chosen, budget, yes=yes)
     prices = prices_now(chosen)
     planned = planning.planned_for(
@@ -119,6 +121,9 @@ def launch(
             single_supervisor=single_supervisor,
             store=absolute(store),
             expected_usd={one.offer.offer_id: one.bill.total_usd for one in reversed(plan.ranked)},
+            planned_speed={
+                one.offer.offer_id: one.tokens_per_second / one.layout.world_size for one in reversed(plan.ranked)
+            },
             allow_unguarded=allow_unguarded,
         ),
         chosen.name,
@@ -169,6 +174,16 @@ def resume(
     )
 
 
+def with_backend(recipe: Recipe, ask_skypilot: Callable[[], Enabled] | None = None) -> Recipe:
+    """A recipe that names no backend rents through SkyPilot where that has credentials for some cloud."""
+    if recipe.backend is not None:
+        return recipe
+    from orchestrator.sky_ask import enabled_clouds
+
+    found = (ask_skypilot or enabled_clouds)()
+    return recipe.model_copy(update={"backend": "sky"}) if found.enabled else recipe
+
+
 def refuse_unasked_spending(recipe: Recipe, budget: Decimal | None, *, yes: bool) -> None:
     """Real money needs a backend that was named, and without a question a budget that was.
 
@@ -177,8 +192,8 @@ def refuse_unasked_spending(recipe: Recipe, budget: Decimal | None, *, yes: bool
     """
     if recipe.backend is None:
         raise UserError(
-            f"recipe {recipe.name} says no backend, so nothing is rented; --backend local trains on this machine, "
-            "--backend sky rents from clouds."
+            f"recipe {recipe.name} says no backend, and SkyPilot has credentials for no cloud, so nothing is rented; "
+            "--backend local trains on this machine, --backend sky rents from clouds once `sky check` names one."
         )
     if recipe.backend != "local" and yes and budget is None:
         raise UserError(

@@ -132,3 +132,27 @@ def test_a_run_moves_only_where_the_rest_and_a_restart_cost_clearly_less() -> No
     assert not moves("1.25", 1.0)  # $125 against $120 and the restart: within the margin
     unknown = Candidate(NEAR, 2, Decimal(1))
     assert cheaper_elsewhere(unknown, [there], usd_per_hour=Decimal(9), share_left=1.0, restart_hours=0.0) is None
+
+
+def test_on_demand_is_not_paid_for_where_waiting_for_spot_costs_nothing() -> None:
+    firm = replace(FAR, spot=False)
+    candidates = [
+        Candidate(NEAR, 2, Decimal("1.00"), Decimal("4.00")),
+        Candidate(firm, 2, Decimal("1.00"), Decimal("8.00")),
+    ]
+    blocked = {(NEAR.offer_id, 2): 2000}
+    short = replace(PREEMPTED, candidates=candidates, blocked_until_ms=blocked, waits_in_a_row=1)
+    decision = decide(replace(short, remaining_usd=Decimal("11.99")))
+    assert isinstance(decision, Relaunch)
+    assert (decision.offer, decision.delay_seconds) == (NEAR, 1.0)
+    # Enough for the whole run on demand, with what spot is expected to need kept.
+    assert decide(replace(short, remaining_usd=Decimal("12.01"))) == Relaunch(firm, 2, delay_seconds=0.0)
+
+
+def test_on_demand_that_the_plan_prefers_to_spot_is_taken() -> None:
+    firm = replace(FAR, spot=False)
+    candidates = [
+        Candidate(firm, 2, Decimal("1.00"), Decimal("3.00")),
+        Candidate(NEAR, 2, Decimal("1.00"), Decimal("4.00")),
+    ]
+    assert decide(replace(PREEMPTED, candidates=candidates, remaining_usd=Decimal("3.00"))) == Relaunch(firm, 2, 0.0)

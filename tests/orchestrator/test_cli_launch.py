@@ -17,12 +17,13 @@ import pytest
 from cost.errors import UserError
 from cost.offers import Offer, load_reference_offers
 from orchestrator import cli
-from orchestrator.commands.launching import finite
+from orchestrator.commands.launching import finite, with_backend
 from orchestrator.events import Emit, Event
 from orchestrator.launch import launch as real_launch
 from orchestrator.report import RunStatus, RunSummary
 from orchestrator.runs import RunState
 from orchestrator.settings import Home
+from orchestrator.sky_ask import Enabled
 from orchestrator.watch import StopSwitch
 from tasks.recipe import Recipe, load_recipe
 from tests.orchestrator.cloud_runs import ran_on
@@ -75,6 +76,8 @@ class FakeActions:
         single_supervisor: bool = False,
         store: str | None = None,
         expected_usd: Mapping[str, Decimal] | None = None,
+        planned_speed: Mapping[str, float] | None = None,
+        allow_unguarded: bool = False,
     ) -> RunSummary:
         self.called = {
             "action": "launch",
@@ -87,6 +90,7 @@ class FakeActions:
             "losses": losses,
             "single_supervisor": single_supervisor,
             "store": store,
+            "allow_unguarded": allow_unguarded,
         }
         return self._supervised(home, on_event)
 
@@ -254,11 +258,22 @@ def test_yes_on_a_paid_backend_needs_a_budget(capsys: pytest.CaptureFixture[str]
     assert slm("launch", "demo", "--backend", "sky", "--yes", "--budget", "5", actions=actions) == 0
 
 
-def test_a_recipe_without_a_backend_rents_nothing_by_accident(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_without_a_backend_rents_nothing_by_accident(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # a SkyPilot that has never been told of a cloud
     actions = FakeActions()
     assert slm("launch", "gpt2-124m", "--yes", "--budget", "5", actions=actions) == 2
-    assert "recipe gpt2-124m says no backend, so nothing is rented; --backend local" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "says no backend, and SkyPilot has credentials for no cloud, so nothing is rented; --backend local" in said
     assert actions.called == {}
+
+
+def test_a_recipe_without_a_backend_rents_where_skypilot_has_credentials() -> None:
+    recipe = load_recipe("gpt2-124m")
+    assert with_backend(recipe, lambda: Enabled(("gcp",))).backend == "sky"
+    assert with_backend(recipe, lambda: Enabled(problem="hangs")).backend is None
+    assert with_backend(load_recipe("demo"), lambda: Enabled(("gcp",))).backend == "local"
 
 
 def test_a_failed_run_ends_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from cost.database import connect
 from cost.leases import Lease
 from cost.ledger import Ledger
 from cost.offers import load_reference_offers
-from orchestrator import cli, prices, render, render_upkeep, report
+from orchestrator import cli, prices, render, render_upkeep, report, starts
 from orchestrator.doctor import Finding, Level
 from orchestrator.ending import Ending
 from orchestrator.events import Event
@@ -139,6 +139,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     db.close()
     said = {"source_epochs": {"text": 0.5}, "start_seconds": {"load": 1.5, "first_step": 2.0}}
     ran_on(home, next(one for one in offers if one.spot and one.accelerator == "H100-SXM"), **said)
+    starts.remember(home.starts, cloud="aws", seconds=90.0, parts={})
     return home
 
 
