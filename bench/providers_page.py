@@ -24,8 +24,9 @@ HEADS = (
 )
 ABOUT = (
     "Made by `python -m bench.providers_page` from `cost/data/providers.csv` and `cost/data/killers.csv`, where each "
-    "value has its source; one without a source says that it is assumed. Whoever rents arms these killers: the local "
-    "cloud does, and no other backend can rent yet."
+    "value has its source; one without a source says that it is assumed. Whoever rents arms these killers; what no "
+    "backend of ours arms yet, a limit on GCP and Azure, does not count in a plan, which leaves both out "
+    "([clouds.md](clouds.md))."
 )
 KINDS = (
     "A cloud needs killers of two kinds, one of which works with the guest hung: our guard (guest), a power-off that "

@@ -23,7 +23,9 @@ from cost.leases import usd
 from cost.ledger import Ledger, replay
 from cost.providers import KillerKind, provider, refusal
 from orchestrator import clock_skew
+from orchestrator.backends.aws_arm import AwsArm
 from orchestrator.backends.base import Backend
+from orchestrator.backends.sky_killers import armable
 from orchestrator.figures import duration, plural
 from orchestrator.inventory import reconcile
 from orchestrator.report import books
@@ -213,7 +215,8 @@ def killers(name: str, about: str) -> Finding:
     counted = [one for one in profile.killers if one.kind is not KillerKind.SKY]
     detail = ", ".join(f"{one.name} ({one.kind}, {duration(one.latency_seconds)})" for one in counted)
     detail = f"ends a node without us: {detail}" + (f"; {about}" if about else "")
-    refused = refusal(profile, allow_unguarded=False)
+    armed = profile if name == "local" else armable(profile, {"aws": AwsArm()})
+    refused = refusal(armed, allow_unguarded=False)
     if refused is not None:
         return Finding(f"cloud {name}", Level.WARN, refused, "slm plan leaves its offers out; rent elsewhere")
     if profile.balance_only:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.doctor import Finding
     from orchestrator.ending import Ending
     from orchestrator.inventory import Cluster, Inventory
+    from orchestrator.sky_costs import Comparison
 
 WHY = {
     Verdict.SUPERVISED: "its run is supervised",
@@ -129,6 +130,44 @@ def ending_facts(done: Ending) -> dict[str, Any]:
         "reconciled": inventory_facts(done.inventory),
         "is_left": done.is_left,
     }
+
+
+def comparison(run_id: str, found: Comparison, console: Console) -> None:
+    """Both sums of what both know, then each lease."""
+    ours, theirs = found.both_usd
+    known = [one for one in found.leases if one.skypilot_usd is not None]
+    if found.problem:
+        tell(console, f"SkyPilot did not say what {run_id} cost: {found.problem}")
+    elif not known:
+        tell(console, f"SkyPilot on this machine knows no cluster of {run_id}.")
+    else:
+        tell(
+            console,
+            f"{run_id}: of {plural(len(known), 'lease')} that both know, ours charged {dollars(ours)}, SkyPilot "
+            f"reports {dollars(theirs)}: {dollars(ours - theirs)} more here.",
+        )
+    shown = table("lease", "cluster", "ours $", "SkyPilot $", "difference $", right=("ours $", "SkyPilot $"))
+    for one in found.leases:
+        other = UNKNOWN if one.skypilot_usd is None else f"{one.skypilot_usd:.4f}"
+        difference = UNKNOWN if one.difference_usd is None else f"{one.difference_usd:+.4f}"
+        shown.add_row(one.lease_id, one.cluster, f"{one.charged_usd:.4f}", other, difference)
+    say(console, "", shown)
+    following(console, f"slm ledger {run_id}")
+
+
+def comparison_facts(found: Comparison) -> dict[str, Any]:
+    """What `slm ledger --compare --json` prints."""
+    leases = [
+        {
+            "lease_id": one.lease_id,
+            "cluster": one.cluster,
+            "charged_usd": one.charged_usd,
+            "skypilot_usd": one.skypilot_usd,
+            "difference_usd": one.difference_usd,
+        }
+        for one in found.leases
+    ]
+    return {"leases": leases, "problem": found.problem or None}
 
 
 def finding(one: Finding, console: Console) -> None:

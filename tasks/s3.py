@@ -202,11 +202,21 @@ class S3Store:
         """What is known of a key; None when there is none."""
         action, name = ("open", "") if key == MARKER else ("read", key)
         try:
-            found: dict[str, Any] = self._persist(
-                action, name, lambda: self._client.head_object(Bucket=self.bucket, Key=self._prefix + key)
-            )
+            found: dict[str, Any] = self._persist(action, name, lambda: self._asked(self._prefix + key))
         except StoreKeyMissing:
             return None
+        return found
+
+    def _asked(self, name: str) -> dict[str, Any]:
+        """The reply to HEAD; a refusal of it has no body that says why, so a GET is refused in its place."""
+        from botocore.exceptions import ClientError
+
+        try:
+            found: dict[str, Any] = self._client.head_object(Bucket=self.bucket, Key=name)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 403):
+                self._client.get_object(Bucket=self.bucket, Key=name)["Body"].close()
+            raise
         return found
 
     def _write_large(

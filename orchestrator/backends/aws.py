@@ -212,9 +212,11 @@ class AwsAccount:
 
     def regions(self) -> list[str]:
         """Those that this account may use."""
-        configured = self._made_session().region_name or FIRST_REGION
-        found = self.ask("ec2", configured, "describe_regions")["Regions"]
-        return sorted(one["RegionName"] for one in found)
+        session = self._made_session()
+        configured = session.region_name or FIRST_REGION
+        found = [one["RegionName"] for one in self.ask("ec2", configured, "describe_regions")["Regions"]]
+        partition = session.get_partition_for_region(configured)
+        return sorted(one for one in found if session.get_partition_for_region(one) == partition)
 
     def instances(self, regions: Iterable[str] | None = None) -> list[Ec2Instance]:
         """Everything of ours that is not terminated, in all regions unless some are named.
@@ -224,8 +226,20 @@ class AwsAccount:
         """
         places = sorted(self.regions() if regions is None else set(regions))
         with ThreadPoolExecutor(MOST_REGIONS_AT_ONCE) as pool:
-            found = pool.map(lambda region: list(self._in_region(region, states=ALIVE)), places)
-            return [one for several in found for one in several]
+            seen = list(pool.map(self._alive_in, places))
+        closed = [one for one in seen if isinstance(one, AwsRefused)]
+        if closed and len(closed) == len(seen):
+            raise closed[0]
+        return [one for several in seen if not isinstance(several, AwsRefused) for one in several]
+
+    def _alive_in(self, region: str) -> list[Ec2Instance] | AwsRefused:
+        """A region that this user may not even look at holds nothing of his; organisations close those they shun."""
+        try:
+            return list(self._in_region(region, states=ALIVE))
+        except AwsRefused as refused:
+            if refused.trouble is AwsTrouble.DENIED:
+                return refused
+            raise
 
     def of_cluster(self, region: str, *names: str) -> list[Ec2Instance]:
         """Instances in any state whose lease or cluster's name is one of `names`."""

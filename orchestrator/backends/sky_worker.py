@@ -410,6 +410,22 @@ def autodown(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
     return {}
 
 
+def costs(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
+    """What SkyPilot's own report says of these clusters, those that were ended too: dollars and node seconds."""
+    from sky import core
+
+    wanted = set(request["clusters"])
+    found = [
+        one for one in core.cost_report(days=request["days"], cluster_names=sorted(wanted)) if one["name"] in wanted
+    ]
+    return {
+        "costs": [
+            {"cluster": one["name"], "usd": float(one["total_cost"]), "seconds": float(one["duration"] or 0)}
+            for one in found
+        ]
+    }
+
+
 CALLS: Mapping[str, Callable[[Mapping[str, Any], Tell], dict[str, Any]]] = {
     "launch": launch,
     "query": query,
@@ -417,6 +433,7 @@ CALLS: Mapping[str, Callable[[Mapping[str, Any], Tell], dict[str, Any]]] = {
     "end": end,
     "check": check,
     "autodown": autodown,
+    "costs": costs,
 }
 
 

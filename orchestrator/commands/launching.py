@@ -247,6 +247,7 @@ def in_background(context: typer.Context, *, as_json: bool) -> None:
     console = render.console_on(sys.stdout)
     render.tell(console, f"{started.run_id} is supervised in the background by process {started.pid}.")
     render.tell(console, f"Log: {started.log}")
+    render.tell(console, f"A checkpoint and its end: slm stop {started.run_id}")
     render.following(console, f"slm status {started.run_id}")
 
 

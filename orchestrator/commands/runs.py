@@ -98,18 +98,35 @@ def stop_all(context: typer.Context, run: str | None, *, as_json: bool) -> None:
         raise typer.Exit(LEFT_EXIT_CODE)
 
 
-def ledger(run: RunArgument = None, as_json: JsonOption = False) -> None:
+def ledger(
+    run: RunArgument = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Each lease next to what SkyPilot's own cost report says of it.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show every entry of a run's books.
 
     \b
     Examples:
       slm ledger
       slm ledger demo-1 --json
+      slm ledger 1.5b-1 --compare
     """
     from orchestrator import render, report
 
-    view = report.ledger(run, home=home_from(os.environ).create())
-    if as_json:
+    home = home_from(os.environ).create()
+    view = report.ledger(run, home=home)
+    if compare:
+        from orchestrator import render_upkeep, sky_costs
+        from orchestrator.backends.sky_client import SkyClient
+
+        found = sky_costs.compare(view.leases, SkyClient(home.root / "sky-costs.log"))
+        if as_json:
+            render.as_json({"run_id": view.run_id, **render_upkeep.comparison_facts(found)})
+        else:
+            render_upkeep.comparison(view.run_id, found, render.console_on(sys.stdout))
+    elif as_json:
         render.as_json(render.ledger_facts(view))
     else:
         render.ledger(view, render.console_on(sys.stdout))

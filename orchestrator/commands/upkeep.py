@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Annotated
@@ -46,6 +47,9 @@ def doctor(
     store: Annotated[
         str | None, typer.Option("--store", metavar="URI", help="A run store to examine. [default: the local one]")
     ] = None,
+    iam: Annotated[
+        bool, typer.Option("--iam", help="Print the least that an AWS user must be allowed, as a policy, and end.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether everything is as it must be before money is spent.
@@ -57,7 +61,13 @@ def doctor(
     Examples:
       slm doctor
       slm doctor --store /mnt/shared/runs --json
+      slm doctor --iam --store s3://my-bucket/runs
     """
+    if iam:
+        from orchestrator import iam_policy
+
+        typer.echo(json.dumps(iam_policy.policy(store), indent=2))
+        return
     from orchestrator import doctor as examination
     from orchestrator import render, render_upkeep
     from orchestrator.backends.every import every_backend

@@ -173,9 +173,14 @@ def told(made: AwsCloud) -> Iterator[None]:
 
 
 def allow(cloud: Cloud, document: dict[str, Any]) -> dict[str, str]:
-    """A new user with just this policy; its key as environment variables."""
+    """A new user with the actions of a policy; its key as environment variables.
+
+    The server knows which actions a key may use, but for most services neither on what nor under which condition.
+    """
+    statements = [{"Effect": "Allow", "Action": one["Action"], "Resource": "*"} for one in document["Statement"]]
     iam = cloud.client("iam")
     iam.create_user(UserName="least")
-    iam.put_user_policy(UserName="least", PolicyName="least", PolicyDocument=json.dumps(document))
+    wide = json.dumps({"Version": document["Version"], "Statement": statements})
+    iam.put_user_policy(UserName="least", PolicyName="least", PolicyDocument=wide)
     key = iam.create_access_key(UserName="least")["AccessKey"]
     return {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
