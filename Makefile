@@ -55,6 +55,7 @@ prove: $(STAMP)
 	$(BIN)/python bench/prove_kills.py --kills 20
 	$(BIN)/python bench/prove_cap_local.py --minutes 10
 	$(BIN)/python bench/prove_recover.py
+	$(BIN)/python -m bench.recovery
 	$(BIN)/python bench/cap_faults.py --schedules 10000 --seed 1 --fault-free 4
 	$(BIN)/python bench/crash_points.py --profile aws
 	$(BIN)/python bench/crash_points.py --profile kubernetes

@@ -259,8 +259,17 @@ class Supervisor:
                 adopted = account
                 self._tell("start", f"took over {account.lease.lease_id}, {len(state.alive_ranks)} nodes alive")
             else:
-                self._close(account, Cause.EXPIRED, asked_at=now)
+                self._close(account, Cause.EXPIRED, asked_at=None if self._all_came(account.lease) else now)
         return adopted
+
+    def _all_came(self, lease: Lease) -> bool:
+        """Whether nothing of a lease can still come into being: each node has spoken, and it never grows again."""
+        keys = [f"guard/{lease.lease_id}/{rank}/request.json" for rank in range(lease.num_nodes)]
+        try:
+            spoke = set(self.store.list(f"guard/{lease.lease_id}/"))
+        except StoreError:
+            return False
+        return bool(lease.ttl_seconds) and spoke.issuperset(keys)
 
     def _armed(self, account: LeaseAccount) -> bool:
         """Set the provider's limit of what was taken over: whoever rented it may have ended before it did."""

@@ -400,6 +400,30 @@ def test_a_supervisor_that_comes_back_late_finds_nothing_alive_and_starts_again(
     check_books(world)
 
 
+@pytest.mark.parametrize("spoke", [True, False])
+def test_a_lease_whose_nodes_all_came_is_settled_without_waiting_for_more_to_come(world: World, spoke: bool) -> None:
+    def kill() -> None:
+        raise Killed
+
+    terms = Terms(ttl=Ttl.FIXED, fixed_ttl_seconds=200.0, create_seconds=600.0)
+    world.clock.after(30.0, kill)
+    with pytest.raises(Killed):
+        world.supervisor(terms=terms).run()
+    (lease,) = world.backend.starts
+    world.backend.stop(lease)  # its guards ended it, long before the provider's limit
+    if not spoke:
+        world.store.delete(f"guard/{lease.lease_id}/1/request.json")
+    back = world.clock.real_seconds()
+    restarted: list[float] = []
+    world.backend.on_start = lambda backend, lease: (
+        restarted.append(world.clock.real_seconds() - back),
+        world.trainer_starts(backend, lease),
+    )[0]
+    assert world.supervisor(terms=terms).run() is RunState.SUCCEEDED
+    assert (restarted[0] < 10) is spoke
+    check_books(world)
+
+
 def test_the_old_supervisor_is_powerless_after_a_take_over(world: World) -> None:
     old = world.supervisor()
     world.clock.after(30.0, lambda: world.runs.take_over(world.run.run_id))

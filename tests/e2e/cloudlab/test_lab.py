@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.cloudlab.cloud import Lab, User, until
+from tests.e2e.cloudlab.cluster import Lab, until
+from tests.e2e.cloudlab.people import User
 
 pytestmark = pytest.mark.e2e
 

@@ -1,198 +1,34 @@
-"""The lab as seen from a test: a cloud that gives and takes nodes, a bucket, and users with homes of their own.
-
-Everything is decided by files, by what Slurm says and by what the run store holds. `until` bounds each wait.
-"""
+"""Those who use the lab: people with a HOME for SkyPilot and an SLM_HOME, and the bucket of their run stores."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import boto3
 import psutil
 from botocore.config import Config
 
-HERE = Path(__file__).parent
-SCRIPT = HERE / "lab.sh"
+from tests.e2e.cloudlab.cluster import HERE, MARK, WAIT_SECONDS, Lab, Late, end_all, until
+
 RECIPE = HERE / "lab.yaml"
 BIN = Path(sys.executable).parent
 BRIDGE = "10.77.0.1"
 BUCKET = "slm-lab"
-NODE_USER = "slmlab"
-WAIT_SECONDS = 240.0
-USD_PER_HOUR = {"spot": Decimal("1.10"), "ondemand": Decimal("2.99")}
-"""What `lab.sh sky_home` tells SkyPilot."""
 KEYS = {"AWS_ACCESS_KEY_ID": "lab", "AWS_SECRET_ACCESS_KEY": "lab-secret-value", "AWS_REGION": "eu-north-1"}
-
-Found = TypeVar("Found")
-
-
-class Late(AssertionError):
-    """Something did not come within its bound."""
-
-
-def until(what: str, look: Callable[[], Found], *, seconds: float = WAIT_SECONDS, every: float = 1.0) -> Found:
-    """The first true thing that `look` sees.
-
-    Raises:
-        Late: Nothing within so many seconds.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise Late(f"waited {seconds:.0f} s for {what}")
-        time.sleep(every)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One ended Slurm job, as Slurm's own accounting wrote it."""
-
-    name: str
-    state: str
-    partition: str
-    started: datetime
-    ended: datetime
-    num_nodes: int
-
-    @property
-    def node_hours(self) -> Decimal:
-        return Decimal((self.ended - self.started).total_seconds()) * self.num_nodes / 3600
-
-    @property
-    def usd(self) -> Decimal:
-        """What the nodes cost at the partition's price."""
-        return self.node_hours * USD_PER_HOUR[self.partition]
-
-
-class Lab:
-    """The cluster on this machine."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.env = {
-            **os.environ,
-            "LAB_DIR": str(base),
-            "PYTHON": sys.executable,
-            "SLURM_CONF": str(base / "cluster" / "etc" / "slurm.conf"),
-        }
-
-    def __call__(self, *command: str, seconds: float = WAIT_SECONDS) -> str:
-        """A command of lab.sh."""
-        return self._run([str(SCRIPT), *command], seconds)
-
-    def slurm(self, *command: str) -> str:
-        """A command of Slurm's, as its administrator."""
-        return self._run(command, 60)
-
-    def _run(self, command: Sequence[str], seconds: float) -> str:
-        done = subprocess.run(
-            command,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
-        return done.stdout
-
-    def refusal(self) -> str | None:
-        """Why this machine cannot be a lab; None if it can."""
-        done = subprocess.run(
-            [str(SCRIPT), "check"], env=self.env, capture_output=True, text=True, timeout=60, check=False
-        )
-        return None if done.returncode == 0 else (done.stdout.strip() or done.stderr.strip() or "lab.sh check failed")
-
-    def jobs(self) -> list[dict[str, str]]:
-        """Clusters that exist now: ours are the jobs whose names begin with slm-."""
-        lines = self.slurm("squeue", "-h", "-o", "%i|%j|%P|%T|%N").splitlines()
-        rows = [
-            dict(zip(("id", "name", "partition", "state", "nodes"), line.split("|"), strict=True)) for line in lines
-        ]
-        return [row for row in rows if row["name"].startswith("slm-")]
-
-    def running(self) -> dict[str, str] | None:
-        """The one cluster of ours that runs."""
-        return next((job for job in self.jobs() if job["state"] == "RUNNING" and job["nodes"]), None)
-
-    def ended_jobs(self) -> list[Job]:
-        """Every cluster of ours that has ended since the lab is up."""
-        log = self.base / "cluster" / "jobcomp" / "jobcomp.log"
-        found = []
-        for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-            said = dict(part.split("=", 1) for part in line.split() if "=" in part)
-            # A job that was cancelled before it began has no start, and cost nothing.
-            if said["Name"].startswith("slm-") and "Unknown" not in (said["StartTime"], said["EndTime"]):
-                found.append(
-                    Job(
-                        name=said["Name"],
-                        state=said["JobState"],
-                        partition=said["Partition"],
-                        started=datetime.fromisoformat(said["StartTime"]),
-                        ended=datetime.fromisoformat(said["EndTime"]),
-                        num_nodes=int(said["NodeCnt"]),
-                    )
-                )
-        return found
-
-    def reclaim(self, node: str, *, seconds: int = 20) -> None:
-        """Another tenant with a better right: Slurm preempts what runs there."""
-        wrap = f"sleep {seconds}"
-        self.slurm("sbatch", "-p", "reclaim", "-w", node, "--exclusive", "-t", "2", "-o", "/dev/null", "--wrap", wrap)
-
-    def node_processes(self, node: str, *words: str) -> list[psutil.Process]:
-        """Processes on that node whose command line has all these words."""
-        init = self.base / "cluster" / "run" / f"{node}.init"
-        if not init.exists():
-            return []
-        found = []
-        namespace = namespace_of(int(init.read_text()))
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                line = " ".join(process.cmdline())
-                if line and all(word in line for word in words) and namespace_of(process.pid) == namespace:
-                    found.append(process)
-        return found
-
-
-def namespace_of(pid: int) -> str:
-    """Which process namespace a process lives in; every node has one of its own."""
-    try:
-        return str(Path(f"/proc/{pid}/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def kill_all(look: Callable[[], list[psutil.Process]]) -> int:
-    """Stop, then SIGKILL whatever `look` finds, until nothing is found: watchdogs that restart each other included."""
-    killed = 0
-    while found := look():
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for process in found:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
-        killed += len(found)
-        psutil.wait_procs(found, timeout=5)
-    return killed
 
 
 @dataclass
@@ -236,7 +72,10 @@ def bucket_on_the_bridge() -> Iterator[Bucket]:
     port = free_port(BRIDGE)
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "moto.server", "-H", BRIDGE, "-p", str(port)]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        env = {**os.environ, MARK: "1"}
+        server = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             bucket = Bucket(f"http://{BRIDGE}:{port}")
             until("the S3 server", lambda: answers(BRIDGE, port), seconds=60, every=0.2)
@@ -290,6 +129,7 @@ class User:
         return {
             **kept,
             **self.bucket.env,
+            MARK: "1",
             "HOME": str(self.home),
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "SLM_HOME": str(self.slm_home),
@@ -391,27 +231,40 @@ class User:
 
     def checkpoints(self) -> list[int]:
         """Steps of whole checkpoints."""
-        keys = self.bucket.keys(f"{self.store_prefix()}/checkpoints/")
+        return self._checkpoints("")
+
+    def checkpoints_of(self, epoch: int) -> list[int]:
+        return self._checkpoints(f"epoch={epoch}/")
+
+    def _checkpoints(self, below: str) -> list[int]:
+        keys = self.bucket.keys(f"{self.store_prefix()}/checkpoints/{below}")
         return sorted(int(key.split("/step=")[1].split("/")[0]) for key in keys if key.endswith("/manifest.json"))
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """Each start of the workers, and the checkpoint it came from."""
+        prefix = f"{self.store_prefix()}/epochs/"
+        found = [self.bucket.json(key) for key in self.bucket.keys(prefix)]
+        return sorted(found, key=lambda one: int(one["epoch"]))
+
+    def trains(self) -> bool:
+        """Whether a step was made that a whole checkpoint holds."""
+        return bool(self.store_prefix()) and bool(self.checkpoints())
 
     def spent_usd(self) -> Decimal:
         return Decimal(str(self.status()["spent_usd"]))
 
-    def jobs_usd(self, jobs: Mapping[str, Job] | Sequence[Job]) -> Decimal:
-        """What Slurm's own accounting makes of these clusters."""
-        return sum((job.usd for job in (jobs.values() if isinstance(jobs, Mapping) else jobs)), Decimal(0))
-
-    def end(self) -> None:
-        """SIGKILL what this user started, and end its SkyPilot API server."""
+    def kill_supervisors(self) -> None:
+        """SIGKILL what this user started."""
         for one in self.supervisors:
             if one.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(one.pid, signal.SIGKILL)
                 one.wait(10)
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get("HOME") == str(self.home):
-                    process.kill()
+
+    def end(self) -> None:
+        """With all that runs in this home, SkyPilot's API server too."""
+        self.kill_supervisors()
+        end_all("HOME", str(self.home))
 
     def api_server(self) -> list[psutil.Process]:
         """SkyPilot's API server of this home, with its workers."""
@@ -430,3 +283,29 @@ def new_user(folder: Path, lab: Lab, bucket: Bucket) -> User:
     user.home.mkdir(parents=True)
     lab("sky_home", str(user.home))
     return user
+
+
+@contextmanager
+def first_user(lab: Lab, bucket: Bucket) -> Iterator[User]:
+    """The home whose SkyPilot API server all others share: to start one takes ten seconds."""
+    folder = Path(tempfile.mkdtemp(prefix="slm-lab-"))
+    user = new_user(folder, lab, bucket)
+    try:
+        until("prices of the lab", lambda: user.slm("offers", "--refresh").returncode == 0)
+        yield user
+    finally:
+        user.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def one_more(first: User, name: str) -> Iterator[User]:
+    """A user who has launched nothing yet, on a cloud where everything is free; what is started ends with it."""
+    user = User(first.folder, first.lab, first.bucket, first.port, prefix=name)
+    user.slm_home.mkdir(parents=True)
+    shutil.copy(first.slm_home / "offers.json", user.slm_home / "offers.json")
+    try:
+        yield user
+    finally:
+        user.kill_supervisors()
+        first.lab.set_free()
