@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 
 from cost.accounts import LeaseAccount
 from cost.leases import MILLISECONDS_PER_HOUR, Lease, micro_usd
@@ -16,6 +17,24 @@ from orchestrator.backends.base import Backend, BackendError
 from orchestrator.clock import Clock
 from orchestrator.terms import Terms
 from trainer.store import Store, StoreKeyMissing
+
+
+def grant_key(lease_id: str, rank: int) -> str:
+    """Where a node looks for its grants in the run store."""
+    return f"grants/{lease_id}/{rank}.json"
+
+
+def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
+    """The newest moment at which a supervisor granted anything to these leases; 0 if none did.
+
+    Books that were made from the run store hold no accruals, so this may be hours newer than their newest entry.
+    """
+    newest = 0
+    for account in accounts:
+        for rank in range(account.num_nodes):
+            with suppress(StoreKeyMissing, ValueError, KeyError, TypeError):
+                newest = max(newest, int(json.loads(store.read(grant_key(account.lease.lease_id, rank)))["at_ms"]))
+    return newest
 
 
 def affordable_until_ms(account: LeaseAccount, balance: Balance, *, num_nodes: int) -> int:
@@ -132,8 +151,13 @@ class Grants:
                 duration = min(duration, self._terms.term_seconds)
             if duration <= 0:
                 continue
-            grant = {"epoch": self._ledger.epoch, "number": number, "duration_seconds": duration}
-            self._store.write(f"grants/{lease_id}/{rank}.json", json.dumps(grant).encode())
+            grant = {
+                "epoch": self._ledger.epoch,
+                "number": number,
+                "duration_seconds": duration,
+                "at_ms": self._clock.now_ms(),  # for `heard_ms`: another machine knows by it how late it was
+            }
+            self._store.write(grant_key(lease_id, rank), json.dumps(grant).encode())
             self._answered[(lease_id, rank)] = number
         return noticed
 

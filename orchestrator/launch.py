@@ -32,6 +32,7 @@ from orchestrator.backends.local import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
 from orchestrator.extras import Extras, download_usd, rates_on
+from orchestrator.grants import heard_ms
 from orchestrator.losses import learned
 from orchestrator.notify import keep, notified
 from orchestrator.replan import measured, replanned
@@ -220,7 +221,7 @@ def supervise(
         ledger = Ledger(runs.db, run_id, epoch=run.epoch, journal=journal)
         if budget_usd is not None and budget_usd != run.cap_usd:
             ledger.set_cap(budget_usd)
-        clock = clock_of(run, recipe, ledger, emit)
+        clock = clock_of(run, recipe, ledger, store, emit)
         data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
         kind = run.options["backend"]
         terms, scale = terms_of(recipe, kind), scale_of(recipe, kind)
@@ -428,11 +429,14 @@ def brought(store: Store, data_dir: Path, emit: Emit) -> str:
     return offer_data(store, data_dir)
 
 
-def clock_of(run: Run, recipe: Recipe, ledger: Ledger, emit: Emit) -> SystemClock:
-    """Billed time of the run, never before the newest entry of its books."""
+def clock_of(run: Run, recipe: Recipe, ledger: Ledger, store: Store, emit: Emit) -> SystemClock:
+    """Billed time of the run, never before the newest entry of its books or the newest grant of its nodes."""
     scale = scale_of(recipe, run.options["backend"])
     clock = SystemClock(
-        origin_ms=run.created_ms, scale=scale, floor_ms=ledger.newest_ms(), last_moment_ms=ledger.last_moment_ms()
+        origin_ms=run.created_ms,
+        scale=scale,
+        floor_ms=max(ledger.newest_ms(), heard_ms(store, ledger.open_accounts())),
+        last_moment_ms=ledger.last_moment_ms(),
     )
     if clock.went_back_ms > 1000:
         seconds = clock.went_back_ms / 1000

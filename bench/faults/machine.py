@@ -25,6 +25,7 @@ from faults.world import ORIGIN_MS, Killed, SkewedClock, World
 from orchestrator import supervise as loop
 from orchestrator.clock import start_ms
 from orchestrator.events import Event
+from orchestrator.grants import heard_ms
 from orchestrator.journal import StoreJournal, enter, recover
 from orchestrator.runs import TERMINAL, Run, Runs, RunState
 from orchestrator.terms import Terms, needed_usd, same_terms
@@ -202,7 +203,8 @@ class Machine:
 
     def _clock(self, ledger: Ledger) -> SkewedClock:
         wall_ms = ORIGIN_MS + int((self.world.t + self.skew_seconds) * 1000)
-        return SkewedClock(self.world, start_ms(wall_ms, ledger.newest_ms(), ledger.last_moment_ms()))
+        floor_ms = max(ledger.newest_ms(), heard_ms(self.door, ledger.open_accounts()))
+        return SkewedClock(self.world, start_ms(wall_ms, floor_ms, ledger.last_moment_ms()))
 
     def _candidates(self) -> list[Candidate]:
         counts = dict.fromkeys((self.num_nodes, 1))

@@ -22,6 +22,7 @@ from cost.recovery import Candidate
 from orchestrator.backends.fake import FakeBackend
 from orchestrator.clock import ManualClock
 from orchestrator.events import Event
+from orchestrator.grants import heard_ms
 from orchestrator.runs import Run, Runs, RunState
 from orchestrator.supervise import Supervisor
 from orchestrator.terms import Terms, same_terms, worst_price
@@ -633,6 +634,20 @@ def test_a_fixed_limit_is_set_aside_as_a_whole_and_granted_bit_by_bit(world: Wor
     assert held[0] > Decimal("3.50")  # some 190 s more of two nodes, one cent each per second
     grants = json.loads(world.store.read(f"grants/{world.backend.starts[0].lease_id}/0.json"))
     assert grants["duration_seconds"] <= terms.term_seconds
+
+
+def test_grants_say_how_late_it_was_to_books_that_hold_no_accruals(world: World) -> None:
+    """A clock set back by hours shows only against the newest moment that anything tells of."""
+    seen: list[tuple[int, int]] = []
+
+    def look() -> None:
+        seen.append((heard_ms(world.store, world.ledger.open_accounts()), world.clock.now_ms()))
+
+    world.clock.after(45.0, look)
+    world.supervisor(terms=Terms(ttl=Ttl.FIXED, fixed_ttl_seconds=200.0)).run()
+    ((heard, now),) = seen
+    assert now - 30_000 * SCALE <= heard <= now
+    assert heard_ms(world.store, []) == 0
 
 
 class AwayStore(DirectoryStore):
