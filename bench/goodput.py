@@ -129,14 +129,19 @@ def steps_of(store: Path) -> dict[int, list[int]]:
 def recoveries(
     groups: Sequence[Group], losses: Sequence[dict[str, Any]], seen: Seen, store: Path
 ) -> list[dict[str, Any]]:
-    """Per loss: who, how, until when, and how many steps had to be done again."""
+    """Per loss: who, how, until when, and how many steps had to be done again.
+
+    Of losses that one group makes good, the first has cost the steps: those that came while it started took none.
+    """
     steps = steps_of(store)
     found = []
-    for loss in losses:
+    counted: set[int] = set()
+    for loss in sorted(losses, key=lambda loss: loss["noticed_at"] or loss["at"]):
         since = loss["noticed_at"] or loss["at"]
         after = next((group for group in groups if group.trains_at > since and group.noticed_at > since - 1.0), None)
         kind = "drained" if loss["noticed_at"] else "killed"
         facts: dict[str, Any] = {"node": "head" if loss["rank"] == 0 else "other", "how": kind}
+        facts["after_seconds"] = round(since - groups[0].trains_at, 1)
         if after is not None:
             before = max((epoch for epoch in seen.newest_step if epoch < after.epoch), default=None)
             newest = max([*steps.get(before, [0]), seen.newest_step.get(before, 0)]) if before is not None else 0
@@ -146,9 +151,11 @@ def recoveries(
                 "seconds": round(after.trains_at - began, 2),
                 "detected_after_seconds": round(max(0.0, after.noticed_at - began), 2),
                 "phases": after.seconds,
-                "steps_lost": max(0, newest - after.parent_step),
+                "steps_lost": 0 if after.epoch in counted else max(0, newest - after.parent_step),
+                "while_another_was_recovered": after.epoch in counted,
                 "trains_on": after.world_size,
             }
+            counted.add(after.epoch)
         found.append(facts)
     return found
 

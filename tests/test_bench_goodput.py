@@ -79,3 +79,13 @@ def test_a_kill_counts_from_the_kill_and_a_drain_from_when_nobody_trained(goodpu
 def test_what_ray_makes_survivors_pay_is_the_start_of_their_processes(goodput: ModuleType, run: Path) -> None:
     cost = goodput.restart_cost(goodput.groups_of(run / "store"))
     assert (cost["groups"], cost["median_seconds"], cost["of_median_seconds"]) == (2, 1.0, 1.5)
+
+
+def test_a_loss_while_another_is_made_good_took_no_steps(goodput: ModuleType, run: Path) -> None:
+    groups = goodput.groups_of(run / "store")
+    losses = [
+        {"at": T0 + 40, "rank": 1, "noticed_at": None},
+        {"at": T0 + 43, "rank": 0, "noticed_at": T0 + 41},
+    ]
+    found = goodput.recoveries(groups, losses, goodput.Seen({0: 33}), run / "store")
+    assert [(loss["steps_lost"], loss["while_another_was_recovered"]) for loss in found] == [(8, False), (0, True)]
