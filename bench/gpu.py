@@ -48,8 +48,12 @@ from trainer.store import DirectoryStore
 
 TOTAL_SECONDS = 9 * 60
 SECONDS_PER_SHAPE = 30
-SECONDS_PER_PEER = 15
+SECONDS_PER_PEER = 12
 PARITY_STEPS = 200
+TOKENS_PER_STEP = 2**18
+"""Of one optimizer step, accumulated from as many micro-batches as that takes; ours and the peer's alike."""
+MAX_DOCUMENTS = 16
+"""Of one row, where documents are measured."""
 VOCAB_SIZE = 32_768
 SHAPES = {"124m": 1024, "350m": 2048, "tinyllama-1.1b": 2048, "1.5b": 2048}
 """Shape to sequence length."""
@@ -133,16 +137,20 @@ class Steps:
 
     def __init__(self, bench: Bench, config: TrainConfig) -> None:
         self.bench, self.config, self.fabric = bench, config, bench.fabric(config)
-        self.weights, self.model = set_up_model(config, self.fabric)
+        with bench.device:  # which weights they are does not matter here, and the device makes them at once
+            self.weights, self.model = set_up_model(config, self.fabric)
         self.updates = Updates(self.weights, config.optimizer)
 
-    def step(self, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-        loss = self.model(tokens_BT, targets_BT)
-        self.fabric.backward(loss)
-        scale_and_clip(self.updates.parameters.values(), 1 / targets_BT.numel(), self.config.optimizer.clip_norm)
+    def step(self, *batch: Tensor, passes: int = 1) -> float:
+        """Tokens and targets, and documents if there are any, B x T each; the same in each pass."""
+        num_targets = passes * batch[1].numel()
+        for _ in range(passes):
+            loss = self.model(*batch)
+            self.fabric.backward(loss)
+        scale_and_clip(self.updates.parameters.values(), 1 / num_targets, self.config.optimizer.clip_norm)
         self.updates.step(1.0)
         self.updates.zero_grad()
-        return float(loss.detach()) / targets_BT.numel()
+        return float(loss.detach()) / batch[1].numel()
 
 
 def random_batch(bench: Bench, config: TrainConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -189,11 +197,35 @@ def loss_parity(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def speed(bench: Bench, name: str, optimizer: str = "muon", *, fp8: bool = False) -> dict[str, Any]:
+def documents_of(config: TrainConfig, tokens_BT: Tensor) -> Tensor:
+    """As many documents of equal length in each row as it may have: B x T."""
+    assert config.max_documents is not None
+    T = config.model.sequence_length
+    return (
+        torch.arange(T, device=tokens_BT.device)
+        .mul(config.max_documents)
+        .div(T, rounding_mode="floor")
+        .expand_as(tokens_BT)
+    )
+
+
+def passes_of(bench: Bench, batch: tuple[Tensor, ...]) -> int:
+    """Micro-batches of one optimizer step."""
+    return 2 if bench.tiny else max(1, TOKENS_PER_STEP // batch[0].numel())
+
+
+def speed(
+    bench: Bench, name: str, optimizer: str = "muon", *, fp8: bool = False, documents: bool = False
+) -> dict[str, Any]:
     """Tokens per second, utilization and memory of one shape, compiled, with the largest micro-batch that fits."""
     model = shape_of(name, tiny=bench.tiny)
     config = TrainConfig(
-        model=model, optimizer=OptimizerConfig(name=optimizer), compile=not bench.tiny, fp8=fp8, micro_batch_size=1
+        model=model,
+        optimizer=OptimizerConfig(name=optimizer),
+        compile=not bench.tiny,
+        fp8=fp8,
+        micro_batch_size=1,
+        max_documents=MAX_DOCUMENTS if documents else None,
     )
     card = card_of(bench)
     micro = 2
@@ -201,7 +233,7 @@ def speed(bench: Bench, name: str, optimizer: str = "muon", *, fp8: bool = False
         software = our_trainer(optimizer=optimizer, compiled=True)
         one = Layout(1, 1, "replicated", 1, 1, False, "bf16")
         fits = max(1, memory.largest_micro_batch(model.workload(), card, one, software=software))
-        micro = 2 ** math.ceil(math.log2(fits))  # one try above what surely fits
+        micro = 2 ** int(math.log2(fits))
     while True:
         try:
             measured = timed(bench, replace(config, micro_batch_size=micro))
@@ -211,7 +243,8 @@ def speed(bench: Bench, name: str, optimizer: str = "muon", *, fp8: bool = False
             if micro == 1:
                 return {"shape": name, "skipped": "not even one sequence fits"}
             micro //= 2
-    row = {"shape": name, "optimizer": optimizer, "fp8": fp8, "micro_batch_size": micro, **measured}
+    row = {"shape": name, "optimizer": optimizer, "fp8": fp8, "documents": documents, "micro_batch_size": micro}
+    row |= measured
     row["num_params"] = model.workload().num_params
     row["mfu"] = utilization(bench, config, row["tokens_per_second"])
     if card is not None:
@@ -229,22 +262,26 @@ def timed(bench: Bench, config: TrainConfig) -> dict[str, Any]:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     steps, batch = Steps(bench, config), random_batch(bench, config)
+    if config.max_documents is not None:
+        batch = (*batch, documents_of(config, batch[0]))
+    passes = passes_of(bench, batch)
     began = time.monotonic()
-    for _ in range(3):
+    for _ in range(2):
         steps.step(*batch)
     bench.wait()
     warm_up_seconds = time.monotonic() - began
     wanted = 0.5 if bench.tiny else min(SECONDS_PER_SHAPE, max(5.0, bench.seconds_left() - 20))
     count, began = 0, time.monotonic()
     while time.monotonic() - began < wanted:
-        steps.step(*batch)  # reads the loss, so it waits for the device
+        steps.step(*batch, passes=passes)  # reads the loss, so it waits for the device
         count += 1
     bench.wait()
     seconds = time.monotonic() - began
     del steps
     result = {
-        "tokens_per_second": count * batch[0].numel() / seconds,
+        "tokens_per_second": count * passes * batch[0].numel() / seconds,
         "num_steps": count,
+        "tokens_per_step": passes * batch[0].numel(),
         "seconds": seconds,
         "warm_up_seconds": warm_up_seconds,
         "memory_gib": peak_gib(bench),
@@ -259,20 +296,20 @@ def transformers_speed(bench: Bench, name: str, micro_batch_size: int) -> dict[s
 
     model = shape_of(name, tiny=bench.tiny)
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.width,
-            intermediate_size=model.hidden_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            max_position_embeddings=model.sequence_length,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).to(bench.device)
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.width,
+        intermediate_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        max_position_embeddings=model.sequence_length,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    with bench.device:
+        theirs = LlamaForCausalLM(config)
     compiled = torch.compile(theirs, backend="eager" if bench.tiny else "inductor")
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, fused=True)
     micro = micro_batch_size
@@ -293,30 +330,36 @@ def _transformers_timed(
     config = TrainConfig(model=model, micro_batch_size=micro)
     tokens_BT, targets_BT = random_batch(bench, config)
 
-    def step() -> None:
-        with torch.autocast(bench.device.type, torch.bfloat16):
-            logits = compiled(input_ids=tokens_BT).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten())
-        loss.backward()
+    def step(passes: int) -> None:
+        for _ in range(passes):
+            with torch.autocast(bench.device.type, torch.bfloat16):
+                logits = compiled(input_ids=tokens_BT).logits
+                loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten())
+            (loss / passes).backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         float(loss.detach())
 
-    for _ in range(3):
-        step()
+    began = time.monotonic()
+    for _ in range(2):
+        step(1)
     bench.wait()
+    warm_up_seconds = time.monotonic() - began
     wanted = 0.5 if bench.tiny else min(SECONDS_PER_PEER, max(5.0, bench.seconds_left() - 10))
+    passes = passes_of(bench, (tokens_BT,))
     count, began = 0, time.monotonic()
     while time.monotonic() - began < wanted:
-        step()
+        step(passes)
         count += 1
     bench.wait()
-    rate = count * tokens_BT.numel() / (time.monotonic() - began)
+    rate = count * passes * tokens_BT.numel() / (time.monotonic() - began)
     return {
         "tokens_per_second": rate,
         "mfu": utilization(bench, config, rate),
         "micro_batch_size": micro,
+        "num_steps": count,
+        "warm_up_seconds": warm_up_seconds,
         "memory_gib": peak_gib(bench),
     }
 
@@ -447,8 +490,9 @@ def parts(bench: Bench) -> Iterator[tuple[str, float, Callable[[dict[str, Any]],
             yield f"transformers {name}", 30, peer
     yield "loss parity", 40, lambda _: loss_parity(bench)
     yield "checkpoint stall", 20, lambda _: checkpoint_stall(bench)
+    yield f"speed documents {names[-1]}", 40, lambda _: speed(bench, names[-1], documents=True)
     if not bench.tiny:
-        yield f"speed fp8 {names[-1]}", 45, lambda _: fp8_speed(bench, names[-1])
+        yield f"speed fp8 {names[-1]}", 40, lambda _: fp8_speed(bench, names[-1])
 
 
 def fp8_speed(bench: Bench, name: str) -> dict[str, Any]:
@@ -456,7 +500,8 @@ def fp8_speed(bench: Bench, name: str) -> dict[str, Any]:
     return speed(bench, name, fp8=True)
 
 
-def run(bench: Bench) -> dict[str, Any]:
+def run(bench: Bench, out: Path | None) -> dict[str, Any]:
+    """Every part's result; `out`, if given, holds after each part what was found so far."""
     found: dict[str, Any] = {"machine": machine(bench)}
     for name, seconds, part in parts(bench):
         if not bench.tiny and bench.seconds_left() < seconds:
@@ -467,7 +512,9 @@ def run(bench: Bench) -> dict[str, Any]:
                 found[name] = part(found)
             except SlmError as error:
                 found[name] = {"skipped": str(error)}
-            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        if out is not None:
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if importlib.util.find_spec("transformers") is None:
         found["transformers"] = {"skipped": "transformers is not installed"}
     return found
@@ -519,9 +566,7 @@ def main() -> int:
     bench = Bench(device, arguments.tiny, time.monotonic() + arguments.seconds)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    found = run(bench)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = run(bench, arguments.out)
     print(table(found), file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
         print(json.dumps(found, indent=1))

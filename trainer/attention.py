@@ -40,7 +40,8 @@ def attend(
     """
     arguments = (q_BTHK, k_BTGK, v_BTGK, cu_seqlens, max_seqlen, window)
     if VARLEN is not None and q_BTHK.is_cuda and q_BTHK.dtype in (torch.bfloat16, torch.float16):
-        return VARLEN(*arguments)
+        whole_rows = cu_seqlens is None and (window is None or window >= q_BTHK.shape[1])
+        return attend_sdpa(*arguments) if whole_rows and SDPA_FOR_ROWS else VARLEN(*arguments)
     on_cpu = q_BTHK.device.type == "cpu"
     if on_cpu and q_BTHK.dtype is torch.bfloat16 and q_BTHK.shape[1] <= DENSE_MAX_TOKENS:
         return attend_dense(*arguments)
@@ -50,7 +51,8 @@ def attend(
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """Which way `attend` takes, for the log."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and VARLEN is not None:
-        return next(name for name, way in BACKENDS.items() if way is VARLEN)
+        varlen = next(name for name, way in BACKENDS.items() if way is VARLEN)
+        return f"sdpa for whole rows, {varlen} for documents and windows" if SDPA_FOR_ROWS else varlen
     if device.type == "cpu" and dtype is torch.bfloat16:
         return f"dense up to {DENSE_MAX_TOKENS} tokens, sdpa beyond"
     return "sdpa"
@@ -145,7 +147,7 @@ def _flattened(kernel: Callable[..., Tensor]) -> Attend:
 
 
 def _varlen_kernel() -> Callable[..., Tensor] | None:
-    """torch's own, with whatever implementation is active; its keywords came one by one."""
+    """torch's own, with whatever implementation is active; it took grouped heads before it named them."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -154,8 +156,6 @@ def _varlen_kernel() -> Callable[..., Tensor] | None:
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, back: int) -> Tensor:
         options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
-        if not options and q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         options |= {"window_size": (back, 0)} if "window_size" in known else {"is_causal": True}
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
         assert isinstance(out, Tensor)
@@ -208,3 +208,6 @@ def _find_backends() -> Mapping[str, Attend]:
 
 BACKENDS = _find_backends()
 VARLEN: Attend | None = next(iter(BACKENDS.values()), None)
+SDPA_FOR_ROWS = next(iter(BACKENDS), "") in ("flash-attn 2", "varlen_attn")
+"""Whether rows without documents go to the kernel that torch chooses, on Hopper cuDNN's: forward and backward took it
+2.2 ms, and flash-attention 2 3.9 ms (B 16, T 2048, H 16, G 8, K 128, H200, torch 2.11)."""

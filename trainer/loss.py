@@ -8,10 +8,13 @@ Source of the idea: Hsu et al. 2024, Liger Kernel (arXiv:2410.10989).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ChunkGradients = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 IGNORED = -100
 """A target that counts for nothing: no loss, no gradient, not among the target tokens."""
@@ -20,24 +23,49 @@ CHUNK_LOGITS = 2**26
 """Logits of one chunk: what fits a CPU's cache, and what fills a GPU (256 MiB in fp32)."""
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float = 0.0, chunk: ChunkGradients | None = None
+) -> Tensor:
     """Cross-entropy in nats of the logits x W', summed over the targets that are not IGNORED.
 
     Computed in autocast's type where that is on, summed in fp32. With a softcap the logits are softcap x tanh of
-    themselves / softcap.
+    themselves / softcap. `chunk` stands in for `chunk_gradients`: the same, compiled.
     """
     device = x_ND.device.type
     if torch.is_autocast_enabled(device):
         x_ND = x_ND.to(torch.get_autocast_dtype(device))
-    if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
-        out: Tensor = _Fused.apply(x_ND, weight_VD, targets_N, softcap)  # type: ignore[no-untyped-call]
-        return out
+    weight = weight_VD.detach().to(x_ND.dtype)
     loss = torch.zeros((), device=x_ND.device, dtype=torch.float32)
-    weight = weight_VD.to(x_ND.dtype)
-    for rows in _chunks(len(x_ND), len(weight_VD), x_ND.device):
-        logits_CV, _ = _logits(x_ND[rows], weight, softcap)
-        loss = loss + _loss(logits_CV, targets_N[rows])[0]
-    return loss
+    if not (torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)):
+        for rows in _chunks(len(x_ND), len(weight_VD), x_ND.device):
+            logits_CV, _ = _logits(x_ND[rows], weight, softcap)
+            loss = loss + _loss(logits_CV, targets_N[rows])[0]
+        return loss
+    dx_parts = []
+    dw_VD = torch.zeros(weight_VD.shape, device=x_ND.device, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        for rows in _chunks(len(x_ND), len(weight_VD), x_ND.device):
+            chunk_loss, dx_CD, part_VD = (chunk or chunk_gradients)(x_ND[rows], weight, targets_N[rows], softcap)
+            loss = loss + chunk_loss
+            dx_parts.append(dx_CD)
+            dw_VD = dw_VD + part_VD
+    out: Tensor = _Known.apply(x_ND, weight_VD, loss, torch.cat(dx_parts), dw_VD)  # type: ignore[no-untyped-call]
+    return out
+
+
+def chunk_gradients(
+    x_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of one chunk, and its gradients for x (C x D) and the weight (V x D), in their type."""
+    logits_CV, squashed_CV = _logits(x_CD, weight_VD, softcap)
+    loss, lse_C = _loss(logits_CV, targets_C)
+    token_V = torch.arange(weight_VD.shape[0], device=x_CD.device)
+    gradient_CV = (logits_CV - lse_C[:, None]).exp() - (token_V == targets_C[:, None]).float()
+    if squashed_CV is not None:
+        gradient_CV = gradient_CV * (1.0 - squashed_CV * squashed_CV)
+    counts_C = (targets_C != IGNORED).float()
+    g_CV = (gradient_CV * counts_C[:, None]).to(x_CD.dtype)
+    return loss, g_CV @ weight_VD, g_CV.T @ x_CD
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
@@ -45,41 +73,25 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float) -> Tensor:
-        weight = weight_VD.to(x_ND.dtype)
-        loss = torch.zeros((), device=x_ND.device, dtype=torch.float32)
-        dx_parts = []
-        dw_VD = torch.zeros(weight_VD.shape, device=x_ND.device, dtype=torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            for rows in _chunks(len(x_ND), len(weight_VD), x_ND.device):
-                x_CD, targets_C = x_ND[rows], targets_N[rows]
-                logits_CV, squashed_CV = _logits(x_CD, weight, softcap)
-                chunk_loss, lse_C = _loss(logits_CV, targets_C)
-                loss = loss + chunk_loss
-                token_V = torch.arange(weight.shape[0], device=x_ND.device)
-                gradient_CV = (logits_CV - lse_C[:, None]).exp() - (token_V == targets_C[:, None]).float()
-                if squashed_CV is not None:
-                    gradient_CV = gradient_CV * (1.0 - squashed_CV * squashed_CV)
-                counts_C = (targets_C != IGNORED).float()
-                g_CV = (gradient_CV * counts_C[:, None]).to(x_ND.dtype)
-                dx_parts.append(g_CV @ weight)
-                dw_VD = dw_VD + g_CV.T @ x_CD
-        ctx.save_for_backward(torch.cat(dx_parts), dw_VD.to(weight_VD.dtype))
-        return loss
+class _Known(torch.autograd.Function):
+    """A loss whose gradients are there already."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def forward(ctx: Any, _x_ND: Tensor, weight_VD: Tensor, loss: Tensor, dx_ND: Tensor, dw_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(dx_ND, dw_VD.to(weight_VD.dtype))
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dx_ND, dw_VD = ctx.saved_tensors
         (scale,) = gradients
-        return dx_ND * scale.to(dx_ND.dtype), dw_VD * scale.to(dw_VD.dtype), None, None
+        return dx_ND * scale.to(dx_ND.dtype), dw_VD * scale.to(dw_VD.dtype), None, None, None
 
 
 def _chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Equal but for the last."""
-    most = CHUNK_LOGITS_CPU if device.type == "cpu" else CHUNK_LOGITS
-    size = max(1, most // vocab_size)
+    """As few as may be, equal but for the last."""
+    most = max(1, (CHUNK_LOGITS_CPU if device.type == "cpu" else CHUNK_LOGITS) // vocab_size)
+    size = -(-num_tokens // -(-num_tokens // most)) if num_tokens else 1
     return [slice(begin, min(begin + size, num_tokens)) for begin in range(0, num_tokens, size)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,6 +157,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.cross_entropy: Callable[..., Tensor] = linear_cross_entropy
         self.max_documents: int | None = None
         """Of one row; None: as many as it has tokens."""
         self.embedding = nn.Embedding(config.vocab_size, config.width)
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
         `documents_BT` numbers each token's document in its row, below `max_documents`; without, each row is one.
         """
         x_ND = self.last_layer(tokens_BT, documents_BT).flatten(0, 1)
-        return linear_cross_entropy(x_ND, self.head.weight, targets_BT.flatten(), self.config.logit_softcap)
+        return self.cross_entropy(x_ND, self.head.weight, targets_BT.flatten(), self.config.logit_softcap)
 
     def logits(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Scores of every next token, at every position: B x T x V."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from trainer import attention
 from trainer.config import TrainConfig
 from trainer.fp8 import require_fp8, use_fp8
+from trainer.loss import chunk_gradients, linear_cross_entropy
 from trainer.memory import keep_freed_memory
 from trainer.model import Transformer, build_model, load_initial
 
 log = logging.getLogger(__name__)
+
+COMPILED_FORMS = 64
+"""Of one function, before torch gives up and runs it as it is."""
 
 
 def fabric_precision(config: TrainConfig) -> Literal["bf16-mixed", "32-true"]:
@@ -44,7 +49,18 @@ def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Modu
     if fabric.global_rank == 0:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         log.info("attention: %s", attention.describe(fabric.device, dtype))
-    return weights, fabric.setup_module(torch.compile(weights) if config.compile else weights)
+    if config.compile:
+        compile_parts(weights)
+    return weights, fabric.setup_module(weights)
+
+
+def compile_parts(weights: Transformer) -> None:
+    """Compile one layer for all, and one chunk of the loss: seconds, where the whole model takes minutes."""
+    # Layers that differ (windows, value embeddings), training and evaluation, and a last, smaller batch.
+    torch._dynamo.config.recompile_limit = COMPILED_FORMS
+    for block in weights.blocks:
+        block.compile()
+    weights.cross_entropy = partial(linear_cross_entropy, chunk=torch.compile(chunk_gradients, dynamic=False))
 
 
 def strategy_class(config: TrainConfig) -> type[Any]:

@@ -46,8 +46,8 @@ def test_attention_agrees_with_its_definition_forward_and_backward(
     exact.square().sum().backward()
     for one, twin in zip(inputs, twins, strict=True):
         assert one.grad is not None and twin.grad is not None
-        error = (one.grad.float() - twin.grad).norm() / twin.grad.norm()
-        assert error < 3e-2
+        # Of a single token's query and key the gradient is zero: the output is its value.
+        assert (one.grad.float() - twin.grad).norm() < 3e-2 * twin.grad.norm() + 1e-2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

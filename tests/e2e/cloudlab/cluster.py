@@ -28,6 +28,7 @@ NODE_USER = "slmlab"
 NODES = ("n1", "n2")
 LOCK = Path("/var/tmp/slm-cloudlab.lock")
 WAIT_SECONDS = 240.0
+CRAWL_SECONDS = 0.2
 MARK = "SLM_CLOUDLAB"
 """In the environment of everything that a test starts here, so that what a killed test left behind is found."""
 USD_PER_HOUR = {"spot": Decimal("1.10"), "ondemand": Decimal("2.99")}
@@ -171,8 +172,9 @@ class Lab:
         found = []
         for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
             said = dict(part.split("=", 1) for part in line.split() if "=" in part)
-            # A job that was cancelled before it began has no start, and cost nothing.
-            if said["Name"].startswith("slm-") and "Unknown" not in (said["StartTime"], said["EndTime"]):
+            # A job that was cancelled while it waited has no node, and cost nothing; it may still have a start.
+            ran = said["NodeList"] != "(null)" and "Unknown" not in (said["StartTime"], said["EndTime"])
+            if said["Name"].startswith("slm-") and ran:
                 found.append(
                     Job(
                         name=said["Name"],
@@ -233,6 +235,15 @@ def let_go(processes: Sequence[psutil.Process]) -> int:
             process.resume()
             there += 1
     return there
+
+
+def crawl(processes: Sequence[psutil.Process]) -> None:
+    """Let held trainers make a few steps and hold them again: slow, but nothing that anyone could take for dead."""
+    let_go(processes)
+    time.sleep(CRAWL_SECONDS)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
 
 
 def namespace_of(pid: int) -> str:

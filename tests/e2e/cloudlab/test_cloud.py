@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 
 import pytest
 
-from tests.e2e.cloudlab.cluster import Job, Lab, let_go, until
-from tests.e2e.cloudlab.people import RECIPE, User
+from tests.e2e.cloudlab.cluster import Job, Lab, crawl, kill_all, let_go, until
+from tests.e2e.cloudlab.people import BUCKET, RECIPE, User, new_user
 
 pytestmark = pytest.mark.e2e
 
@@ -92,3 +93,91 @@ def test_at_the_cap_a_run_saves_ends_its_nodes_and_has_spent_no_more(lab: Lab, u
     settled(lab, user, before, state="OUT_OF_BUDGET")
     assert user.spent_usd() <= Decimal(smallest[1])
     assert 0 < user.checkpoints()[-1] == user.step()
+
+
+def test_without_a_supervisor_nodes_end_by_the_guard_and_without_both_by_the_provider(lab: Lab, user: User) -> None:
+    before = len(lab.ended_jobs())
+    supervisor = user.launch("training.num_steps=2500", "cloud.lease_seconds=30", "cloud.ttl_seconds=180")
+    lab.hold_training(node_that_trains(lab, user))
+    supervisor.kill()
+    until("the guard's end of the cluster", lambda: not lab.jobs())
+    (first,) = lab.ended_jobs()[before:]
+    assert first.state != "TIMEOUT"
+    saved = user.checkpoints()[-1]
+    second = user.start("resume")
+    until("a newer checkpoint", lambda: user.checkpoints()[-1] > saved)
+    node = (lab.running() or {})["nodes"]
+    lab.hold_training(node)
+    second.kill()
+    assert kill_all(lambda: lab.node_processes(node, "tasks/guard.py"))
+    until("the provider's end of the cluster", lambda: not lab.jobs())
+    assert [job.state for job in lab.ended_jobs()[before:]][1:] == ["TIMEOUT"]
+    assert user.finish(user.start("resume")) == 0, user.said()
+    settled(lab, user, before)
+    assert user.step() == 2500
+
+
+def test_a_full_offer_is_passed_over_and_where_all_are_full_the_run_waits_at_no_cost(lab: Lab, user: User) -> None:
+    before = len(lab.ended_jobs())
+    lab.slurm("sbatch", "-p", "ondemand", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 900")
+    until("a full cloud", lambda: set(lab.slurm("sinfo", "-h", "-N", "-o", "%t").split()) == {"alloc"})
+    supervisor = user.launch("offers.spot=null", "training.num_steps=300", "cloud.capacity_seconds=10")
+    until("a wait", lambda: [one for one in user.events("relaunch") if "waiting" in one["message"]])
+    until("both offers tried", lambda: len({*places_tried(user)}) == 2)
+    assert user.spent_usd() == 0
+    lab.slurm("scontrol", "update", "PartitionName=spot", "State=DOWN")
+    lab.slurm("scancel", "--partition=ondemand", "--name=wrap")
+    assert user.finish(supervisor) == 0, user.said()
+    (job,) = settled(lab, user, before)
+    assert job.partition == "ondemand"
+    assert (user.step(), user.status()["preemptions"]) == (300, 0)
+
+
+def places_tried(user: User) -> Iterator[str]:
+    for event in user.events("start"):
+        yield event["message"].split("slmcloud/")[1].split("/")[0]
+
+
+def test_a_fixed_limit_is_rolled_over_though_the_api_server_was_killed(lab: Lab, user: User) -> None:
+    before = len(lab.ended_jobs())
+    supervisor = user.launch("training.num_steps=2000", "cloud.ttl_seconds=150")
+    node = node_that_trains(lab, user)
+    assert kill_all(user.api_server)
+    step = user.step()
+    until("training that goes on", lambda: user.step() > step)
+    held = lab.hold_training(node)
+    until("a new API server", user.api_server)
+
+    def asked_to_end() -> bool:
+        crawl(held)
+        return any("the provider's time limit is near" in one["message"] for one in user.events("warning"))
+
+    until("the end of the limit", asked_to_end)
+    assert let_go(held) == 1, user.said()
+    assert user.finish(supervisor) == 0, user.said()
+    jobs = settled(lab, user, before)
+    assert len(jobs) >= 2
+    status = user.status()
+    assert (user.step(), status["preemptions"], status["failures"]) == (2000, 0, 0)
+    causes = [one["cause"] for one in user.events("settled")]
+    assert causes == ["ttl"] * (len(jobs) - 1) + ["finished"]
+
+
+def test_a_second_home_takes_the_run_over_and_the_first_is_powerless(lab: Lab, user: User) -> None:
+    before = len(lab.ended_jobs())
+    first = user.launch("training.num_steps=2000")
+    held = lab.hold_training(node_that_trains(lab, user))
+    other = new_user(user.folder / "other", lab, user.bucket)
+    try:
+        recovered = other.slm("recover", "--store", f"s3://{BUCKET}/{user.store_prefix()}")
+        assert recovered.returncode == 0, recovered.stdout + recovered.stderr
+        second = other.start("resume")
+        assert user.finish(first) != 0, user.said()
+        let_go(held)
+        assert other.finish(second) == 0, other.said()
+        assert lab.jobs() == []
+        assert other.status()["state"] == "SUCCEEDED"
+        assert user.step() == 2000
+        assert sum((job.usd for job in lab.ended_jobs()[before:]), Decimal(0)) <= other.spent_usd()
+    finally:
+        other.end()
