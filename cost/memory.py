@@ -28,6 +28,8 @@ FUSED_LOGITS_BYTES = 6.0
 """The gradient overwrites the copy when the loss is compiled."""
 FUSED_LOSS_BYTES = 2.0
 """A loss written as one kernel keeps bf16 logits only and overwrites them."""
+CHUNK_BYTES = 10.0 * 2**26
+"""Of a loss that works in chunks: the logits of one, as LOGITS_BYTES counts them (trainer.loss.CHUNK_LOGITS)."""
 PLAIN_ATTENTION_BYTES = 5.0
 """Per head and (query, key) pair of one layer: scores, probabilities, mask (Korthikanti et al. 2022, section 4)."""
 FP32_BYTES = 4.0
@@ -101,7 +103,7 @@ def peak(
     gradients = _gradients(workload, layout, program, element_bytes)
     optimizer = _optimizer(workload, layout, program)
     activations = _activations(workload, layout, program, element_bytes)
-    logits = _logits(workload, layout, program)
+    logits = _logits(workload, layout, program, element_bytes)
     allocated = weights + gradients + optimizer + activations + logits
     process = CPU_PROCESS_BYTES if accelerator.name == LOCAL_CPU else CONTEXT_BYTES
     on_cpu = accelerator.name == LOCAL_CPU
@@ -198,7 +200,7 @@ def _activations(workload: Workload, layout: Layout, software: Software, element
     layer = _layer_bytes(workload, tokens, software, element_bytes)
     if layout.activation_checkpointing:
         return element_bytes * workload.width * tokens * workload.num_layers + layer
-    share = FUSED_KEPT_SHARE if software.fused else 1.0
+    share = FUSED_KEPT_SHARE if software.fused and not software.keeps_all else 1.0
     if software.selective_checkpointing:
         share = min(share, SELECTIVE_KEPT_SHARE)
     return share * layer * workload.num_layers
@@ -221,7 +223,13 @@ def _layer_bytes(workload: Workload, tokens: int, software: Software, element_by
     return kept
 
 
-def _logits(workload: Workload, layout: Layout, software: Software) -> float:
+def _logits(workload: Workload, layout: Layout, software: Software, element_bytes: float) -> float:
+    if software.chunked_loss:
+        # The gradients of what the head reads and of its weight (fp32), and one chunk.
+        tokens = layout.micro_batch_size * workload.sequence_length
+        whole = LOGITS_BYTES * tokens * workload.vocab_size
+        gradients = element_bytes * tokens * workload.width + FP32_BYTES * workload.vocab_size * workload.width
+        return min(CHUNK_BYTES, whole) + gradients
     per_entry = FUSED_LOGITS_BYTES if software.fused else LOGITS_BYTES
     if software.fused_loss:
         per_entry = FUSED_LOSS_BYTES

@@ -24,7 +24,8 @@ class Software:
     activations and losses are compiled or written by hand into few kernels. `attention_share` is the share of the
     causal pairs that is computed (a sliding window computes less than all). `reducer_copy` says that a second copy
     of the gradients is kept for the all-reduce (PyTorch's DDP by default), `rotary` that queries and keys are rotated,
-    `wide_norms` that norms read fp32 under autocast, and so keep it.
+    `wide_norms` that norms read fp32 under autocast, and so keep it. `keeps_all` says that it is compiled layer by layer,
+    where nothing is recomputed; `chunked_loss`, that logits of a few tokens at a time are all there ever is of them.
     """
 
     framework: str
@@ -38,6 +39,8 @@ class Software:
     reduce_bytes: float = 4.0
     selective_checkpointing: bool = False
     fused_loss: bool = False
+    chunked_loss: bool = False
+    keeps_all: bool = False
     reducer_copy: bool = True
     rotary: bool = True
     wide_norms: bool = False
@@ -54,4 +57,11 @@ OUR_FRAMEWORK = "slm"
 
 def our_trainer(*, optimizer: Optimizer = "muon", compiled: bool = False) -> Software:
     """trainer/ as it is: autocast over fp32 weights, gradients and moments; torch's flash attention; DDP or FSDP."""
-    return Software(framework=OUR_FRAMEWORK, fused=compiled, optimizer=optimizer, wide_norms=True)
+    return Software(
+        framework=OUR_FRAMEWORK,
+        fused=compiled,
+        optimizer=optimizer,
+        wide_norms=not compiled,
+        chunked_loss=True,
+        keeps_all=compiled,
+    )

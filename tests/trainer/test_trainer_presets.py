@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cost.errors import UserError
+from cost.hardware import BYTES_PER_GIB, accelerator
+from cost.layout import Layout
+from cost.memory import CONTEXT_BYTES, peak
+from cost.software import our_trainer
 from trainer.config import ModelConfig
 from trainer.presets import PRESETS, SHAPES, expand
 
@@ -62,3 +68,24 @@ def test_what_is_given_beside_a_preset_counts() -> None:
 def test_a_wrong_word_is_said(words: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         expand(words)
+
+
+H200_RESULT = Path(__file__).resolve().parents[2] / "bench" / "results" / "2026-11-26-gpu.json"
+
+
+def measured_on_one_gpu() -> list[dict[str, Any]]:
+    found = json.loads(H200_RESULT.read_text())["result"]
+    return [row for name, row in found.items() if name.startswith("speed ")]
+
+
+@pytest.mark.parametrize("row", measured_on_one_gpu(), ids=lambda row: row["shape"])
+def test_the_planner_predicts_the_memory_that_a_gpu_needed(row: dict[str, Any]) -> None:
+    fields = {"preset": "llama", "shape": row["shape"], "vocab_size": 32_768}
+    model = ModelConfig(**expand({**fields, "sequence_length": 1024 if row["shape"] == "124m" else 2048}))
+    assert model.workload().num_params == row["num_params"]
+    layout = Layout(1, 1, "replicated", row["micro_batch_size"], 1, False, "bf16")
+    software = our_trainer(optimizer=row["optimizer"], compiled=True)
+    predicted = peak(model.workload(), accelerator("H200"), layout, software=software)
+    # What torch allocated; the process itself comes on top of it.
+    allocated_gib = (predicted.total_bytes - CONTEXT_BYTES) / BYTES_PER_GIB
+    assert allocated_gib == pytest.approx(row["memory_gib"], rel=0.08)
