@@ -131,7 +131,8 @@ def recoveries(
 ) -> list[dict[str, Any]]:
     """Per loss: who, how, until when, and how many steps had to be done again.
 
-    Of losses that one group makes good, the first has cost the steps: those that came while it started took none.
+    Of losses that one group makes good, the first has cost the steps: those that came while it started took none. A node
+    that was lost before it had joined the group that trained stopped nobody.
     """
     steps = steps_of(store)
     found = []
@@ -142,6 +143,10 @@ def recoveries(
         kind = "drained" if loss["noticed_at"] else "killed"
         facts: dict[str, Any] = {"node": "head" if loss["rank"] == 0 else "other", "how": kind}
         facts["after_seconds"] = round(since - groups[0].trains_at, 1)
+        training = next((group for group in reversed(groups) if group.trains_at <= since), None)
+        if training is not None and loss["rank"] >= training.world_size:
+            found.append(facts | {"had_joined": False})
+            continue
         if after is not None:
             before = max((epoch for epoch in seen.newest_step if epoch < after.epoch), default=None)
             newest = max([*steps.get(before, [0]), seen.newest_step.get(before, 0)]) if before is not None else 0

@@ -24,8 +24,8 @@ class Software:
     activations and losses are compiled or written by hand into few kernels. `attention_share` is the share of the
     causal pairs that is computed (a sliding window computes less than all). `reducer_copy` says that a second copy
     of the gradients is kept for the all-reduce (PyTorch's DDP by default), `rotary` that queries and keys are rotated,
-    `wide_norms` that norms read fp32 under autocast, and so keep it. `keeps_all` says that each layer is compiled alone,
-    where nothing is recomputed; `chunked_loss`, that logits of a few tokens at a time are all there ever is of them.
+    `wide_norms` that norms read fp32 under autocast, and so keep it. `keeps_all`: layers are compiled one by one, and
+    nothing is recomputed; `chunked_loss`, that logits of a few tokens at a time are all there ever is of them.
     """
 
     framework: str

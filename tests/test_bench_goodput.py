@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     store, market = tmp_path / "store", tmp_path / "market"
     groups = [
         (0, 2, "start", 0.0, 10.0, None, range(1, 31)),
-        (1, 1, "after a loss", 42.0, 46.0, {"epoch": 0, "step": 25}, range(26, 61)),
+        (1, 2, "after a loss", 42.0, 46.0, {"epoch": 0, "step": 25}, range(26, 61)),
         (2, 1, "regrouped at step 60", 80.0, 83.0, {"epoch": 1, "step": 60}, range(61, 71)),
     ]
     for folder in ("phases", "epochs"):
@@ -89,3 +89,11 @@ def test_a_loss_while_another_is_made_good_took_no_steps(goodput: ModuleType, ru
     ]
     found = goodput.recoveries(groups, losses, goodput.Seen({0: 33}), run / "store")
     assert [(loss["steps_lost"], loss["while_another_was_recovered"]) for loss in found] == [(8, False), (0, True)]
+
+
+def test_a_node_that_had_not_joined_yet_stopped_nobody(goodput: ModuleType, run: Path) -> None:
+    groups = goodput.groups_of(run / "store")
+    losses = [{"at": T0 + 90, "rank": 1, "noticed_at": None}]  # the third group is one worker
+    (found,) = goodput.recoveries(groups, losses, goodput.Seen({0: 33}), run / "store")
+    assert found["had_joined"] is False and "seconds" not in found
+    assert goodput.summary([found], "other", "killed") is None
