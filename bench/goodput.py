@@ -131,8 +131,8 @@ def recoveries(
 ) -> list[dict[str, Any]]:
     """Per loss: who, how, until when, and how many steps had to be done again.
 
-    Of losses that one group makes good, the first has cost the steps: those that came while it started took none. A node
-    that was lost before it had joined the group that trained stopped nobody.
+    Of losses that one group makes good, the first has cost the steps: those that came while it started took none. A
+    node that was lost before it had joined the group that trained stopped nobody.
     """
     steps = steps_of(store)
     found = []
