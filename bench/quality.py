@@ -34,7 +34,7 @@ SHAPE = {"vocab_size": 1024, "sequence_length": 128, "num_layers": 4, "width": 1
 LLAMA_HIDDEN = 352
 RELU2_HIDDEN = 528
 """Two matrices of this size have as many weights as SwiGLU's three."""
-LLAMA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+LLAMA_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 MUON_RATES = (0.01, 0.02, 0.04)
 ADAMW_RATES = (4e-3, 8e-3, 1.6e-2)
 """Of what Muon leaves to AdamW."""
