@@ -25,7 +25,7 @@ HEADS = (
 ABOUT = (
     "Made by `python -m bench.providers_page` from `cost/data/providers.csv` and `cost/data/killers.csv`, where each "
     "value has its source; one without a source says that it is assumed. Whoever rents arms these killers; what no "
-    "backend of ours arms yet, a limit on GCP and Azure, does not count in a plan, which leaves both out "
+    "backend of ours arms yet, a limit on Azure, does not count in a plan, which leaves it out "
     "([clouds.md](clouds.md))."
 )
 KINDS = (

@@ -13,7 +13,7 @@ from cost.errors import SlmError, UserError
 from cost.leases import Lease
 from cost.offers import Offer
 from cost.providers import Ttl, balance_refusal, provider, refusal
-from orchestrator.backends.aws_arm import AwsArm
+from orchestrator.backends.arms import arms
 from orchestrator.backends.every import SKY_FOLDER
 from orchestrator.backends.sky import SkyBackend, SkySettings
 from orchestrator.backends.sky_killers import Arm, armable
@@ -24,11 +24,6 @@ from trainer.store import Store
 
 BOOT_SHARE = 0.9
 """A create is given up after this share of the provider's boot time, so that no first grant begins later."""
-
-
-def arms() -> Mapping[str, Arm]:
-    """Providers' own interfaces beside SkyPilot, by cloud."""
-    return {"aws": AwsArm()}
 
 
 def terms_on_clouds(recipe: Recipe) -> TermsOf:

@@ -23,7 +23,7 @@ from cost.leases import usd
 from cost.ledger import Ledger, replay
 from cost.providers import KillerKind, provider, refusal
 from orchestrator import clock_skew
-from orchestrator.backends.aws_arm import AwsArm
+from orchestrator.backends.arms import arms
 from orchestrator.backends.base import Backend
 from orchestrator.backends.sky_killers import armable
 from orchestrator.figures import duration, plural
@@ -215,7 +215,7 @@ def killers(name: str, about: str) -> Finding:
     counted = [one for one in profile.killers if one.kind is not KillerKind.SKY]
     detail = ", ".join(f"{one.name} ({one.kind}, {duration(one.latency_seconds)})" for one in counted)
     detail = f"ends a node without us: {detail}" + (f"; {about}" if about else "")
-    armed = profile if name == "local" else armable(profile, {"aws": AwsArm()})
+    armed = profile if name == "local" else armable(profile, arms())
     refused = refusal(armed, allow_unguarded=False)
     if refused is not None:
         return Finding(f"cloud {name}", Level.WARN, refused, "slm plan leaves its offers out; rent elsewhere")

@@ -24,7 +24,7 @@ from cost.providers import WAY_OUT, provider, refusal
 from cost.quality import LossLaw, law_for, laws
 from cost.software import our_trainer
 from cost.throughput import Calibration, default_calibration
-from orchestrator.backends.aws_arm import AwsArm
+from orchestrator.backends.arms import arms
 from orchestrator.backends.sky_killers import armable
 from orchestrator.experience import Experience, begun_precision
 from orchestrator.figures import plural
@@ -197,7 +197,7 @@ def guarded_offers(offers: Sequence[Offer]) -> tuple[Offer, ...]:
 
 def refusal_of(offer: Offer) -> str | None:
     """Why its cloud may not be rented from without --allow-unguarded: only killers that we arm count."""
-    return refusal(armable(provider(offer.cloud), {"aws": AwsArm()}), allow_unguarded=False)
+    return refusal(armable(provider(offer.cloud), arms()), allow_unguarded=False)
 
 
 def offers_wanted(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer, ...]:

@@ -31,6 +31,7 @@ class AwsArm:
     """One account's interface for a lease at a time."""
 
     killers = frozenset({"eventbridge-terminate"})
+    reads_prices = True
 
     def __init__(self, account: AwsAccount | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.account = account or AwsAccount()

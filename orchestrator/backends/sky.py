@@ -316,12 +316,10 @@ class SkyBackend:
         self._on_ready(lease, {"seconds": total, **parts})
 
     def _price(self, lease: Lease, record: Mapping[str, Any]) -> Decimal | None:
-        """As the provider bills it where that can be read; else as it was fixed at rent."""
+        """As the provider bills it where it says so, None while it does not; elsewhere as it was at the rent."""
         arm = self._arms.get(lease.offer.cloud)
-        if arm is not None:
-            price = arm.usd_per_hour(record, lease)
-            if price is not None:
-                return price
+        if arm is not None and arm.reads_prices and lease.offer.spot:
+            return arm.usd_per_hour(record, lease)
         if provider(lease.offer.cloud).price_bound is PriceBound.FIXED or not lease.offer.spot:
             return lease.offer.usd_per_hour
         return Decimal(record["usd_per_hour"]) if record.get("usd_per_hour") else None

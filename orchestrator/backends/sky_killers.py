@@ -31,6 +31,8 @@ class Arm(Protocol):
 
     killers: frozenset[str]
     """Names of `cost.providers` killers that `limit` arms."""
+    reads_prices: bool
+    """Whether the provider says what a spot node costs now; where not, the price at the rent counts."""
 
     def refusal(self, lease: Lease) -> str | None:
         """Why the provider will not give this lease, whatever waiting is done: a quota; None where it may."""

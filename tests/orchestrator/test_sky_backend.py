@@ -30,6 +30,7 @@ class FileArm:
     """The stand-in's own time limit."""
 
     killers = frozenset({"file-limit"})
+    reads_prices = False
 
     def __init__(self, rig: SkyRig) -> None:
         self.rig = rig
@@ -217,6 +218,17 @@ def test_the_provider_s_own_interface_refuses_tells_and_forgets(rig: SkyRig) -> 
     assert rig.backend.poll(lease_of()).detail == "the file took it back"
     rig.backend.stop(lease_of())
     assert rig.state["released"] == "slm-test-1"
+
+
+def test_a_price_that_the_provider_should_say_and_does_not_is_not_confirmed(rig: SkyRig) -> None:
+    spot = replace(lease_of("slm-abcdef-demo-1-1"), offer=replace(OFFER, cloud="gcp"))
+    record = {"usd_per_hour": "1.0"}  # SkyPilot's, from a catalog of some day
+    assert rig._backend._price(spot, record) == Decimal("1.0")
+    arm = FileArm(rig)
+    rig._backend._arms = {"gcp": arm}
+    assert rig._backend._price(spot, record) == Decimal("1.0")
+    arm.reads_prices = True
+    assert rig._backend._price(spot, record) is None
 
 
 def test_without_credentials_for_the_cloud_nothing_is_asked_for(rig: SkyRig) -> None:
