@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 
-from cost.offers import Offer
+from cost.offers import ANY_REGION, Offer
 
 MAX_FAILURES_WITHOUT_PROGRESS = 6
 """Breakdowns of ours in a row, none of them after a new step, before a run is given up."""
@@ -153,6 +153,14 @@ def pays(candidate: Candidate, affordable: Sequence[Candidate], remaining_usd: D
         return True
     kept = min((one.expected_usd for one in spot if one.expected_usd is not None), default=Decimal(0))
     return remaining_usd - kept > candidate.expected_usd
+
+
+def same_market(one: Offer, other: Offer) -> bool:
+    """Whether one's node being taken says that the other's would be too: the same, or spot GPUs of a kind in a zone."""
+    if one.offer_id == other.offer_id:
+        return True
+    here, there = ((a.cloud, a.region, a.zone, a.accelerator, a.spot) for a in (one, other))
+    return one.spot and one.region != ANY_REGION and here == there
 
 
 def is_blocked(candidate: Candidate, situation: Situation) -> bool:

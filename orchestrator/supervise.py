@@ -33,6 +33,7 @@ from cost.recovery import (
     StopReason,
     cheaper_elsewhere,
     decide,
+    same_market,
 )
 from orchestrator.alarm import CapAlarm
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, LeaseState, NoCapacity
@@ -459,6 +460,8 @@ class Supervisor:
                 self._blocked |= {(offer_id, count): until for count in range(1, account.lease.num_nodes + 1)}
             if cause is Cause.PREEMPTED:
                 self.runs.count(run_id, preemptions=1)
+                there = self._candidates(self.ledger.balance().free_usd)
+                self._blocked |= {one.key: until for one in there if same_market(account.lease.offer, one.offer)}
             if cause in (Cause.BROKEN, Cause.EXPIRED):
                 self._failures += 1
                 self.runs.count(run_id, failures=1)

@@ -20,6 +20,7 @@ from cost.recovery import (
     StopReason,
     cheaper_elsewhere,
     decide,
+    same_market,
 )
 
 
@@ -61,6 +62,24 @@ def test_an_offer_is_tried_again_when_its_block_is_over() -> None:
     assert decide(replace(PREEMPTED, blocked_until_ms={(NEAR.offer_id, 2): 1000})) == Relaunch(
         NEAR, 2, delay_seconds=0.0
     )
+
+
+def test_spot_gpus_of_a_kind_in_one_zone_are_taken_together() -> None:
+    here = replace(NEAR, zone="us-east5-a", instance_type="g2-standard-4")
+    larger = replace(here, gpus_per_node=4, instance_type="g2-standard-48")
+    assert same_market(here, larger)
+    for other in (
+        replace(larger, zone="us-east5-b"),
+        replace(larger, region="us-east1"),
+        replace(larger, accelerator="H100-SXM"),
+        replace(larger, spot=False),
+        replace(larger, cloud="aws"),
+    ):
+        assert not same_market(here, other)
+    assert not same_market(replace(here, spot=False), replace(larger, spot=False))  # a stock of its own
+    somewhere = replace(here, region="any", zone=None)
+    assert not same_market(somewhere, replace(somewhere, instance_type="g2-standard-48"))  # where that is, nobody knows
+    assert same_market(somewhere, somewhere)
 
 
 def test_with_every_offer_blocked_it_waits_for_the_first_to_be_free() -> None:

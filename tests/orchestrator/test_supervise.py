@@ -223,6 +223,16 @@ def test_a_preempted_lease_is_settled_and_the_next_offer_is_rented(world: World)
     check_books(world)
 
 
+def test_a_preempted_zone_is_left_though_another_machine_there_is_next_in_the_plan(world: World) -> None:
+    supervisor = world.supervisor()
+    zone_0, zone_1 = supervisor.candidates(Decimal(0))
+    larger = replace(zone_0, offer=replace(zone_0.offer, instance_type="larger"))
+    supervisor.candidates = lambda _: [zone_0, larger, zone_1]
+    world.clock.after(30.0, lambda: world.backend.take(world.backend.starts[0].lease_id))
+    assert supervisor.run() is RunState.SUCCEEDED
+    assert [lease.offer.region for lease in world.backend.starts] == ["zone-0", "zone-1"]
+
+
 def test_losing_the_head_ends_the_whole_lease(world: World) -> None:
     world.clock.after(30.0, lambda: world.backend.take(world.backend.starts[0].lease_id, 0))
     assert world.supervisor().run() is RunState.SUCCEEDED
