@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cache
 from typing import Any, Literal
 
 from cost.errors import UserError
@@ -197,7 +198,13 @@ def guarded_offers(offers: Sequence[Offer]) -> tuple[Offer, ...]:
 
 def refusal_of(offer: Offer) -> str | None:
     """Why its cloud may not be rented from without --allow-unguarded: only killers that we arm count."""
-    return refusal(armable(provider(offer.cloud), arms()), allow_unguarded=False)
+    return _refusal_of_cloud(offer.cloud)
+
+
+@cache
+def _refusal_of_cloud(cloud: str) -> str | None:
+    """Asked for each of thousands of offers; what we arm does not change while we run."""
+    return refusal(armable(provider(cloud), arms()), allow_unguarded=False)
 
 
 def offers_wanted(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer, ...]:

@@ -18,12 +18,12 @@ from orchestrator.backends.aws import AwsAccount, AwsRefused, AwsTrouble, Ec2Ins
 from orchestrator.backends.aws_limit import Ec2Limit
 from orchestrator.backends.aws_market import Ec2Market
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState
+from orchestrator.backends.sky_task import label as label_of
 
 PRICE_SECONDS = 60.0
 """A price that was read is used for so long; AWS changes it a few times a day."""
 TAKEN_BACK = frozenset({"Server.SpotInstanceTermination", "Server.SpotInstanceShutdown", "Server.SpotInstanceStop"})
 """StateReason codes of an interruption (docs.aws.amazon.com AWSEC2 finding-an-interrupted-Spot-Instance)."""
-LONGEST_LABEL = 63
 Record = Mapping[str, Any]
 
 
@@ -210,11 +210,6 @@ def region_of(record: Record, lease: Lease) -> str:
 def ids_of(record: Record) -> list[str]:
     """Instance ids that the record has."""
     return [str(one[0]) for one in record.get("instances") or () if str(one[0]).startswith("i-")]
-
-
-def label_of(lease_id: str) -> str:
-    """As labels are written on every cloud: small letters, digits, - and _, at most `LONGEST_LABEL`."""
-    return "".join(one if one.isalnum() or one in "-_" else "-" for one in lease_id.lower())[:LONGEST_LABEL]
 
 
 def run_of(lease_id: str) -> str:

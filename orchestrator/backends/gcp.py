@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -75,8 +75,6 @@ class GcpInstance:
     """Its id, which no later machine gets; names are used again."""
     name: str
     zone: str
-    status: str
-    """`RUNNING`, `STOPPING`, `TERMINATED`, …: a terminated one is stopped, and its disk is billed."""
     service_account: str
     """What it may act as; empty for one without."""
     lease: str
@@ -139,23 +137,29 @@ class GcpAccount:
         except (OSError, httplib2.HttpLib2Error) as error:
             raise GcpRefused(operation, self._project, GcpTrouble.NETWORK, str(error)) from error
 
-    def of_lease(self, label: str, project: str = "") -> list[GcpInstance]:
-        """Every machine with this label `slm-lease`, in whatever zone and state. Raises GcpRefused."""
-        found: list[GcpInstance] = []
+    def pages(self, operation: str, request: Callable[[Any, str | None], Any]) -> Iterator[dict[str, Any]]:
+        """Every page of a call that has several; `request` also takes the token of the page. Raises as `ask`."""
+
+        def of_page(token: str | None) -> Callable[[Any], Any]:
+            return lambda client: request(client, token)
+
         token = None
         while True:
-            page = self._page(project or self.project, f'labels.slm-lease="{label}"', token)
-            for place in page.get("items", {}).values():
-                found += [instance_of(one) for one in place.get("instances", ())]
+            page = self.ask(operation, of_page(token))
+            yield page
             token = page.get("nextPageToken")
             if not token:
-                return found
+                return
 
-    def _page(self, project: str, wanted: str, token: str | None) -> dict[str, Any]:
-        return self.ask(
+    def of_lease(self, label: str, project: str) -> list[GcpInstance]:
+        """Every machine with this label `slm-lease`, in whatever zone and state. Raises GcpRefused."""
+        wanted = f'labels.slm-lease="{label}"'
+        pages = self.pages(
             "compute.instances.aggregatedList",
-            lambda client: client.instances().aggregatedList(project=project, filter=wanted, pageToken=token),
+            lambda client, token: client.instances().aggregatedList(project=project, filter=wanted, pageToken=token),
         )
+        places = (place for page in pages for place in page.get("items", {}).values())
+        return [instance_of(one) for place in places for one in place.get("instances", ())]
 
     def _require_credentials(self, operation: str) -> None:
         with self._lock:
@@ -206,7 +210,6 @@ def instance_of(one: Mapping[str, Any]) -> GcpInstance:
         number=str(one["id"]),
         name=str(one["name"]),
         zone=str(one["zone"]).rsplit("/", maxsplit=1)[-1],
-        status=str(one["status"]),
         service_account=str(accounts[0]["email"]) if accounts else "",
         lease=str((one.get("labels") or {}).get("slm-lease", "")),
     )

@@ -24,8 +24,6 @@ LOCATION = "us-central1"
 JOB_PREFIX = "slm-end-"
 COMPUTE = "https://compute.googleapis.com/compute/v1"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
-FIELDS = ("description", "schedule", "timeZone", "attemptDeadline", "retryConfig", "httpTarget")
-"""Of a job, which an update replaces."""
 SECONDS_PER_MINUTE = 60
 LEAST_SECONDS = 60.0
 """A job for a minute that has begun would act a year later, so a limit nearer than this is set so far ahead."""
@@ -98,10 +96,9 @@ class GcpArm:
         with contextlib.suppress(BackendError):
             parent = self._parent(self._project(record))
             mine = f"{JOB_PREFIX}{label(lease.lease_id)}-"
-            for name in self._all_jobs(parent):
-                if name.rsplit("/", maxsplit=1)[-1].startswith(mine):
-                    with contextlib.suppress(GcpRefused):
-                        self._jobs("delete", lambda jobs, name=name: jobs.delete(name=name))
+            for name in [name for name in self._all_jobs(parent) if name.rsplit("/", maxsplit=1)[-1].startswith(mine)]:
+                with contextlib.suppress(GcpRefused):
+                    self._jobs("delete", lambda jobs, name=name: jobs.delete(name=name))
 
     def instances(self, record: Record, lease: Lease) -> list[GcpInstance]:
         """Of a lease, in whatever zone and state, by our label."""
@@ -119,7 +116,7 @@ class GcpArm:
             raise BackendError(f"{one.name} in {one.zone} has no service account that could end it; end it: slm stop")
         at = ends_at(self.account.now(), seconds)
         job = job_of(project, one, self._name(project, one), at)
-        fields = ",".join(FIELDS)
+        fields = ",".join(one for one in job if one != "name")
         try:
             said = self._jobs("patch", lambda jobs: jobs.patch(name=job["name"], updateMask=fields, body=job))
         except GcpRefused as refused:
@@ -139,14 +136,11 @@ class GcpArm:
         return f"{self._parent(project)}/jobs/{JOB_PREFIX}{one.lease}-{one.number}"
 
     def _all_jobs(self, parent: str) -> list[str]:
-        found: list[str] = []
-        token = None
-        while True:
-            page = self._jobs("list", lambda jobs, token=token: jobs.list(parent=parent, pageSize=500, pageToken=token))
-            found += [str(one["name"]) for one in page.get("jobs", ())]
-            token = page.get("nextPageToken")
-            if not token:
-                return found
+        def request(client: Any, token: str | None) -> Any:
+            return client.projects().locations().jobs().list(parent=parent, pageSize=500, pageToken=token)
+
+        pages = self.account.pages("cloudscheduler.jobs.list", request)
+        return [str(one["name"]) for page in pages for one in page.get("jobs", ())]
 
     def _jobs(self, what: str, request: Any) -> dict[str, Any]:
         return self.account.ask(
