@@ -29,11 +29,11 @@ import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cost.preemption import checkpoint_interval_seconds
-from trainer.checkpoint import Checkpoints, Counters, Identity
+from cost.market.preemption import checkpoint_interval_seconds
+from trainer.checkpoints.interval import SAVES_PER_INTERVAL
+from trainer.checkpoints.manager import Checkpoints, Counters, Identity
 from trainer.config import TrainConfig
-from trainer.pacing import SAVES_PER_INTERVAL
-from trainer.store import DirectoryStore
+from trainer.run_store.base import DirectoryStore
 
 LOSSES_PER_NODE_HOUR = 0.6
 NUM_TENSORS = 150

@@ -27,9 +27,9 @@ from faults.schedule import spot_offers, terms_of
 from faults.storage import MemoryStore
 from faults.world import World
 
-from cost.database import migrate
-from cost.ledger import Ledger, replay
-from cost.providers import provider
+from cost.ledger.database import migrate
+from cost.ledger.ledger import Ledger, replay
+from cost.market.providers import provider
 
 SEED = 42
 LOSS_SECONDS = 600.0
@@ -82,7 +82,7 @@ class DiskMachine(Machine):
         migrate(self.db)
 
     def _open(self) -> None:
-        from orchestrator.runs import Runs
+        from orchestrator.runs.records import Runs
 
         db = sqlite3.connect(self.folder / "slm.db", isolation_level=None, factory=WatchedConnection)
         db.world = self.world  # type: ignore[attr-defined]

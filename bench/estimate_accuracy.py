@@ -29,8 +29,8 @@ from runs_file import Run, Skipped, read_rows, read_runs
 from throughput_fit import Row, fit
 
 from cost.errors import SlmError, UserError
-from cost.memory import peak
-from cost.throughput import default_calibration, estimate
+from cost.performance.memory import peak
+from cost.performance.throughput import default_calibration, estimate
 
 CALIBRATION_RUNS = Path(__file__).resolve().parent.parent / "cost" / "data" / "calibration_runs.csv"
 

@@ -26,11 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.support.exact_group import Attempt, Job, Report, only_checkpoint, run_jobs, seen_by_weights
 from tests.trainer.conftest import TINY, write_data
-from tests.trainer.exact_group import Attempt, Job, Report, only_checkpoint, run_jobs, seen_by_weights
-from trainer.chain import checkpoints_of_chain
+from trainer.checkpoints.lineage import checkpoints_of_chain
 from trainer.config import TrainConfig
-from trainer.store import DirectoryStore
+from trainer.run_store.base import DirectoryStore
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 TOLERANCE = 1e-5

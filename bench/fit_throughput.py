@@ -84,7 +84,7 @@ def intervals(rows: Sequence[Row], whole: Fit) -> dict[str, dict[str, float | in
 
 
 def document(rows: Sequence[Row], whole: Fit) -> dict[str, Any]:
-    """What cost/throughput.py reads."""
+    """What cost/performance/throughput.py reads."""
     values = [float(f"{math.exp(value):.{DIGITS}g}") for value in whole.constants]
     return {
         "version": 1,

@@ -25,9 +25,9 @@ from proof import Proof, finish, proof_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orchestrator.goodput import kept_seconds
-from orchestrator.market.books import EVENTS_FILE, read_lines
-from trainer.store import DirectoryStore
+from orchestrator.backends.local.records import EVENTS_FILE, read_lines
+from orchestrator.runs.goodput import kept_seconds
+from trainer.run_store.base import DirectoryStore
 
 RUN = "demo-1"
 NUM_NODES = 2

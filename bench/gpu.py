@@ -30,21 +30,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cost import memory, throughput
 from cost.errors import SlmError
-from cost.hardware import accelerator, canonical_name
-from cost.layout import Layout
-from cost.software import our_trainer
-from trainer import attention
+from cost.market.hardware import accelerator, canonical_name
+from cost.performance import memory, throughput
+from cost.performance.layout import Layout
+from cost.performance.software import our_trainer
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
-from trainer.documents import document_offsets
-from trainer.fp8 import require_fp8
 from trainer.loop import Signal, train
 from trainer.metrics import flops_per_token, peak_flops
+from trainer.model import attention
+from trainer.model.documents import document_offsets
+from trainer.model.fp8 import require_fp8
+from trainer.model.presets import expand
 from trainer.optim import Updates, scale_and_clip
 from trainer.parallel import fabric_precision, set_up_model
-from trainer.presets import expand
-from trainer.store import DirectoryStore
+from trainer.run_store.base import DirectoryStore
 
 TOTAL_SECONDS = 9 * 60
 SECONDS_PER_SHAPE = 30

@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.data import Loader, TokenShards
+from trainer.data.loader import Loader, TokenShards
 
 FLOOR_TOKENS_PER_CPU_SECOND = 100e6
 SHARD_TOKENS = 2**24
@@ -38,7 +38,7 @@ CASES = (
 
 
 def write_shards(folder: Path) -> None:
-    """Random tokens in documents of random lengths, in the form of `tasks.prepare`."""
+    """Random tokens in documents of random lengths, in the form of `tasks.data.prepare`."""
     rng = np.random.default_rng(0)
     entries = []
     for name, (weight, count) in SOURCES.items():

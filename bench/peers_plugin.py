@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainer.config import ModelConfig
 from trainer.memory import keep_freed_memory
-from trainer.model import build_model
-from trainer.presets import expand
+from trainer.model.presets import expand
+from trainer.model.transformer import build_model
 
 StepLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from cost.frontier import shape_of
-from cost.offers import Offer, load_reference_offers
-from cost.planner import make_plan
+from cost.market.offers import Offer, load_reference_offers
+from cost.plan.frontier import shape_of
+from cost.plan.planner import make_plan
 
 SIZES = (0.25, 0.5, 1.0, 2.0)
 """Shares of the asked number of offers, to see how the time grows."""

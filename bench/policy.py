@@ -4,7 +4,8 @@
         [--startup 12min] [--lost 7.5min] [--starts 150] [--seed 0] [--json]
 
 FOLDER holds .json traces as in "Can't Be Late" (NSDI 2024), one per zone. The bound pays nothing for start-up or
-losses; `cost.policy.offline_bound` states it. With several zones the table also shows each zone alone (their mean).
+losses; `cost.plan.policy.offline_bound` states it. With several zones the table also shows each zone alone (their
+mean).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cost.errors import UserError
-from cost.policy import DEFAULT, POLICIES, Score, Terms, Traces, read_traces, score
+from cost.plan.policy import DEFAULT, POLICIES, Score, Terms, Traces, read_traces, score
 
 HOURS_PER_UNIT = {"h": 1.0, "min": 1 / 60, "s": 1 / 3600}
 

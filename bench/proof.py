@@ -100,7 +100,7 @@ class Proof:
 
     def true_bill_usd(self, run_id: str) -> Decimal:
         """What the local cloud itself says that it charges."""
-        from orchestrator.market.books import true_bill
+        from orchestrator.backends.local.records import true_bill
 
         return true_bill(self.run_dir(run_id) / "market")
 

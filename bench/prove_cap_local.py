@@ -173,7 +173,7 @@ def trained(proof: Proof) -> bool:
 
 def seen_usd(watch: Watch, proof: Proof, run_id: str) -> Decimal:
     """What the nodes of a run cost if they are billed from when they were first seen to when they were last seen."""
-    from orchestrator.market.books import BILL_FILE, load_state, read_lines
+    from orchestrator.backends.local.records import BILL_FILE, load_state, read_lines
 
     market = proof.run_dir(run_id) / "market"
     anchor = load_state(market).anchor

@@ -35,17 +35,17 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "reserve before start",
-        "orchestrator/supervise.py",
+        "orchestrator/supervisor/supervise.py",
         "        account = self.ledger.reserve(\n",
         "        self.backend.start(lease, self.command)\n        account = self.ledger.reserve(\n",
-        "tests/orchestrator/test_supervise.py",
+        "tests/orchestrator/supervisor/test_supervise.py",
     ),
     Mutation(
         "the cap",
-        "cost/ledger.py",
+        "cost/ledger/ledger.py",
         "        if usd(rise_micro_usd) > free:\n",
         "        if usd(rise_micro_usd) > free * 2:\n",
-        "tests/cost/test_ledger.py",
+        "tests/cost/ledger/test_ledger.py",
     ),
     Mutation(
         "guard",
@@ -70,12 +70,12 @@ MUTATIONS = (
     ),
     Mutation(
         "manifest last",
-        "trainer/checkpoint.py",
+        "trainer/checkpoints/manager.py",
         '        key = f"part-{self.rank:05d}.bin"\n',
         '        key = f"part-{self.rank:05d}.bin"\n'
         "        early = Manifest(place.epoch, place.step, self.world_size, (), staging.tensors, dict(facts))\n"
         '        self.store.write(place.prefix + "manifest.json", early.to_bytes())\n',
-        "tests/trainer/test_trainer_resume.py",
+        "tests/trainer/checkpoints/test_manager.py",
     ),
     Mutation(
         "the sampler's resume",
@@ -83,13 +83,13 @@ MUTATIONS = (
         "        batch = self.loader.batch(step, self.rank, self.world_size)\n",
         '        self.calls = getattr(self, "calls", -1) + 1\n'
         "        batch = self.loader.batch(self.calls, self.rank, self.world_size)\n",
-        "tests/trainer/test_trainer_resume.py tests/trainer/test_trainer_loop.py",
+        "tests/trainer/checkpoints/test_manager.py tests/trainer/test_loop.py",
     ),
     Mutation(
         "import rule",
-        "cost/leases.py",
-        "from cost.offers import Offer\n",
-        "from cost.offers import Offer\nfrom trainer.config import TrainConfig as TrainConfig\n",
+        "cost/ledger/leases.py",
+        "from cost.market.offers import Offer\n",
+        "from cost.market.offers import Offer\nfrom trainer.config import TrainConfig as TrainConfig\n",
         "tests/test_architecture.py",
     ),
 )

@@ -34,7 +34,7 @@ from lightning.fabric.strategies import DDPStrategy
 from bench.forked import Forked
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Signal, fabric_precision, train
-from trainer.store import Bytes, DirectoryStore
+from trainer.run_store.base import Bytes, DirectoryStore
 
 VOCAB_SIZE = 64
 CONFIG = TrainConfig(

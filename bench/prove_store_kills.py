@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 from bench.forked import Forked
-from tasks import s3
-from tasks.stores import open_store
-from tests.tasks.s3_server import BUCKET, CREDENTIALS, FaultProxy, at_random, s3_server
-from trainer.chain import Damaged, checkpoints_of_chain
-from trainer.checkpoint import Checkpoints, Counters, Identity, read_tensors
+from tasks.stores import s3
+from tasks.stores.opening import open_store
+from tests.support.s3_server import BUCKET, CREDENTIALS, FaultProxy, at_random, s3_server
+from trainer.checkpoints.lineage import Damaged, checkpoints_of_chain
+from trainer.checkpoints.manager import Checkpoints, Counters, Identity, read_tensors
 from trainer.config import TrainConfig
-from trainer.store import Store
+from trainer.run_store.base import Store
 
 RATES = {"error": 0.03, "lost": 0.02, "cut": 0.02, "cut_request": 0.02, "stale": 0.03, "slow": 0.01}
 NUM_TENSORS = 8

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cost.providers import KillerKind, Provider, providers, refusal
+from cost.market.providers import KillerKind, Provider, providers, refusal
 from orchestrator.figures import duration
 
 NONE = "-"

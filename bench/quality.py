@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.recipe import load_recipe
+from tasks.recipe.schema import load_recipe
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
-from trainer.presets import expand
+from trainer.model.presets import expand
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality-runs.jsonl"
 SEEDS = (0, 1, 2)
@@ -139,7 +139,7 @@ def train_one(run: Run, data_dir: Path) -> dict[str, Any]:
     from lightning.fabric import Fabric
 
     from trainer.loop import Signal, fabric_precision, train
-    from trainer.store import DirectoryStore
+    from trainer.run_store.base import DirectoryStore
 
     class Quiet:
         def poll(self, step: int) -> Signal:
@@ -182,7 +182,7 @@ def read_done() -> dict[str, dict[str, Any]]:
 
 
 def prepared(data_root: Path) -> Path:
-    from tasks.prepare import prepare
+    from tasks.data.prepare import prepare
 
     overrides = ["data.max_bytes=12000000", f"model.vocab_size={SHAPE['vocab_size']}"]
     return prepare(load_recipe("demo", overrides), data_root)

@@ -23,8 +23,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tasks.notice import LEAVE_SECONDS
-from tests.tasks.ray_nodes import Nodes
+from tasks.node.notice import LEAVE_SECONDS
+from tests.support.ray_nodes import Nodes
 
 BOUND_SECONDS = 180.0
 NOTICE_SECONDS = 8.0

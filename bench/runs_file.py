@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cost.errors import UserError
-from cost.hardware import GIGA, TERA, Accelerator, accelerator, accelerators, canonical_name
-from cost.layout import Layout, Precision, Sharding
-from cost.memory import peak
-from cost.software import Software
-from cost.workload import Mlp, Workload
+from cost.market.hardware import GIGA, TERA, Accelerator, Precision, accelerator, accelerators, canonical_name
+from cost.performance.layout import Layout, Sharding
+from cost.performance.memory import peak
+from cost.performance.software import Software
+from cost.performance.workload import Mlp, Workload
 
 REQUIRED_COLUMNS = ("id", "gpu", "n_layers", "d_model", "seq_len")
 ODD_ROWS = ("tl-4090x2-issue", "llmc-125M-2048-a100", "openlm-")

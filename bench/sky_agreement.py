@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cost.offers import Offer, read_catalog
+from cost.market.offers import Offer, read_catalog
 
 LEFT_OUT = frozenset({"aws", "gcp", "azure", "mithril"})
 WITHOUT_SPOT = frozenset({"vast"})

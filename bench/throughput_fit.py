@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from runs_file import Run
 
-from cost.roofline import Constants, Demand, demand, step_seconds
+from cost.performance.roofline import Constants, Demand, demand, step_seconds
 
 Vector = NDArray[np.float64]
 

@@ -37,10 +37,10 @@ else:
 
     import numpy as np
 
-    from tasks.corpus import open_corpus
-    from tasks.encode import BATCH_CHARACTERS, EncodedText, Text, encoder
-    from tasks.recipe import END_OF_TEXT, load_recipe
-    from tasks.tokenizer import encode_bytes, train_tokenizer
+    from tasks.data.corpus import open_corpus
+    from tasks.data.encode import BATCH_CHARACTERS, EncodedText, Text, encoder
+    from tasks.data.tokenizer import encode_bytes, train_tokenizer
+    from tasks.recipe.schema import END_OF_TEXT, load_recipe
 
     VOCAB_SIZE = 16_384
     FLOOR_OF_TIKTOKEN = 0.95
@@ -69,7 +69,7 @@ def ids_of(encoded: Iterator[EncodedText]) -> np.ndarray[Any, Any]:
 
 def on_one_core(path: Path, texts: list[Text], rounds: int) -> dict[str, Any]:
     """Million tokens per processor second of tiktoken and of ours, and their ratio."""
-    from tasks.tokenizer import read_tokenizer
+    from tasks.data.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(path)
     encoding = tokenizer.encoding()
@@ -140,7 +140,7 @@ def processor_time() -> float:
 
 def bytes_come_back(path: Path) -> bool:
     """Random bytes, every byte in a row, and a piece of this Python's own program."""
-    from tasks.tokenizer import read_tokenizer
+    from tasks.data.tokenizer import read_tokenizer
 
     encoding = read_tokenizer(path).encoding()
     draw = random.Random(0)

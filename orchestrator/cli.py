@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cost.errors import SlmError
-from orchestrator.commands import advice, launching, models, planning, runs, tables, upkeep
+from orchestrator.commands import analysis as advice
+from orchestrator.commands import launching, models, planning, runs, tables, upkeep
 from orchestrator.commands.actions import Invocation
 
 if TYPE_CHECKING:

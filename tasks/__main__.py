@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from cost.errors import SlmError
 
 TASKS = {
-    "prepare": ("tasks.prepare", "main"),
-    "node": ("tasks.cluster", "main"),
-    "rented-node": ("tasks.rented_node", "main"),
-    "drain": ("tasks.cluster", "drain_main"),
-    "pretrain": ("tasks.pretrain", "main"),
-    "export": ("tasks.export", "export_main"),
-    "import": ("tasks.export", "import_main"),
-    "generate": ("tasks.generate", "main"),
+    "prepare": ("tasks.data.prepare", "main"),
+    "node": ("tasks.node.ray_node", "main"),
+    "rented-node": ("tasks.node.rented_node", "main"),
+    "drain": ("tasks.node.ray_node", "drain_main"),
+    "pretrain": ("tasks.ray_train.driver", "main"),
+    "export": ("tasks.hub.export", "export_main"),
+    "import": ("tasks.hub.export", "import_main"),
+    "generate": ("tasks.hub.generate", "main"),
 }
 
 

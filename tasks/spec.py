@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cost.errors import SlmError
-from tasks.recipe import Recipe
+from tasks.recipe.schema import Recipe
 from trainer.config import TrainConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]

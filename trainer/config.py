@@ -1,6 +1,6 @@
 """What the trainer is told: shapes, optimizer, schedule, batch. Plain dataclasses, standard library only.
 
-`tasks.recipe` validates YAML into these same classes, so that a recipe field and a trainer field are one thing.
+`tasks.recipe.schema` validates YAML into these same classes, so that a recipe field and a trainer field are one thing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cost.workload import Workload
+from cost.performance.workload import Workload
 
 # pydantic reads this attribute of a plain dataclass; nothing here imports pydantic.
 FORBID_EXTRA: dict[str, Any] = {"extra": "forbid"}
@@ -22,7 +22,8 @@ GATE_INPUTS = 32
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, Qwen3's parts by default; trainer.presets names other choices of these fields."""
+    """A decoder-only transformer, Qwen3's parts by default; trainer.model.presets names other choices of these
+    fields."""
 
     vocab_size: int = 1024
     sequence_length: int = 128

@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 
 from cost.errors import SlmError, UserError
-from trainer.chain import require_newest
-from trainer.checkpoint import Checkpoints, Identity
+from trainer.checkpoints.interval import Pace
+from trainer.checkpoints.lineage import require_newest
+from trainer.checkpoints.manager import Checkpoints, Identity
 from trainer.config import TrainConfig
-from trainer.data import Batch, Loader, TokenShards
+from trainer.data.loader import Batch, Loader, TokenShards
 from trainer.memory import peak_bytes
 from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
-from trainer.model import IGNORED, parameters_sha256
+from trainer.model.transformer import IGNORED, parameters_sha256
 from trainer.optim import Updates, scale_and_clip
-from trainer.pacing import Pace
 from trainer.parallel import fabric_precision as fabric_precision
 from trainer.parallel import set_up_model
 from trainer.profile import profiler
+from trainer.run_store.base import Store
 from trainer.schedule import learning_rate_factor
-from trainer.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from cost.hardware import accelerator, canonical_name
+from cost.market.hardware import accelerator, canonical_name
 from trainer.config import ModelConfig, TrainConfig
-from trainer.store import Store
+from trainer.run_store.base import Store
 
 PROGRESS_KEY = "progress/latest.json"
 PROGRESS_INTERVAL_SECONDS = 1.0

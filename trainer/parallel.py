@@ -17,12 +17,12 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from trainer import attention
 from trainer.config import TrainConfig
-from trainer.fp8 import require_fp8, use_fp8
-from trainer.loss import chunk_gradients, linear_cross_entropy
 from trainer.memory import keep_freed_memory
-from trainer.model import Transformer, build_model, load_initial
+from trainer.model import attention
+from trainer.model.fp8 import require_fp8, use_fp8
+from trainer.model.loss import chunk_gradients, linear_cross_entropy
+from trainer.model.transformer import Transformer, build_model, load_initial
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from trainer.store import Store
+from trainer.run_store.base import Store
 
 SKIPPED_STEPS, WARM_UP_STEPS, TRACED_STEPS = 5, 1, 3
 """From where a group of workers begins: its first steps compile and warm up."""

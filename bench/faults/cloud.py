@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from cost.leases import Lease
-from cost.offers import Offer
-from cost.providers import PriceBound, Ttl
+from cost.ledger.leases import Lease
+from cost.market.offers import Offer
+from cost.market.providers import PriceBound, Ttl
 from faults.nodes import Node
 from faults.storage import MemoryStore
 from faults.world import ORIGIN_MS, World
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import utc
-from orchestrator.terms import Terms, worst_price
+from orchestrator.supervisor.lease_policy import Terms, worst_price
 
 BOOT_SECONDS = (20.0, 60.0)
 TTL_LATENCY_SECONDS = (1.0, 15.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from cost.providers import PriceBound, Provider, provider
+from cost.market.providers import PriceBound, Provider, provider
 from faults.machine import TERMS
 from faults.schedule import Result, run_schedule
 

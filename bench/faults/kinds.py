@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cost.offers import Offer
+from cost.market.offers import Offer
 from faults.machine import Machine
 from faults.nodes import SAVE_SECONDS, Node
 from faults.world import Killed
-from orchestrator.terms import worst_price
+from orchestrator.supervisor.lease_policy import worst_price
 
 Install = Callable[[Machine, float], None]
 

@@ -12,13 +12,13 @@ from decimal import Decimal
 from typing import Any
 from unittest import mock
 
-from cost.accounts import LeaseAccount
-from cost.ledger import Ledger
+from cost.ledger.accounts import LeaseAccount
+from cost.ledger.ledger import Ledger
 from faults.machine import Machine, WatchedLedger
-from orchestrator import supervise
-from orchestrator.grants import Grants
-from orchestrator.journal import StoreJournal
-from orchestrator.runs import Runs
+from orchestrator.runs.journal import StoreJournal
+from orchestrator.runs.records import Runs
+from orchestrator.supervisor import supervise
+from orchestrator.supervisor.grants import Grants
 
 TTL_SLACK_SECONDS = 1800.0
 

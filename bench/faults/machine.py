@@ -12,24 +12,24 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from cost.accounts import LeaseAccount
-from cost.database import migrate
 from cost.errors import SlmError, UserError
-from cost.leases import Lease
-from cost.ledger import Ledger
-from cost.offers import Offer
-from cost.recovery import Candidate
+from cost.ledger.accounts import LeaseAccount
+from cost.ledger.database import migrate
+from cost.ledger.leases import Lease
+from cost.ledger.ledger import Ledger
+from cost.ledger.recovery import Candidate
+from cost.market.offers import Offer
 from faults.cloud import FakeCloud
 from faults.storage import MemoryStore, SupervisorsDoor
 from faults.world import ORIGIN_MS, Killed, SkewedClock, World
-from orchestrator import supervise as loop
 from orchestrator.clock import start_ms
 from orchestrator.events import Event
-from orchestrator.grants import heard_ms
-from orchestrator.journal import StoreJournal, enter, recover
-from orchestrator.runs import TERMINAL, Run, Runs, RunState
-from orchestrator.terms import Terms, needed_usd, same_terms
-from orchestrator.watch import StopSwitch
+from orchestrator.runs.journal import StoreJournal, enter, recover
+from orchestrator.runs.records import TERMINAL, Run, Runs, RunState
+from orchestrator.supervisor import supervise as loop
+from orchestrator.supervisor.grants import heard_ms
+from orchestrator.supervisor.lease_policy import Terms, needed_usd, same_terms
+from orchestrator.supervisor.lease_watch import StopSwitch
 
 TERMS = Terms(
     term_seconds=600.0,

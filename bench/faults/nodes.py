@@ -7,11 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from cost.leases import Lease
+from cost.ledger.leases import Lease
 from faults.storage import MemoryStore
 from faults.world import World
 from tasks.guard import KILL, TERMINATE, State, decide, issue, parse_answer
-from trainer.store import StoreKeyMissing
+from trainer.run_store.base import StoreKeyMissing
 
 CONTACT_SECONDS = 60.0
 STEP_SECONDS = 60.0

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache
 
-from cost.ledger import Ledger
-from cost.offers import Offer, load_reference_offers
-from cost.providers import Armed, KillerKind, PriceBound, Provider, providers, refusal
+from cost.ledger.ledger import Ledger
+from cost.market.offers import Offer, load_reference_offers
+from cost.market.providers import Armed, KillerKind, PriceBound, Provider, providers, refusal
 from faults.cloud import FakeCloud
 from faults.kinds import BROKEN, HELD, NEVER_TOGETHER
 from faults.machine import DOLLAR_TOLERANCE, TERMS, Machine, rng_of
 from faults.storage import MemoryStore
 from faults.world import World
-from orchestrator.terms import Terms
+from orchestrator.supervisor.lease_policy import Terms
 
 MAX_FAULTS = 5
 CAP_NODE_HOURS = (3.5, 5.5)

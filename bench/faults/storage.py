@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults.world import World
-from trainer.store import Bytes, StoreError, StoreKeyMissing, checked_key
+from trainer.run_store.base import Bytes, StoreError, StoreKeyMissing, checked_key
 
 
 class MemoryStore:

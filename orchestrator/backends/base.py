@@ -1,7 +1,7 @@
 """The contract of everything that can be rented from. Each method may be repeated safely.
 
 A backend knows nothing of money: the ledger has paid before `start` is called. Logs, progress, checkpoints and grants
-go through the run store. `tests/orchestrator/backend_contract.py` holds every backend to this text.
+go through the run store. `tests/support/backend_contract.py` holds every backend to this text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Protocol
 
 from cost.errors import SlmError
-from cost.leases import Lease
-from cost.offers import Offer
+from cost.ledger.leases import Lease
+from cost.market.offers import Offer
 
 
 class BackendError(SlmError):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from cost.leases import Lease
-from cost.offers import Offer
+from cost.ledger.leases import Lease
+from cost.market.offers import Offer
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState, NoCapacity
 from orchestrator.clock import Clock, utc
 

@@ -1,4 +1,4 @@
-"""What commands act with: `orchestrator.launch`, unless `cli.main` was given something else."""
+"""What commands act with: `orchestrator.supervisor.requests`, unless `cli.main` was given something else."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
-    from cost.offers import Offer
+    from cost.market.offers import Offer
     from orchestrator.events import Emit
-    from orchestrator.report import RunStatus, RunSummary
+    from orchestrator.runs.status import RunStatus, RunSummary
     from orchestrator.settings import Home
-    from orchestrator.watch import StopSwitch
-    from tasks.recipe import Recipe
+    from orchestrator.supervisor.lease_watch import StopSwitch
+    from tasks.recipe.schema import Recipe
 
 
 class Actions(Protocol):
-    """Everything that rents, ends or writes. Looking is `orchestrator.report`, which needs no twin."""
+    """Everything that rents, ends or writes. Looking is `orchestrator.runs.status`, which needs no twin."""
 
     def launch(
         self,
@@ -81,6 +81,6 @@ def actions_of(context: typer.Context) -> Actions:
     given = invocation_of(context).actions
     if given is not None:
         return given
-    from orchestrator import launch
+    from orchestrator.supervisor import requests as launch
 
     return launch

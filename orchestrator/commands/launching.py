@@ -19,11 +19,11 @@ from orchestrator.commands.planning import prices_now, recipe_with
 from orchestrator.settings import home_from
 
 if TYPE_CHECKING:
+    from orchestrator.backends.sky.enabled_clouds import Enabled
     from orchestrator.events import Emit
-    from orchestrator.report import RunSummary
-    from orchestrator.sky_ask import Enabled
-    from orchestrator.watch import StopSwitch
-    from tasks.recipe import Recipe
+    from orchestrator.runs.status import RunSummary
+    from orchestrator.supervisor.lease_watch import StopSwitch
+    from tasks.recipe.schema import Recipe
 
 FAILED_EXIT_CODE = 1
 
@@ -65,9 +65,13 @@ def launch(
       slm launch my.yaml --budget 100 --set model.num_layers=12 --detach
       slm launch my.yaml --store s3://my-bucket/runs
     """
-    from orchestrator import advice, background, planning, render, render_plan
-    from orchestrator.experience import experience_of
-    from orchestrator.losses import believed
+    from orchestrator.planning import analysis as advice
+    from orchestrator.planning import recipe_plan as planning
+    from orchestrator.planning.experience import experience_of
+    from orchestrator.supervisor import background
+    from orchestrator.supervisor.losses import believed
+    from orchestrator.views import plan as render_plan
+    from orchestrator.views import runs as render
 
     home = home_from(os.environ)
     fields = options.overrides(
@@ -153,7 +157,7 @@ def resume(
       slm resume
       slm resume demo-1 --budget 150
     """
-    from orchestrator import background
+    from orchestrator.supervisor import background
 
     if detach and not background.is_child():
         in_background(context, as_json=as_json)
@@ -178,7 +182,7 @@ def with_backend(recipe: Recipe, ask_skypilot: Callable[[], Enabled] | None = No
     """A recipe that names no backend rents through SkyPilot where that has credentials for some cloud."""
     if recipe.backend is not None:
         return recipe
-    from orchestrator.sky_ask import enabled_clouds
+    from orchestrator.backends.sky.enabled_clouds import enabled_clouds
 
     found = (ask_skypilot or enabled_clouds)()
     return recipe.model_copy(update={"backend": "sky"}) if found.enabled else recipe
@@ -221,8 +225,9 @@ def ask(question: str, *, yes: bool) -> None:
 
 def watched(supervise: Callable[[Emit, StopSwitch], RunSummary], name: str, *, as_json: bool) -> None:
     """Supervise in the foreground and show it; ends with the summary."""
-    from orchestrator import live, render
-    from orchestrator.watch import StopSwitch
+    from orchestrator.supervisor.lease_watch import StopSwitch
+    from orchestrator.views import live
+    from orchestrator.views import runs as render
 
     switch = StopSwitch()
     console = render.console_on(sys.stderr if as_json else sys.stdout)
@@ -238,7 +243,8 @@ def watched(supervise: Callable[[Emit, StopSwitch], RunSummary], name: str, *, a
 
 def in_background(context: typer.Context, *, as_json: bool) -> None:
     """Do what this command line says in a session of its own, and say how to follow it."""
-    from orchestrator import background, render
+    from orchestrator.supervisor import background
+    from orchestrator.views import runs as render
 
     started = background.start(invocation_of(context).arguments, home_from(os.environ).create())
     if as_json:
@@ -273,7 +279,7 @@ def recover(
       slm recover --store s3://my-bucket/runs/slm-1f2e3d-demo-1
       slm recover --store /mnt/shared/demo-1 --json
     """
-    from orchestrator import render
+    from orchestrator.views import runs as render
 
     found = actions_of(context).recover(absolute(store) or store, home=home_from(os.environ).create())
     if as_json:

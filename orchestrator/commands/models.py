@@ -35,7 +35,7 @@ def export(
       slm export demo-1
       slm export demo-1 --format hf --out ~/models/demo
     """
-    from orchestrator import models
+    from orchestrator.runs import models
 
     source = models.source_of(run, home_from(os.environ).create())
     _show(models.export(source, out or Path(f"{source.run_id}-{format_.value}")), as_json)
@@ -56,7 +56,7 @@ def generate(
       slm generate demo-1 "def main("
       slm generate demo-1 "The module" --tokens 200 --temperature 0
     """
-    from orchestrator import models
+    from orchestrator.runs import models
 
     source = models.source_of(run, home_from(os.environ).create())
     options = ["--tokens", str(tokens), "--temperature", str(temperature), "--top-k", str(top_k), "--seed", str(seed)]
@@ -80,7 +80,7 @@ def import_(
       slm import ~/models/TinyLlama-1.1B
       slm import ./demo-1-hf --out ./demo-weights
     """
-    from orchestrator import models
+    from orchestrator.runs import models
 
     home = home_from(os.environ).create()
     target = out or home.root / "models" / folder.expanduser().resolve().name
@@ -88,7 +88,7 @@ def import_(
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
-    from orchestrator import render
+    from orchestrator.views import runs as render
 
     if as_json:
         render.as_json(facts)

@@ -106,7 +106,7 @@ def parse_hours(text: str) -> float:
 
 def parse_notify(text: str) -> str:
     """A command or a web address; empty for nobody."""
-    from orchestrator.notify import checked_target
+    from orchestrator.supervisor.notify import checked_target
 
     return checked_target(text) if text.strip() else ""
 
@@ -131,7 +131,7 @@ def overrides(
 
     A market's trace file gets its whole path, so that a resume from another folder finds it too.
     """
-    from orchestrator.market import schedule
+    from orchestrator.backends.local import schedule
 
     named: dict[str, object] = {
         "backend": backend and backend.value,

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from orchestrator.planning import Belief, Planned
-    from orchestrator.prices import Prices
-    from tasks.recipe import Recipe
+    from orchestrator.planning.recipe_plan import Belief, Planned
+    from orchestrator.prices.table import Prices
+    from tasks.recipe.schema import Recipe
 
 DEFAULT_TOP = 10
 WITHOUT_MEANING_FOR_LAUNCH = ("--top", "--corpus", "--unique-tokens")
@@ -72,8 +72,8 @@ def plan(
       slm plan --budget 100 --params 1.1e9..3e9 --tokens-per-param 20
       slm plan --budget 100 --params max --json
     """
-    from orchestrator import planning
-    from orchestrator.experience import experience_of
+    from orchestrator.planning import recipe_plan as planning
+    from orchestrator.planning.experience import experience_of
 
     home = home_from(os.environ)
     belief = planning.belief_of(corpus, unique_tokens)
@@ -138,7 +138,12 @@ def show_plan(
     as_json: bool,
 ) -> None:
     """A recipe's plan as tables or as JSON."""
-    from orchestrator import advice, plan_facts, planning, render, render_explain, render_plan
+    from orchestrator.planning import analysis as advice
+    from orchestrator.planning import recipe_plan as planning
+    from orchestrator.views import explain as render_explain
+    from orchestrator.views import plan as render_plan
+    from orchestrator.views import runs as render
+    from orchestrator.views.facts import plan as plan_facts
 
     best = planning.winner(planned.plan)
     following = launch_like(invocation_of(context).arguments)
@@ -158,7 +163,7 @@ def show_plan(
 
 def prices_now(recipe: Recipe | None = None) -> Prices:
     """The prices of this machine; a recipe that rents, or none, has an old cache refreshed for the next time."""
-    from orchestrator import prices
+    from orchestrator.prices import table as prices
 
     home = home_from(os.environ)
     if recipe is None or recipe.backend != "local":
@@ -174,8 +179,8 @@ def recipes(as_json: options.JsonOption = False) -> None:
       slm recipes
       slm recipes --json
     """
-    from orchestrator import render
-    from tasks.recipe import list_recipes
+    from orchestrator.views import runs as render
+    from tasks.recipe.schema import list_recipes
 
     found = list_recipes()
     if as_json:
@@ -199,8 +204,9 @@ def prepare(
       slm prepare demo
       slm prepare my.yaml --set data.max_bytes=100000000
     """
-    from orchestrator import live, render
-    from tasks.recipe import load_recipe
+    from orchestrator.views import live
+    from orchestrator.views import runs as render
+    from tasks.recipe.schema import load_recipe
 
     chosen = load_recipe(recipe, options.overrides(sets))
     lines = live.PlainLines(render.console_on(sys.stderr), chosen.name)
@@ -215,7 +221,7 @@ def prepare(
 
 def recipe_with(recipe: str, overrides: Sequence[str], nodes: int | None) -> Recipe:
     """A recipe with all overrides; `nodes` is how many it wants, and no more than it goes on with."""
-    from tasks.recipe import load_recipe
+    from tasks.recipe.schema import load_recipe
 
     chosen = load_recipe(recipe, overrides)
     if nodes is None:

@@ -24,7 +24,8 @@ def status(run: RunArgument = None, as_json: JsonOption = False) -> None:
       slm status
       slm status demo-1 --json
     """
-    from orchestrator import render, report
+    from orchestrator.runs import status as report
+    from orchestrator.views import runs as render
 
     found = report.status(run, home=home_from(os.environ).create())
     if as_json:
@@ -44,7 +45,7 @@ def logs(
       slm logs
       slm logs demo-1 -f
     """
-    from orchestrator import report
+    from orchestrator.runs import status as report
 
     for line in report.logs(run, home=home_from(os.environ).create(), follow=follow):
         typer.echo(line)
@@ -69,7 +70,8 @@ def stop(
       slm stop demo-1
       slm stop --all
     """
-    from orchestrator import live, render
+    from orchestrator.views import live
+    from orchestrator.views import runs as render
 
     if everything:
         stop_all(context, run, as_json=as_json)
@@ -84,7 +86,10 @@ def stop(
 
 def stop_all(context: typer.Context, run: str | None, *, as_json: bool) -> None:
     """Every unfinished run, then everything that should not live."""
-    from orchestrator import ending, live, render, render_upkeep
+    from orchestrator.upkeep import stop_all as ending
+    from orchestrator.views import live
+    from orchestrator.views import runs as render
+    from orchestrator.views import upkeep as render_upkeep
 
     if run is not None:
         raise UserError(f"--all stops every run; leave out {run}, or leave out --all.")
@@ -113,13 +118,15 @@ def ledger(
       slm ledger demo-1 --json
       slm ledger 1.5b-1 --compare
     """
-    from orchestrator import render, report
+    from orchestrator.runs import status as report
+    from orchestrator.views import runs as render
 
     home = home_from(os.environ).create()
     view = report.ledger(run, home=home)
     if compare:
-        from orchestrator import render_upkeep, sky_costs
-        from orchestrator.backends.sky_client import SkyClient
+        from orchestrator.backends.sky.client import SkyClient
+        from orchestrator.upkeep import sky_costs
+        from orchestrator.views import upkeep as render_upkeep
 
         found = sky_costs.compare(view.leases, SkyClient(home.root / "sky-costs.log"))
         if as_json:

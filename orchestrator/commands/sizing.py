@@ -14,13 +14,13 @@ from cost.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cost.frontier import ModelChoice
-    from cost.offers import Offer
-    from cost.planner import Plan
-    from cost.workload import Workload
+    from cost.market.offers import Offer
+    from cost.performance.workload import Workload
+    from cost.plan.frontier import ModelChoice
+    from cost.plan.planner import Plan
     from orchestrator.commands.options import ObjectiveName
-    from orchestrator.planning import Planned
-    from orchestrator.prices import Prices
+    from orchestrator.planning.recipe_plan import Planned
+    from orchestrator.prices.table import Prices
 
 TOKENS_PER_PARAM = 20.0
 """Cerebras-GPT's and Chinchilla's rule."""
@@ -51,7 +51,11 @@ def plan_sizes(
     as_json: bool,
 ) -> None:
     """Choose the model, and show it with the sizes around it and the offers for it."""
-    from orchestrator import advice, planning, render, render_explain, render_sizes
+    from orchestrator.planning import analysis as advice
+    from orchestrator.planning import recipe_plan as planning
+    from orchestrator.views import explain as render_explain
+    from orchestrator.views import runs as render
+    from orchestrator.views import sizes as render_sizes
 
     chosen_by = objective.value if objective else LARGEST
     planned, choice, warning = choose(asked, chosen_by, wishes, prices, allow_unguarded=allow_unguarded)
@@ -105,9 +109,9 @@ def choose(
     """
     from dataclasses import replace
 
-    from cost.planner import make_plan
-    from orchestrator import planning
-    from orchestrator.experience import Experience
+    from cost.plan.planner import make_plan
+    from orchestrator.planning import recipe_plan as planning
+    from orchestrator.planning.experience import Experience
 
     offers, options, locked = planning.options_without_recipe(prices, **wishes)
     planning.offers_wanted(offers, options)
@@ -133,8 +137,8 @@ def choose(
 
 def choice_of(asked: Asked, chosen_by: str, offers: Sequence[Offer], options: dict[str, Any]) -> ModelChoice:
     """The best size that these offers train; none where there are no offers."""
-    from cost.frontier import ModelChoice, choose_model
-    from cost.sizes import largest_range
+    from cost.plan.frontier import ModelChoice, choose_model
+    from cost.plan.sizes import largest_range
 
     if not offers:
         return ModelChoice((), None)

@@ -43,7 +43,10 @@ def offers(
       slm offers --cloud aws,gcp --top 50
       slm offers --refresh
     """
-    from orchestrator import planning, prices, render, render_tables
+    from orchestrator.planning import recipe_plan as planning
+    from orchestrator.prices import table as prices
+    from orchestrator.views import runs as render
+    from orchestrator.views import tables as render_tables
 
     home = home_from(os.environ)
     if refresh:
@@ -77,8 +80,11 @@ def gpus(
       slm gpus H100-SXM A100
       slm gpus --json
     """
-    from cost.hardware import accelerators
-    from orchestrator import planning, prices, render, render_tables
+    from cost.market.hardware import accelerators
+    from orchestrator.planning import recipe_plan as planning
+    from orchestrator.prices import table as prices
+    from orchestrator.views import runs as render
+    from orchestrator.views import tables as render_tables
 
     wanted = planning.known_gpus(names) or tuple(accelerators())
     known = prices.current_prices(home_from(os.environ))
@@ -96,8 +102,8 @@ def refresh_now(*, as_json: bool) -> None:
         UserError: SkyPilot is not installed.
         SlmError: No cloud could be read.
     """
-    from orchestrator import prices
-    from orchestrator.catalog import BUSY, NO_SKYPILOT
+    from orchestrator.prices import table as prices
+    from orchestrator.prices.sources.skypilot import BUSY, NO_SKYPILOT
 
     if not prices.has_skypilot():
         raise UserError("--refresh reads prices through SkyPilot, which is not installed: pip install 'slm[cloud]'")

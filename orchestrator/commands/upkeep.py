@@ -30,8 +30,10 @@ def reconcile(
       slm reconcile --dry-run
       slm reconcile
     """
-    from orchestrator import inventory, render, render_upkeep
-    from orchestrator.backends.every import every_backend
+    from orchestrator.backends.registry import every_backend
+    from orchestrator.upkeep import inventory
+    from orchestrator.views import runs as render
+    from orchestrator.views import upkeep as render_upkeep
 
     home = home_from(os.environ).create()
     found = inventory.reconcile(home, every_backend(home), dry_run=dry_run)
@@ -64,13 +66,14 @@ def doctor(
       slm doctor --iam --store s3://my-bucket/runs
     """
     if iam:
-        from orchestrator import iam_policy
+        from orchestrator.upkeep import iam_policy
 
         typer.echo(json.dumps(iam_policy.policy(store), indent=2))
         return
-    from orchestrator import doctor as examination
-    from orchestrator import render, render_upkeep
-    from orchestrator.backends.every import every_backend
+    from orchestrator.backends.registry import every_backend
+    from orchestrator.upkeep import doctor as examination
+    from orchestrator.views import runs as render
+    from orchestrator.views import upkeep as render_upkeep
 
     home = home_from(os.environ).create()
     console = render.console_on(sys.stdout)

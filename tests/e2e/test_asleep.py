@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.backends.every import local_markets
+from orchestrator.backends.registry import local_markets
 from orchestrator.settings import Home
 
 SLM = Path(sys.executable).with_name("slm")

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from cost.database import connect
 from cost.errors import SlmError
-from cost.leases import Lease
-from cost.ledger import Ledger
-from cost.offers import load_reference_offers
+from cost.ledger.database import connect
+from cost.ledger.leases import Lease
+from cost.ledger.ledger import Ledger
+from cost.market.offers import load_reference_offers
 from orchestrator import cli
-from orchestrator.runs import Runs, RunState
+from orchestrator.runs.records import Runs, RunState
 from orchestrator.settings import Home
-from tasks.recipe import load_recipe
-from trainer.store import DirectoryStore
+from tasks.recipe.schema import load_recipe
+from trainer.run_store.base import DirectoryStore
 
 COMMANDS = ("plan", "launch", "status", "logs", "stop", "resume", "ledger", "recipes", "prepare", "reconcile", "doctor")
 

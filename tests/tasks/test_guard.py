@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from tasks import guard
 from tasks.guard import KILL, RESTART, TERMINATE, WAIT, Answer, State, decide, decide_fuse, issue, parse_answer
-from tests.tasks.guarded import GRANTS, LEASE, SLACK_SECONDS, SLEEPER, Node, node, until
+from tests.support.guarded import GRANTS, LEASE, SLACK_SECONDS, SLEEPER, Node, node, until
 
 __all__ = ["node"]
 

@@ -16,9 +16,9 @@ import pytest
 
 from tasks import guard
 from tasks.guard import Killer, killers_of, unarmed
-from tests.tasks.guarded import KILLERS, SLEEPER, Node, node, until
-from tests.tasks.moto_cloud import REGION, Cloud, moto_cloud
-from tests.tasks.small_server import Route, aws_metadata, azure_metadata, gcp_metadata, small_server
+from tests.support.guarded import KILLERS, SLEEPER, Node, node, until
+from tests.support.moto_cloud import REGION, Cloud, moto_cloud
+from tests.support.small_server import Route, aws_metadata, azure_metadata, gcp_metadata, small_server
 
 __all__ = ["node"]
 WORDS = ("--lease", "l", "--rank", "0", "--first-grant", "1", "--mark", "m", "--node-dir", "d")
@@ -388,6 +388,6 @@ def test_a_killer_must_exist(word: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_local_market_arms_what_a_test_node_arms() -> None:
-    from orchestrator.market import spawn
+    from orchestrator.backends.local import spawn
 
     assert [kind.partition(":")[0] for kind in spawn.KILLERS] == [word.partition(":")[0] for word in KILLERS[1::2]]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tasks import guard
-from tests.tasks.guarded import SLEEPER, Node, node, until
-from tests.tasks.small_server import Answer, Asked, aws_metadata, azure_metadata, gcp_metadata, small_server
+from tests.support.guarded import SLEEPER, Node, node, until
+from tests.support.small_server import Answer, Asked, aws_metadata, azure_metadata, gcp_metadata, small_server
 
 __all__ = ["node"]
 NOON = datetime(2026, 1, 1, 12, 0, tzinfo=UTC).timestamp()

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from tasks import guard
 from tasks.guard import Aws, Credentials, Metadata, PresignedStore, Request, S3Store, signed
-from tests.tasks.guarded import LEASE, SLACK_SECONDS, SLEEPER, Node, node, until
-from tests.tasks.moto_cloud import BUCKET, REGION, Cloud, moto_cloud
+from tests.support.guarded import LEASE, SLACK_SECONDS, SLEEPER, Node, node, until
+from tests.support.moto_cloud import BUCKET, REGION, Cloud, moto_cloud
 
 __all__ = ["node"]
 GRANT_KEY = f"tests/run-1/grants/{LEASE}/0.json"

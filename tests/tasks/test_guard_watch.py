@@ -14,7 +14,7 @@ import pytest
 
 from tasks import guard
 from tasks.guard import Answer, Pulse
-from tests.tasks.guarded import PYTHON, SLEEPER, Node, node, until
+from tests.support.guarded import PYTHON, SLEEPER, Node, node, until
 
 __all__ = ["node"]
 

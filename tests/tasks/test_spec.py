@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.recipe import load_recipe
+from tasks.recipe.schema import load_recipe
 from tasks.spec import Losses, RunSpec, SpecError
 
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.chain import checkpoints_of_chain
-from trainer.checkpoint import read_tensors
+from trainer.checkpoints.lineage import checkpoints_of_chain
+from trainer.checkpoints.manager import read_tensors
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Result, Signal, fabric_precision, train
-from trainer.store import DirectoryStore, Store
+from trainer.run_store.base import DirectoryStore, Store
 
 VOCAB_SIZE = 64
 GROUP_TIMEOUT_SECONDS = 600

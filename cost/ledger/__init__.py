@@ -1,0 +1,1 @@
+"""The money that a run holds and has spent: leases, accounts, the append-only ledger, what to do when a lease ends."""

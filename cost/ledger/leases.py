@@ -1,0 +1,59 @@
+"""The right to spend: one lease is one cluster in one zone, n nodes, prepaid up to a moment.
+
+A lease is written to the ledger before anything is rented. Money is counted in whole micro-dollars and time in whole
+milliseconds of billed time, so that sums are exact; debits round up and credits down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+
+from cost.market.offers import Offer
+
+MICRO = 1_000_000
+MILLISECONDS_PER_HOUR = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a backend is asked to rent. `lease_id` is also the name of the cluster at the provider."""
+
+    lease_id: str
+    run_id: str
+    attempt: int
+    """1 for the first cluster of a run, then counting up."""
+    offer: Offer
+    num_nodes: int
+    worst_usd_per_hour: Decimal
+    """The most that one node can come to cost per hour while the lease lasts (p-hat)."""
+    first_grant_seconds: float
+    """Real seconds from boot after which an unrenewed node ends itself."""
+    kill_latency_seconds: float
+    """Real seconds that the slowest killer assumed sound needs (kappa)."""
+    epoch: int
+    """Fencing number of the supervisor that wrote it."""
+    minimum_billed_seconds: float = 0.0
+    """Billed seconds that the provider charges for each node at least."""
+    ttl_seconds: float = 0.0
+    """Real seconds from its start after which the provider ends a node, where that cannot be moved; 0 where it can."""
+
+
+def micro_usd(usd: Decimal) -> int:
+    """Dollars to micro-dollars, rounded up: for debits and prices."""
+    return int((usd * MICRO).to_integral_value(rounding=ROUND_CEILING))
+
+
+def usd(micro: int) -> Decimal:
+    """Micro-dollars to dollars, exactly."""
+    return Decimal(micro) / MICRO
+
+
+def cost_units(micro_usd_per_hour: int, num_nodes: int, milliseconds: int) -> int:
+    """Exact cost in micro-dollar-milliseconds per hour; `units_to_micro_usd` turns sums of it into money."""
+    return micro_usd_per_hour * num_nodes * max(0, milliseconds)
+
+
+def units_to_micro_usd(units: int) -> int:
+    """Round a sum of `cost_units` up to whole micro-dollars, once."""
+    return -(-units // MILLISECONDS_PER_HOUR)

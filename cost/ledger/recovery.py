@@ -1,0 +1,204 @@
+"""What to do when a lease has ended: one pure function, so that every path can be tested without a cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+
+from cost.market.offers import ANY_REGION, Offer
+
+MAX_FAILURES_WITHOUT_PROGRESS = 6
+"""Breakdowns of ours in a row, none of them after a new step, before a run is given up."""
+BLOCK_MS = 10 * 60 * 1000
+"""Billed time for which an offer that preempted us, or had no capacity, is tried last."""
+MOVE_MARGIN = Decimal("0.05")
+"""Of what staying costs, that moving has to save: prices of now are no promise for later."""
+FIRST_DELAY_SECONDS = 1.0
+MAX_DELAY_SECONDS = 60.0
+
+
+class Cause(StrEnum):
+    """Why a lease ended. Preemption: the cloud took it. Broken: our processes died. Bug: the training code raised."""
+
+    FINISHED = "finished"
+    ASKED = "asked"
+    CAP = "cap"
+    PREEMPTED = "preempted"
+    EXPIRED = "expired"
+    TTL = "ttl"
+    BROKEN = "broken"
+    BUG = "bug"
+    NO_CAPACITY = "no_capacity"
+    TOO_DEAR = "too_dear"
+    DEARER = "dearer"
+    """Its price rose within its bound, and another offer finishes the run for less."""
+
+
+class StopReason(StrEnum):
+    FINISHED = "finished"
+    ASKED = "asked"
+    BUDGET = "budget"
+    BUG = "bug"
+    GAVE_UP = "gave_up"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An offer in plan order, and what the smallest useful lease of it would set aside."""
+
+    offer: Offer
+    num_nodes: int
+    needed_usd: Decimal
+    expected_usd: Decimal | None = None
+    """What the whole run was expected to cost on it when it was planned."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What a lack of capacity is remembered by: fewer nodes of the same offer may still be had."""
+        return self.offer.offer_id, self.num_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Everything that `decide` may look at."""
+
+    cause: Cause
+    candidates: Sequence[Candidate]
+    remaining_usd: Decimal
+    now_ms: int
+    blocked_until_ms: Mapping[tuple[str, int], int]
+    """By `Candidate.key`."""
+    failures_without_progress: int
+    waits_in_a_row: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Relaunch:
+    offer: Offer
+    num_nodes: int
+    delay_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollover:
+    """The provider's fixed time limit ended the lease, as planned: start again on the same offer, no preemption."""
+
+    offer: Offer
+    num_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    reason: StopReason
+    message: str
+
+
+Decision = Relaunch | Rollover | Stop
+
+STOPS: Mapping[Cause, StopReason] = {
+    Cause.FINISHED: StopReason.FINISHED,
+    Cause.ASKED: StopReason.ASKED,
+    Cause.CAP: StopReason.BUDGET,
+    Cause.BUG: StopReason.BUG,
+}
+
+
+def decide(situation: Situation) -> Decision:
+    """What comes after a lease that ended.
+
+    Finished, asked, out of money and a bug end the run, and so do prices that are above their bound everywhere, since
+    each try would cost money that nothing bounds. Everything else goes on with the first candidate in plan order
+    that is affordable and not blocked, on-demand only where it `pays`; where all of these are blocked, with the one
+    that is free soonest, after a wait that costs nothing. Waits grow twofold up to MAX_DELAY_SECONDS.
+    """
+    stop = STOPS.get(situation.cause)
+    if stop is not None:
+        return Stop(stop, situation.detail or stop.value)
+    if situation.failures_without_progress >= MAX_FAILURES_WITHOUT_PROGRESS:
+        return Stop(
+            StopReason.GAVE_UP,
+            f"{situation.failures_without_progress} breakdowns in a row without a new step; last: {situation.detail}",
+        )
+    affordable = [one for one in situation.candidates if one.needed_usd <= situation.remaining_usd]
+    affordable = [one for one in affordable if pays(one, affordable, situation.remaining_usd)]
+    if not affordable:
+        cheapest = min((one.needed_usd for one in situation.candidates), default=Decimal(0))
+        return Stop(
+            StopReason.BUDGET,
+            f"${situation.remaining_usd:.2f} is left and the smallest lease sets aside ${cheapest:.2f}",
+        )
+    free = [one for one in affordable if not is_blocked(one, situation)]
+    if situation.cause is Cause.TTL:
+        first = (free or affordable)[0]
+        return Rollover(first.offer, first.num_nodes)
+    if situation.cause is Cause.TOO_DEAR and not free:
+        return Stop(StopReason.GAVE_UP, f"every offer costs more than it may; last: {situation.detail}")
+    chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.key])
+    return Relaunch(chosen.offer, chosen.num_nodes, delay_seconds(situation, waiting=not free))
+
+
+def pays(candidate: Candidate, affordable: Sequence[Candidate], remaining_usd: Decimal) -> bool:
+    """Whether a node that is not preempted is worth its price now, where waiting for spot would cost nothing.
+
+    On-demand is taken where the plan prefers it to all spot, or where the money pays for the whole run on it and leaves
+    what spot is expected to need: B - p_s A (T - t) > p_o W, with W at its longest.
+    """
+    spot = [one for one in affordable if one.offer.spot]
+    if candidate.offer.spot or not spot or candidate.expected_usd is None:
+        return True
+    if affordable.index(candidate) < affordable.index(spot[0]):
+        return True
+    kept = min((one.expected_usd for one in spot if one.expected_usd is not None), default=Decimal(0))
+    return remaining_usd - kept > candidate.expected_usd
+
+
+def same_market(one: Offer, other: Offer) -> bool:
+    """Whether one's node being taken says that the other's would be too: the same, or spot GPUs of a kind in a zone."""
+    if one.offer_id == other.offer_id:
+        return True
+    here, there = ((a.cloud, a.region, a.zone, a.accelerator, a.spot) for a in (one, other))
+    return one.spot and one.region != ANY_REGION and here == there
+
+
+def is_blocked(candidate: Candidate, situation: Situation) -> bool:
+    return situation.blocked_until_ms.get(candidate.key, 0) > situation.now_ms
+
+
+def delay_seconds(situation: Situation, *, waiting: bool) -> float:
+    """Real seconds before the next try: none for a first preemption, growing where nothing helps."""
+    tries = situation.failures_without_progress if situation.cause is Cause.BROKEN else 0
+    if waiting or situation.cause is Cause.NO_CAPACITY:
+        tries = max(tries, situation.waits_in_a_row)
+    if tries == 0:
+        return 0.0
+    return min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** min(tries - 1, 30))
+
+
+def cheaper_elsewhere(
+    current: Candidate,
+    others: Sequence[Candidate],
+    *,
+    usd_per_hour: Decimal,
+    share_left: float,
+    restart_hours: float,
+) -> Candidate | None:
+    """The candidate on which the rest of the run costs less than here at the price of now, restart included.
+
+    Move from a to b if and only if p_b W_b + p_b R < p_a W_a, W being the hours left on each and R those of a restart:
+    the expected cost of the whole run, times the share that is left, is p W. Only a gain of MOVE_MARGIN counts.
+    """
+    if current.expected_usd is None:
+        return None
+    left = Decimal(share_left)
+    stay_usd = current.expected_usd * usd_per_hour / current.offer.usd_per_hour * left
+
+    def moved_usd(one: Candidate) -> Decimal:
+        assert one.expected_usd is not None
+        return one.expected_usd * left + one.offer.usd_per_hour * one.num_nodes * Decimal(restart_hours)
+
+    known = [one for one in others if one.expected_usd is not None and one.offer != current.offer]
+    best = min(known, key=moved_usd, default=None)
+    return best if best is not None and moved_usd(best) < stay_usd * (1 - MOVE_MARGIN) else None

@@ -1,0 +1,219 @@
+"""What each provider can be relied on for when nobody is there to stop it: its killers, its time limit, its billing.
+
+One row for each cloud that SkyPilot 0.14.1 serves, and one for the local cloud: cost/data/providers.csv and
+cost/data/killers.csv, each value with its source; one without a source says that it is assumed. A cloud without a row
+gets the row '*', which has no killer of the provider's. A killer in the table is one that can be armed through SkyPilot
+as it comes or with the provider's own interface beside it; whoever rents arms it. Notice and minimum billing stand in
+cost/data/clouds.csv and are read from there.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from enum import StrEnum
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+
+from cost.market.clouds import ANY, cloud_terms
+
+FEWEST_KINDS = 2
+"""Killers of so many different kinds a node must have, one of which works with the guest hung."""
+WAY_OUT = "--allow-unguarded admits it"
+"""How every refusal ends."""
+
+
+class KillerKind(StrEnum):
+    """Who ends the node."""
+
+    GUEST = "guest"
+    """Our guard, from inside, by any means."""
+    KERNEL = "kernel"
+    """A power-off that the guest's init or kernel has scheduled, or what watches the guard in its place."""
+    PROVIDER = "provider"
+    BALANCE = "balance"
+    """The provider, because prepaid money is gone."""
+    SKY = "sky"
+    """SkyPilot's daemon on the head node, disarmed by a reboot: counts for nothing alone."""
+
+
+class Armed(StrEnum):
+    """AFTER_CREATE leaves a window in which the node runs unguarded."""
+
+    AT_CREATE = "at_create"
+    AFTER_CREATE = "after_create"
+
+
+class Ttl(StrEnum):
+    """The provider's own time limit of a node."""
+
+    RENEWABLE = "renewable"
+    FIXED = "fixed"
+    NONE = "none"
+
+
+class PriceBound(StrEnum):
+    """What bounds the future price of a node: what it was rented at, its on-demand price, or nothing known."""
+
+    FIXED = "fixed"
+    ON_DEMAND = "on_demand"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Killer:
+    """One way in which a node ends without us. `latency_seconds` is from when it fires until billing has ended."""
+
+    name: str
+    kind: KillerKind
+    armed: Armed
+    latency_seconds: float
+    survives_hung_guest: bool
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """The profile of one cloud; real seconds."""
+
+    name: str
+    killers: tuple[Killer, ...]
+    ttl: Ttl
+    price_bound: PriceBound
+    minimum_billed_seconds: float
+    billing_granularity_seconds: float
+    guest_shutdown_stops_billing: bool
+    notice_seconds: float
+    """Before a preemption; 0 for none."""
+    arm_seconds: float
+    """Longest time from the create to the provider's limit being armed; 0 when armed at the create."""
+    create_seconds: float
+    """How long after the call a node may still come into being."""
+    confirm_seconds: float
+    """How long the provider's lists may lie."""
+    boot_seconds: float
+    """Longest time from the create to the start of the guard."""
+    labels: bool
+    """Whether instances carry the labels that we ask SkyPilot for."""
+    name_limit: int | None
+    """The longest cluster name that survives whole; None where no limit is known."""
+    ttl_source: str
+    price_source: str
+    billing_source: str
+    times_source: str
+    name_source: str
+
+    @property
+    def sound_killers(self) -> tuple[Killer, ...]:
+        """Those that a reservation relies on: they work with the guest hung; the guard and its watch if none does."""
+        sound = tuple(one for one in self.killers if one.survives_hung_guest)
+        return sound or tuple(one for one in self.killers if one.kind in (KillerKind.GUEST, KillerKind.KERNEL))
+
+    @property
+    def kill_latency_seconds(self) -> float:
+        """kappa: how long the slowest killer assumed sound takes."""
+        return max(one.latency_seconds for one in self.sound_killers)
+
+    @property
+    def balance_only(self) -> bool:
+        """Only an empty prepaid account ends a node whose guest hangs, so the whole balance has to be set aside."""
+        return all(one.kind is KillerKind.BALANCE for one in self.sound_killers)
+
+
+def provider(name: str) -> Provider:
+    """The profile of a cloud, or under its name the profile of any other."""
+    return _table().get(name) or replace(_table()[ANY], name=name)
+
+
+def providers() -> Mapping[str, Provider]:
+    """All profiles by cloud, without the one for any other."""
+    return MappingProxyType({name: one for name, one in _table().items() if name != ANY})
+
+
+def refusal(one: Provider, *, allow_unguarded: bool) -> str | None:
+    """Why nothing may be rented from this cloud; None where it may."""
+    if allow_unguarded:
+        return None
+    kinds = {killer.kind for killer in one.killers} - {KillerKind.SKY}
+    has = ", ".join(f"{killer.name} ({killer.kind})" for killer in one.killers)
+    if not any(killer.survives_hung_guest for killer in one.killers):
+        return f"{one.name}: nothing ends a node whose guest hangs; it has {has}; {WAY_OUT}"
+    if len(kinds) < FEWEST_KINDS:
+        return f"{one.name}: fewer than {FEWEST_KINDS} kinds of killers; it has {has}; {WAY_OUT}"
+    return None
+
+
+def balance_refusal(one: Provider, *, balance_usd: Decimal | None, free_usd: Decimal) -> str | None:
+    """Why a cloud that only an empty account stops may not be rented from; None where it may or another killer works.
+
+    `balance_usd` is what lies on the prepaid account, None if unknown; all of it counts against `free_usd`.
+    """
+    if not one.balance_only:
+        return None
+    if balance_usd is None:
+        return (
+            f"{one.name}: only an empty prepaid account ends a node whose guest hangs, and what lies on it is unknown; "
+            f"keep at most ${free_usd:.2f} there, with automatic payment off"
+        )
+    if balance_usd > free_usd:
+        return (
+            f"{one.name}: ${balance_usd:.2f} lies on the prepaid account, which a hung node would use up, and only "
+            f"${free_usd:.2f} of the cap is free; leave less on the account, or raise the cap with --budget"
+        )
+    return None
+
+
+@cache
+def _table() -> Mapping[str, Provider]:
+    killers: dict[str, list[Killer]] = {}
+    for row in _rows("killers.csv"):
+        killers.setdefault(row["cloud"], []).append(_killer(row))
+    return MappingProxyType({row["cloud"]: _provider(row, killers[row["cloud"]]) for row in _rows("providers.csv")})
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    text = (files("cost") / "data" / name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+def _killer(row: Mapping[str, str]) -> Killer:
+    return Killer(
+        name=row["name"],
+        kind=KillerKind(row["kind"]),
+        armed=Armed(row["armed"]),
+        latency_seconds=float(row["latency_seconds"]),
+        survives_hung_guest=_yes(row["survives_hung_guest"]),
+        source=row["source"],
+    )
+
+
+def _provider(row: Mapping[str, str], killers: list[Killer]) -> Provider:
+    terms = cloud_terms(row["cloud"])
+    return Provider(
+        name=row["cloud"],
+        killers=tuple(killers),
+        ttl=Ttl(row["ttl"]),
+        price_bound=PriceBound(row["price_bound"]),
+        minimum_billed_seconds=terms.minimum_billed_seconds,
+        billing_granularity_seconds=float(row["billing_granularity_seconds"]),
+        guest_shutdown_stops_billing=_yes(row["guest_shutdown_stops_billing"]),
+        notice_seconds=terms.notice_seconds,
+        arm_seconds=float(row["arm_seconds"]),
+        create_seconds=float(row["create_seconds"]),
+        confirm_seconds=float(row["confirm_seconds"]),
+        boot_seconds=float(row["boot_seconds"]),
+        labels=_yes(row["labels"]),
+        name_limit=int(row["name_limit"]) if row["name_limit"] else None,
+        ttl_source=row["ttl_source"],
+        price_source=row["price_source"],
+        billing_source=row["billing_source"],
+        times_source=row["times_source"],
+        name_source=row["name_source"],
+    )
+
+
+def _yes(text: str) -> bool:
+    return {"yes": True, "no": False}[text]

@@ -1,0 +1,1 @@
+"""What a training run will reach: loss, benchmark scores, and where those laws may be trusted."""

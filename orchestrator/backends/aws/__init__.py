@@ -1,0 +1,1 @@
+"""AWS beside SkyPilot: prices paid, labels, time limits."""

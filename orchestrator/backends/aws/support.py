@@ -1,0 +1,220 @@
+"""What a lease on AWS needs beside SkyPilot, and all instances of an account as one more place to look at.
+
+A record says where a lease's instances are (region, zone, instance type, ids, the cluster's name at AWS); what it does
+not say is found by our labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from cost.ledger.leases import Lease
+from cost.market.offers import Offer
+from orchestrator.backends.aws.account import AwsAccount, AwsRefused, AwsTrouble, Ec2Instance
+from orchestrator.backends.aws.spot_market import Ec2Market
+from orchestrator.backends.aws.time_limit import Ec2Limit
+from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState
+from orchestrator.backends.sky.task import label as label_of
+
+PRICE_SECONDS = 60.0
+"""A price that was read is used for so long; AWS changes it a few times a day."""
+TAKEN_BACK = frozenset({"Server.SpotInstanceTermination", "Server.SpotInstanceShutdown", "Server.SpotInstanceStop"})
+"""StateReason codes of an interruption (docs.aws.amazon.com AWSEC2 finding-an-interrupted-Spot-Instance)."""
+Record = Mapping[str, Any]
+
+
+class AwsArm:
+    """One account's interface for a lease at a time."""
+
+    killers = frozenset({"eventbridge-terminate"})
+    reads_prices = True
+
+    def __init__(self, account: AwsAccount | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.account = account or AwsAccount()
+        self.limits = Ec2Limit(self.account)
+        self.market = Ec2Market(self.account)
+        self._clock = clock
+        self._prices: dict[tuple[str, str, str], tuple[float, Decimal | None]] = {}
+
+    def refusal(self, lease: Lease) -> str | None:
+        """Why this account's quota does not allow the lease; None where it does."""
+        offer = lease.offer
+        if not offer.instance_type:
+            return None
+        return self.market.refusal(offer.region, offer.instance_type, spot=offer.spot, num_nodes=lease.num_nodes)
+
+    def limit(self, record: Record, lease: Lease, seconds: float) -> None:
+        """End the lease's nodes `seconds` from now unless called again.
+
+        Raises:
+            BackendError: Not all of them are armed.
+        """
+        living = [one for one in self.instances(record, lease) if one.state in ("pending", "running")]
+        self.limits.arm(region_of(record, lease), living, seconds)
+
+    def usd_per_hour(self, record: Record, lease: Lease) -> Decimal | None:
+        """What one spot node costs now; None where AWS does not say, or for on-demand, whose price does not change."""
+        if not lease.offer.spot:
+            return None
+        region = region_of(record, lease)
+        zone = record.get("zone") or lease.offer.zone
+        kind = record.get("instance_type") or lease.offer.instance_type
+        if not zone or not kind:
+            there = self.instances(record, lease)
+            if not there:
+                return None
+            zone, kind = there[0].zone, there[0].instance_type
+        key = (region, str(zone), str(kind))
+        at, price = self._prices.get(key, (float("-inf"), None))
+        if self._clock() - at >= PRICE_SECONDS:
+            try:
+                price = self.market.spot_usd_per_hour(*key)
+            except AwsRefused:
+                return None  # not read is not confirmed: it is charged at its bound
+            self._prices[key] = (self._clock(), price)
+        return price
+
+    def why_gone(self, record: Record, lease: Lease) -> str:
+        """What AWS says became of the nodes; empty where it no longer says."""
+        try:
+            ended = [one for one in self.instances(record, lease) if one.state in ("shutting-down", "terminated")]
+        except BackendError:
+            return ""
+        return "; ".join(f"{one.instance_id} {reason_of(one)}" for one in ended)
+
+    def release(self, record: Record, lease: Lease) -> None:
+        """Delete the schedules of nodes that are gone; what cannot be deleted deletes itself once it has acted."""
+        with contextlib.suppress(BackendError):
+            ids = [one.instance_id for one in self.instances(record, lease)] or ids_of(record)
+            self.limits.release(region_of(record, lease), ids)
+
+    def instances(self, record: Record, lease: Lease) -> list[Ec2Instance]:
+        """Of a lease, in whatever state; by their ids where the record has all, else by our labels."""
+        region, ids = region_of(record, lease), ids_of(record)
+        if len(ids) >= lease.num_nodes:
+            return list(self.account.look_at(region, ids).values())
+        names = {lease.lease_id, label_of(lease.lease_id), record.get("name_on_cloud") or lease.lease_id}
+        return self.account.of_cluster(region, *names)
+
+
+class AwsInstances:
+    """Every instance of ours in the account, as a backend that lists and ends and rents nothing.
+
+    `known_leases`: of the books, asked after AWS was; a label is no whole name, so they tell which lease is meant.
+    `is_expected`: something was rented here, so that not being able to look is a problem; otherwise credentials that
+    are not for EC2 have nothing of ours to show.
+    """
+
+    name = "aws"
+
+    def __init__(
+        self,
+        account: AwsAccount,
+        *,
+        known_leases: Callable[[], Sequence[str]] = lambda: (),
+        is_expected: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._arm = AwsArm(account)
+        self._account = account
+        self._known_leases = known_leases
+        self._is_expected = is_expected
+
+    def offers(self) -> Sequence[Offer]:
+        return ()
+
+    def start(self, lease: Lease, command: Sequence[str]) -> None:  # noqa: ARG002
+        raise BackendError(f"{lease.lease_id}: machines on AWS are rented through --backend sky.")
+
+    def extend(self, lease: Lease, seconds: float) -> None:
+        """Nothing: who rents moves the limit."""
+
+    def poll(self, lease: Lease) -> LeaseState:
+        alive = self._of(lease.lease_id)
+        if not alive:
+            return LeaseState(LeasePhase.GONE)
+        phase = LeasePhase.RUNNING if all(one.state == "running" for one in alive) else LeasePhase.STARTING
+        return LeaseState(phase, tuple(range(len(alive))))
+
+    def list_alive(self) -> Sequence[Instance]:
+        found = self._found()
+        leases = {label_of(one): one for one in self._known_leases()}
+        by_name: dict[str, list[Ec2Instance]] = {}
+        for one in found:
+            by_name.setdefault(leases.get(one.lease, one.lease), []).append(one)
+        return [
+            Instance(one.instance_id, name, run_of(name), rank, self._usd_per_hour(one), one.launched_at)
+            for name, several in sorted(by_name.items())
+            for rank, one in enumerate(sorted(several, key=lambda each: (each.launched_at, each.instance_id)))
+        ]
+
+    def stop(self, lease: Lease) -> None:
+        alive = self._of(lease.lease_id)
+        left: list[str] = []
+        for region in sorted({one.region for one in alive}):
+            ids = [one.instance_id for one in alive if one.region == region]
+            left += self._account.terminate(region, ids)
+            with contextlib.suppress(BackendError):
+                self._arm.limits.release(region, ids)
+        if left:
+            raise BackendError(f"{lease.lease_id}: AWS still shows {', '.join(left)}.")
+
+    def _found(self) -> list[Ec2Instance]:
+        """All that costs money and is ours.
+
+        Raises:
+            AwsRefused: AWS could not be looked at, and something of ours may be there.
+        """
+        try:
+            return [one for one in self._account.instances() if one.state != "shutting-down"]
+        except AwsRefused:
+            if self._is_expected():
+                raise
+            return []
+
+    def _of(self, lease_id: str) -> list[Ec2Instance]:
+        names = {lease_id, label_of(lease_id)}
+        return [one for one in self._found() if one.lease in names]
+
+    def _usd_per_hour(self, one: Ec2Instance) -> Decimal:
+        """As it is now; 0 where AWS does not say, since what must end is not decided by it."""
+        if not one.is_spot:
+            return Decimal(0)
+        try:
+            return self._arm.market.spot_usd_per_hour(one.region, one.zone, one.instance_type) or Decimal(0)
+        except AwsRefused:
+            return Decimal(0)
+
+
+def reason_of(one: Ec2Instance) -> str:
+    """Why an instance ended, in words."""
+    if one.why in TAKEN_BACK:
+        return f"was taken back by AWS ({one.why})"
+    if one.why == "Client.InstanceInitiatedShutdown":
+        return f"was powered off from inside ({one.why})"
+    return f"was terminated ({one.why or 'AWS gives no reason'})"
+
+
+def was_taken_back(one: Ec2Instance) -> bool:
+    """Whether AWS interrupted it."""
+    return one.why in TAKEN_BACK
+
+
+def region_of(record: Record, lease: Lease) -> str:
+    return str(record.get("region") or lease.offer.region)
+
+
+def ids_of(record: Record) -> list[str]:
+    """Instance ids that the record has."""
+    return [str(one[0]) for one in record.get("instances") or () if str(one[0]).startswith("i-")]
+
+
+def run_of(lease_id: str) -> str:
+    """The run's name inside a lease's."""
+    return "-".join(lease_id.split("-")[2:-1])
+
+
+__all__ = ["AwsArm", "AwsInstances", "AwsTrouble", "label_of", "was_taken_back"]

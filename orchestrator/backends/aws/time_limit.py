@@ -1,0 +1,204 @@
+"""EC2's own time limit: a one-time schedule that terminates an instance, and a power-off that ends it for good.
+
+EventBridge Scheduler calls TerminateInstances at a moment that may be moved, with the guest hung and all of us gone.
+One schedule per instance, since TerminateInstances refuses all when it does not know one. SkyPilot's template sets no
+InstanceInitiatedShutdownBehavior, whose default is to stop, and a stopped machine's disk goes on being billed; it is
+read, set and read again here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from orchestrator.backends.aws.account import AwsAccount, AwsRefused, AwsTrouble, Ec2Instance
+from orchestrator.backends.base import BackendError
+
+ROLE_NAME = "slm-end-nodes"
+"""What the scheduler acts as; made at the first rent, the same for all runs of an account."""
+SCHEDULE_PREFIX = "slm-end-"
+TARGET_ARN = "arn:aws:scheduler:::aws-sdk:ec2:terminateInstances"
+MOST_ATTEMPTS = 185
+OLDEST_SECONDS = 86_400
+"""The scheduler repeats a call that failed for a passing reason so often, and for a day (its own limits)."""
+ROLE_TRIES = 10
+ROLE_PAUSE_SECONDS = 3.0
+"""A role that was just made is not known everywhere at once."""
+TERMINATE = "terminate"
+
+
+class Ec2Limit:
+    """Time limits of instances in one account. Each call may be repeated."""
+
+    def __init__(self, account: AwsAccount, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._account = account
+        self._sleep = sleep
+        self._role_arn = ""
+        self._powers_off: set[str] = set()
+        """Instances that were read to end, not stop, when their guest powers off."""
+
+    def arm(self, region: str, instances: Iterable[Ec2Instance], seconds: float) -> None:
+        """End them `seconds` from now unless this is called again; and let a power-off end them at once.
+
+        Raises:
+            BackendError: Some may not be armed; the message names what is missing.
+        """
+        there = list(instances)
+        for one in there:
+            self.schedule(region, one.instance_id, seconds)
+        for one in there:
+            self.end_on_shutdown(region, one)
+
+    # -- the schedule ------------------------------------------------------------------------------
+
+    def schedule(self, region: str, instance_id: str, seconds: float) -> None:
+        """Make the schedule, or move the one that stands. It deletes itself once it has acted."""
+        for attempt in range(ROLE_TRIES):
+            wanted = self.request(instance_id, seconds)
+            try:
+                self._put(region, wanted)
+                return
+            except AwsRefused as refused:
+                if refused.code != "ValidationException" or "assume" not in str(refused) or attempt == ROLE_TRIES - 1:
+                    raise
+                self._sleep(ROLE_PAUSE_SECONDS)
+
+    def _put(self, region: str, wanted: dict[str, Any]) -> None:
+        try:
+            self._account.ask("scheduler", region, "update_schedule", **wanted)
+        except AwsRefused as refused:
+            if refused.trouble is not AwsTrouble.MISSING:
+                raise
+            self._account.ask("scheduler", region, "create_schedule", **wanted)
+
+    def request(self, instance_id: str, seconds: float) -> dict[str, Any]:
+        """What create and update are asked with; an update replaces everything, so both say it all."""
+        role = self.role_arn()
+        at = self._account.now() + timedelta(seconds=seconds)
+        return {
+            "Name": SCHEDULE_PREFIX + instance_id,
+            "Description": "ends a node that nobody has paid for any longer",
+            "ScheduleExpression": f"at({at.astimezone(UTC):%Y-%m-%dT%H:%M:%S})",
+            "ScheduleExpressionTimezone": "UTC",
+            "FlexibleTimeWindow": {"Mode": "OFF"},
+            "ActionAfterCompletion": "DELETE",
+            "State": "ENABLED",
+            "Target": {
+                "Arn": TARGET_ARN,
+                "RoleArn": role,
+                "Input": json.dumps({"InstanceIds": [instance_id]}),
+                "RetryPolicy": {"MaximumRetryAttempts": MOST_ATTEMPTS, "MaximumEventAgeInSeconds": OLDEST_SECONDS},
+            },
+        }
+
+    def ends_at(self, region: str, instance_id: str) -> datetime | None:
+        """When the schedule acts, as AWS has it; None where there is none."""
+        try:
+            found = self._account.ask("scheduler", region, "get_schedule", Name=SCHEDULE_PREFIX + instance_id)
+        except AwsRefused as refused:
+            if refused.trouble is AwsTrouble.MISSING:
+                return None
+            raise
+        text = str(found["ScheduleExpression"]).removeprefix("at(").removesuffix(")")
+        return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+    def release(self, region: str, instance_ids: Sequence[str]) -> None:
+        """Delete the schedules of instances that are gone; quiet where there are none."""
+        for one in instance_ids:
+            try:
+                self._account.ask("scheduler", region, "delete_schedule", Name=SCHEDULE_PREFIX + one)
+            except AwsRefused as refused:
+                if refused.trouble is not AwsTrouble.MISSING:
+                    raise
+
+    def role_arn(self) -> str:
+        """The role that the scheduler acts as; made, with its only permission, where it is not there."""
+        if not self._role_arn:
+            try:
+                found = self._account.ask("iam", "us-east-1", "get_role", RoleName=ROLE_NAME)
+            except AwsRefused as refused:
+                if refused.trouble is not AwsTrouble.MISSING:
+                    raise
+                trust = json.dumps(trust_policy())
+                found = self._account.ask(
+                    "iam", "us-east-1", "create_role", RoleName=ROLE_NAME, AssumeRolePolicyDocument=trust
+                )
+            # Written each time, since a create that was cut off leaves a role that may do nothing.
+            document = json.dumps(role_policy())
+            self._account.ask(
+                "iam", "us-east-1", "put_role_policy", RoleName=ROLE_NAME, PolicyName="end", PolicyDocument=document
+            )
+            self._role_arn = found["Role"]["Arn"]
+        return self._role_arn
+
+    # -- power-off ---------------------------------------------------------------------------------
+
+    def end_on_shutdown(self, region: str, one: Ec2Instance) -> None:
+        """Let a power-off of the guest terminate the instance.
+
+        Raises:
+            BackendError: AWS still says that it would only stop.
+        """
+        if one.instance_id in self._powers_off:
+            return
+        if self.shutdown_behaviour(region, one.instance_id) != TERMINATE:
+            try:
+                self._account.ask(
+                    "ec2",
+                    region,
+                    "modify_instance_attribute",
+                    InstanceId=one.instance_id,
+                    Attribute="instanceInitiatedShutdownBehavior",
+                    Value=TERMINATE,
+                )
+            except AwsRefused as refused:
+                # A one-time spot request knows no stop, and some attributes of it cannot be modified.
+                if not (one.is_spot and refused.trouble is AwsTrouble.UNSUPPORTED):
+                    raise
+            else:
+                said = self.shutdown_behaviour(region, one.instance_id)
+                if said != TERMINATE:
+                    raise BackendError(
+                        f"{one.instance_id} in {region} would {said} when it powers off, and go on being billed for "
+                        "its disk; it is ended by its schedule, or now with: slm stop"
+                    )
+        self._powers_off.add(one.instance_id)
+
+    def shutdown_behaviour(self, region: str, instance_id: str) -> str:
+        """What AWS says that it does when the guest powers off: stop or terminate."""
+        found = self._account.ask(
+            "ec2",
+            region,
+            "describe_instance_attribute",
+            InstanceId=instance_id,
+            Attribute="instanceInitiatedShutdownBehavior",
+        )
+        return str((found.get("InstanceInitiatedShutdownBehavior") or {}).get("Value", ""))
+
+
+def trust_policy() -> dict[str, Any]:
+    """Who may act as the role: the scheduler."""
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            {"Effect": "Allow", "Principal": {"Service": "scheduler.amazonaws.com"}, "Action": "sts:AssumeRole"}
+        ],
+    }
+
+
+def role_policy() -> dict[str, Any]:
+    """What the role may do: terminate instances that carry our label."""
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            {
+                "Effect": "Allow",
+                "Action": "ec2:TerminateInstances",
+                "Resource": "arn:aws:ec2:*:*:instance/*",
+                "Condition": {"StringLike": {"aws:ResourceTag/slm-lease": "slm-*"}},
+            }
+        ],
+    }

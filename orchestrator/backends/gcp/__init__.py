@@ -1,0 +1,1 @@
+"""GCP beside SkyPilot: prices paid, labels, time limits."""

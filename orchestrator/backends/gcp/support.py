@@ -1,0 +1,208 @@
+"""What a lease on GCP needs beside SkyPilot: a time limit that is not the machine's own, quotas, and why it is gone.
+
+A machine's maxRunDuration cannot be set here: SkyPilot's template has none, and instances.setScheduling wants a stopped
+machine. So Cloud Scheduler deletes it: one job per machine, which calls instances.delete at a minute that may be moved,
+with the guest hung and all of us gone. It acts as the machine's own service account, which SkyPilot gives the right to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from cost.ledger.leases import Lease
+from orchestrator.backends.base import BackendError
+from orchestrator.backends.gcp.account import GcpAccount, GcpInstance, GcpRefused, GcpTrouble
+from orchestrator.backends.sky.task import label
+
+LOCATION = "us-central1"
+"""Where the jobs lie: not every region has Cloud Scheduler, and which it is does not matter to what they end."""
+JOB_PREFIX = "slm-end-"
+COMPUTE = "https://compute.googleapis.com/compute/v1"
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+SECONDS_PER_MINUTE = 60
+LEAST_SECONDS = 60.0
+"""A job for a minute that has begun would act a year later, so a limit nearer than this is set so far ahead."""
+LATE = timedelta(minutes=1)
+MOST_RETRIES = 5
+"""As many as Cloud Scheduler allows; the call is done once it has been taken."""
+QUOTAS: Mapping[str, str] = {
+    "T4": "NVIDIA_T4_GPUS",
+    "V100": "NVIDIA_V100_GPUS",
+    "P100": "NVIDIA_P100_GPUS",
+    "L4": "NVIDIA_L4_GPUS",
+    "A100-40GB": "NVIDIA_A100_GPUS",
+    "A100-80GB-SXM": "NVIDIA_A100_80GB_GPUS",
+    "H100-SXM": "NVIDIA_H100_GPUS",
+}
+"""A region's quotas by accelerator; spot machines count against `PREEMPTIBLE_` and this. What a region does not list
+has a quota elsewhere, which is met at the create."""
+Record = Mapping[str, Any]
+
+
+class GcpArm:
+    """One project's interface for a lease at a time."""
+
+    killers = frozenset({"cloud-scheduler-delete"})
+    reads_prices = False
+
+    def __init__(self, account: GcpAccount | None = None) -> None:
+        self.account = account or GcpAccount()
+        self._may_schedule = False
+
+    def refusal(self, lease: Lease) -> str | None:
+        """Why no job could be made there, or why the project's quota does not allow the lease; None where it does."""
+        if not self._may_schedule:
+            parent = self._parent(self.account.project)
+            try:
+                self._jobs("list", lambda jobs: jobs.list(parent=parent, pageSize=1))
+            except GcpRefused as refused:
+                if refused.trouble in (GcpTrouble.DISABLED, GcpTrouble.DENIED):
+                    return f"nothing would end a hung node: {refused}"
+                raise
+            self._may_schedule = True
+        return self._quota_refusal(lease)
+
+    def limit(self, record: Record, lease: Lease, seconds: float) -> None:
+        """End the lease's nodes `seconds` from now, to the next minute, unless called again.
+
+        Raises:
+            BackendError: Not all of them are armed.
+        """
+        project = self._project(record)
+        for one in self.instances(record, lease):
+            self.schedule(project, one, seconds)
+
+    def usd_per_hour(self, record: Record, lease: Lease) -> Decimal | None:  # noqa: ARG002
+        """None: Compute Engine does not say what a machine costs."""
+        return None
+
+    def why_gone(self, record: Record, lease: Lease) -> str:
+        """Which of the nodes GCP says that it took back; empty where it says nothing."""
+        try:
+            project = self._project(record)
+            there = self.instances(record, lease)
+            taken = [one.name for one in there if self._was_taken_back(project, one)]
+        except BackendError:
+            return ""
+        return "; ".join(f"{name} was taken back by GCP (compute.instances.preempted)" for name in taken)
+
+    def release(self, record: Record, lease: Lease) -> None:
+        """Delete the jobs of nodes that are gone; what cannot be deleted would find nothing to end."""
+        with contextlib.suppress(BackendError):
+            parent = self._parent(self._project(record))
+            mine = f"{JOB_PREFIX}{label(lease.lease_id)}-"
+            for name in [name for name in self._all_jobs(parent) if name.rsplit("/", maxsplit=1)[-1].startswith(mine)]:
+                with contextlib.suppress(GcpRefused):
+                    self._jobs("delete", lambda jobs, name=name: jobs.delete(name=name))
+
+    def instances(self, record: Record, lease: Lease) -> list[GcpInstance]:
+        """Of a lease, in whatever zone and state, by our label."""
+        return self.account.of_lease(label(lease.lease_id), self._project(record))
+
+    # -- the job -----------------------------------------------------------------------------------
+
+    def schedule(self, project: str, one: GcpInstance, seconds: float) -> None:
+        """Make the job, or move the one that stands, and read when it will act.
+
+        Raises:
+            BackendError: The machine has no service account, or the job would not act in time.
+        """
+        if not one.service_account:
+            raise BackendError(f"{one.name} in {one.zone} has no service account that could end it; end it: slm stop")
+        at = ends_at(self.account.now(), seconds)
+        job = job_of(project, one, self._name(project, one), at)
+        fields = ",".join(one for one in job if one != "name")
+        try:
+            said = self._jobs("patch", lambda jobs: jobs.patch(name=job["name"], updateMask=fields, body=job))
+        except GcpRefused as refused:
+            if refused.trouble is not GcpTrouble.MISSING:
+                raise
+            said = self._jobs("create", lambda jobs: jobs.create(parent=self._parent(project), body=job))
+        if said.get("state") == "PAUSED":  # by somebody's hand; an update does not wake it
+            said = self._jobs("resume", lambda jobs: jobs.resume(name=job["name"], body={}))
+        acts = said.get("scheduleTime")
+        if said.get("state") != "ENABLED" or not acts or datetime.fromisoformat(acts) > at + LATE:
+            told = f"{said.get('state')}, acts at {acts or 'no time'}"
+            raise BackendError(
+                f"{one.name} in {one.zone}: Cloud Scheduler does not end it at {at:%H:%M} UTC as asked ({told})"
+            )
+
+    def _name(self, project: str, one: GcpInstance) -> str:
+        return f"{self._parent(project)}/jobs/{JOB_PREFIX}{one.lease}-{one.number}"
+
+    def _all_jobs(self, parent: str) -> list[str]:
+        def request(client: Any, token: str | None) -> Any:
+            return client.projects().locations().jobs().list(parent=parent, pageSize=500, pageToken=token)
+
+        pages = self.account.pages("cloudscheduler.jobs.list", request)
+        return [str(one["name"]) for page in pages for one in page.get("jobs", ())]
+
+    def _jobs(self, what: str, request: Any) -> dict[str, Any]:
+        return self.account.ask(
+            f"cloudscheduler.jobs.{what}", lambda client: request(client.projects().locations().jobs())
+        )
+
+    def _parent(self, project: str) -> str:
+        return f"projects/{project}/locations/{LOCATION}"
+
+    # -- what the project says -----------------------------------------------------------------------
+
+    def _project(self, record: Record) -> str:
+        """Where SkyPilot rented, else the environment's."""
+        return str((record.get("provider_config") or {}).get("project_id") or self.account.project)
+
+    def _quota_refusal(self, lease: Lease) -> str | None:
+        offer = lease.offer
+        metric = QUOTAS.get(offer.accelerator)
+        if metric is None or not offer.region:
+            return None
+        metric = f"PREEMPTIBLE_{metric}" if offer.spot else metric
+        project = self.account.project
+        region = self.account.ask(
+            "compute.regions.get", lambda client: client.regions().get(project=project, region=offer.region)
+        )
+        wanted = lease.num_nodes * offer.gpus_per_node
+        for quota in region.get("quotas", ()):
+            free = quota["limit"] - quota["usage"]
+            if quota["metric"] == metric and free < wanted:
+                return (
+                    f"GCP allows {quota['limit']:g} {metric} in {offer.region}, {quota['usage']:g} are used and "
+                    f"{wanted} are needed; ask for more at IAM & Admin, Quotas, or leave GCP out with --clouds"
+                )
+        return None
+
+    def _was_taken_back(self, project: str, one: GcpInstance) -> bool:
+        wanted = f'(operationType="compute.instances.preempted") AND (targetId={one.number})'
+        found = self.account.ask(
+            "compute.zoneOperations.list",
+            lambda client: client.zoneOperations().list(project=project, zone=one.zone, filter=wanted),
+        )
+        return bool(found.get("items"))
+
+
+def ends_at(now: datetime, seconds: float) -> datetime:
+    """The full minute at which a job acts that is to end something `seconds` from now: never before that."""
+    wanted = now.timestamp() + max(seconds, LEAST_SECONDS)
+    return datetime.fromtimestamp(math.ceil(wanted / SECONDS_PER_MINUTE) * SECONDS_PER_MINUTE, UTC)
+
+
+def job_of(project: str, one: GcpInstance, name: str, at: datetime) -> dict[str, Any]:
+    """The job as Cloud Scheduler takes it (cloudscheduler v1, Job). It would act again a year later, on nothing."""
+    return {
+        "name": name,
+        "description": "deletes a node that nobody has paid for any longer",
+        "schedule": f"{at.minute} {at.hour} {at.day} {at.month} *",
+        "timeZone": "Etc/UTC",
+        "attemptDeadline": "60s",
+        "retryConfig": {"retryCount": MOST_RETRIES, "minBackoffDuration": "5s", "maxBackoffDuration": "60s"},
+        "httpTarget": {
+            "uri": f"{COMPUTE}/projects/{project}/zones/{one.zone}/instances/{one.number}",
+            "httpMethod": "DELETE",
+            "oauthToken": {"serviceAccountEmail": one.service_account, "scope": SCOPE},
+        },
+    }

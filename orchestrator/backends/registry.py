@@ -1,0 +1,109 @@
+"""Every place where something of ours may live, also what no run row speaks of any more.
+
+Whatever else can rent is added to `every_backend`; listing and ending need no run, no recipe and no plan.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+
+from cost.errors import SlmError
+from cost.ledger.accounts import LeaseAccount
+from cost.ledger.database import DatabaseError
+from cost.ledger.ledger import Ledger
+from orchestrator.backends.aws.account import AwsAccount
+from orchestrator.backends.aws.support import AwsInstances
+from orchestrator.backends.base import Backend
+from orchestrator.backends.local.backend import LocalBackend
+from orchestrator.backends.local.records import STATE_FILE
+from orchestrator.backends.sky.backend import SkyBackend
+from orchestrator.runs.status import books
+from orchestrator.settings import Home
+
+MARKET_FOLDER = "market"
+SKY_FOLDER = "sky"
+"""In the folder of each run that was ever supervised here and rents through SkyPilot."""
+
+
+def every_backend(home: Home) -> Sequence[Backend]:
+    """One for each place; each lists and ends what is there."""
+    return [*local_markets(home), *aws_accounts(home), *skypilot(home)]
+
+
+def aws_accounts(home: Home) -> list[Backend]:
+    """The AWS account that this machine has credentials for, whether or not SkyPilot knows anything of it.
+
+    Without credentials it is looked at all the same, and that it cannot be is told, while something there is unsettled.
+    """
+    account = AwsAccount()
+    unsettled = [one for one in leases_on(home, "aws") if one.is_open]
+    if find_spec("boto3") is None or not (unsettled or account.has_credentials()):
+        return []
+    return [
+        AwsInstances(
+            account,
+            known_leases=lambda: [one.lease.lease_id for one in leases_on(home, "aws")],
+            is_expected=lambda: bool(leases_on(home, "aws")),
+        )
+    ]
+
+
+def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
+    """All that the books ever had there; none where they cannot be read, which whoever ends anything is told."""
+    if not home.database.exists():
+        return []
+    try:
+        with books(home) as runs:
+            accounts = [one for run in runs.all() for one in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()]
+    except (SlmError, sqlite3.Error):
+        return []
+    return [one for one in accounts if one.lease.offer.cloud == cloud]
+
+
+def local_markets(home: Home) -> list[Backend]:
+    """The market of every run that ever had one below this home, whether or not the books know the run."""
+    folders = sorted(path.parent for path in (home.root / "runs").glob(f"*/{MARKET_FOLDER}/{STATE_FILE}"))
+    return [
+        LocalBackend(
+            folder,
+            folder.parent.name,
+            store_uri=str(home.store_dir(folder.parent.name)),
+            market="calm",  # what is played is in the market's own state; listing and ending need only the folder
+            time_scale=1.0,
+            seed=0,
+            offers=(),
+        )
+        for folder in folders
+    ]
+
+
+def skypilot(home: Home) -> list[Backend]:
+    """All that SkyPilot and the queues of its Slurm clusters show of our name, where a run of this home rents there."""
+    if not any((home.root / "runs").glob(f"*/{SKY_FOLDER}")) and not rents_through_skypilot(home):
+        return []
+    return [SkyBackend(home.root / SKY_FOLDER, None, known_leases=lambda: known_leases(home))]
+
+
+def rents_through_skypilot(home: Home) -> bool:
+    """Whether the books know such a run: one that was brought here from another machine has no folder yet."""
+    with suppress(DatabaseError, sqlite3.Error):
+        if home.database.exists():
+            with books(home) as runs:
+                return any(run.options.get("backend") == "sky" for run in runs.all())
+    return False
+
+
+def known_leases(home: Home) -> list[str]:
+    """Every lease that the books ever wrote down; none from books that cannot be read."""
+    if not home.database.exists():
+        return []
+    with suppress(DatabaseError, sqlite3.Error), books(home) as runs:
+        return [
+            account.lease.lease_id
+            for run in runs.all()
+            for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+        ]
+    return []

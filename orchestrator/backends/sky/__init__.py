@@ -1,0 +1,1 @@
+"""Clusters rented through SkyPilot."""

@@ -1,0 +1,379 @@
+"""Rents through SkyPilot: one of its clusters per lease, on any cloud that it serves.
+
+SkyPilot creates; what it did is written to the run store at once (`clusters/LEASE.json`), so that another machine,
+whose SkyPilot knows nothing, finds and ends it. That a node's command has ended is read from its guard's word in the
+run store. Money, grants and progress are other people's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from cost.errors import UserError
+from cost.ledger.leases import Lease
+from cost.market.offers import Offer
+from cost.market.providers import PriceBound, provider, refusal
+from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState, NoCapacity
+from orchestrator.backends.sky.client import SkyClient, SkyRefusal
+from orchestrator.backends.sky.names import cluster_name, lease_names
+from orchestrator.backends.sky.task import CREDENTIALS_FILE, FACTS_FILE, NodeTerms, facts_of, task_of
+from orchestrator.backends.sky.terminators import Arm, armable, autodown_minutes
+from tasks import guard
+from tasks.node.bootstrap import node_ranks
+from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+
+RECORDS = "clusters/"
+CALL_SECONDS = 120.0
+"""Longest wait for a look."""
+SERVER_TRIES = 3
+"""How often SkyPilot's API server is started before an offer is given up."""
+END_SECONDS = 300.0
+"""Longest wait for an end; the caller tries again."""
+LAUNCH_SLACK_SECONDS = 120.0
+"""Beyond a create's own limit, for giving it up."""
+EXIT_UNGUARDED = 3
+"""As the guard itself ends where it refuses to start."""
+LIVE = ("UP", "INIT")
+CODE = ("tasks", "trainer", "cost")
+LOCK_FILE = "constraints.txt"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SkySettings:
+    """How this run rents. Real seconds."""
+
+    launch_seconds: float = 600.0
+    """A create that takes longer is given up: a guard's first grant counts from its start."""
+    capacity_seconds: float = 120.0
+    """How long a node that is not to be had is waited for in a provider's queue."""
+    guard_seconds: float = 180.0
+    """After a create, within which the first node's guard must have reached the run store."""
+    server_pause_seconds: float = 10.0
+    allow_unguarded: bool = False
+
+
+class SkyBackend:
+    """Nodes of one run; `store` is the run's. `folder`: what only this machine needs.
+
+    Without a store it lists and ends what anybody of this name has rented, and rents nothing.
+    """
+
+    name = "sky"
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store | None,
+        *,
+        offers: Sequence[Offer] = (),
+        client: SkyClient | None = None,
+        settings: SkySettings | None = None,
+        arms: Mapping[str, Arm] | None = None,
+        known_leases: Callable[[], Sequence[str]] = lambda: (),
+        credentials: Callable[[], str | None] | None = None,
+        region: str = "",
+        tell: Tell = lambda _: None,
+        on_ready: Callable[[Lease, dict[str, float]], None] = lambda _, __: None,
+    ) -> None:
+        """`known_leases`: of the books, whose names tell what is listed; `credentials`: of the run store, for nodes."""
+        self._folder = folder
+        self._store = store
+        self._offers = tuple(offers)
+        self._client = client or SkyClient(folder / "sky.log")
+        self._settings = settings or SkySettings()
+        self._arms = dict(arms or {})
+        self._known_leases = known_leases
+        self._credentials = credentials or (lambda: None)
+        self._region = region
+        self._tell = tell
+        self._on_ready = on_ready
+        self._ready: set[str] = set()
+        self._records: dict[str, dict[str, Any]] = {}
+
+    # -- the contract ----------------------------------------------------------------------------
+
+    def offers(self) -> Sequence[Offer]:
+        return self._offers
+
+    def start(self, lease: Lease, command: Sequence[str]) -> None:  # noqa: ARG002
+        """`command` is the node's own affair here: its Python lies where the node has put it."""
+        if self._store is None:
+            raise BackendError("a backend without a run store rents nothing.")
+        self._refuse_unguarded(lease)
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None and (reason := arm.refusal(lease)) is not None:
+            raise SkyRefusal(reason)
+        alive = self._alive(lease)
+        if len(alive) >= lease.num_nodes:
+            return
+        self._require_skypilot(lease)
+        before = self._record(lease) if alive else {}
+        ranks = {ip: rank for rank, (one, ip) in enumerate(before.get("instances") or ()) if one in alive}
+        if alive and 0 not in ranks.values():
+            raise NoCapacity(f"{lease.lease_id}: its first node is gone or unknown, so it does not grow back.")
+        self._remember(lease, {**before, "cluster": cluster_name(lease.lease_id), "state": "asked"})
+        terms = NodeTerms(
+            store_uri=self._store.uri,
+            limit_seconds=lease.ttl_seconds or self._settings.launch_seconds + lease.first_grant_seconds,
+            capacity_seconds=self._settings.capacity_seconds,
+            region=self._region,
+            has_credentials=(keys := self._credentials()) is not None,
+        )
+        with staged(self._folder / lease.lease_id, facts_of(lease, terms, ranks), keys) as workdir:
+            task = task_of(lease, terms, workdir=str(workdir), environment={})
+            began = time.monotonic()
+            result = self._client.call(
+                "launch",
+                seconds=self._settings.launch_seconds + LAUNCH_SLACK_SECONDS,
+                on_event=lambda event: self._on_event(lease, event),
+                cluster=cluster_name(lease.lease_id),
+                task=task,
+                capacity_seconds=self._settings.capacity_seconds,
+                limit_seconds=self._settings.launch_seconds,
+            )
+        self._remember(lease, {**in_order(result, ranks), "state": "started", "started_at": time.time()})
+        self._tell(f"{lease.lease_id} launched in {time.monotonic() - began:.0f} s")
+
+    def poll(self, lease: Lease) -> LeaseState:
+        record = self._record(lease)
+        seen = self._client.call(
+            "query",
+            seconds=CALL_SECONDS,
+            on_event=lambda event: self._on_event(lease, event),
+            cluster=cluster_name(lease.lease_id),
+            record=record,
+        )
+        live = {one for one, what in seen["instances"].items() if what["status"] in LIVE}
+        if not live:
+            arm = self._arms.get(lease.offer.cloud)
+            why = "" if arm is None else arm.why_gone(record, lease)
+            return LeaseState(LeasePhase.GONE, detail=why or "nothing of it is left at the provider")
+        ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
+        price = self._price(lease, record)
+        try:
+            request = self._word(f"guard/{lease.lease_id}/0/request.json")
+        except StoreError:  # its silence is the store's: nothing is concluded from it
+            return LeaseState(LeasePhase.RUNNING, ranks, None, price, "the run store is away")
+        if request is None:
+            silent = time.time() - float(record.get("started_at") or time.time())
+            if silent > self._settings.guard_seconds:
+                detail = f"its guard has said nothing for {silent:.0f} s"
+                return LeaseState(LeasePhase.ENDED, ranks, EXIT_UNGUARDED, price, detail)
+            return LeaseState(LeasePhase.STARTING, ranks, None, price)
+        self._tell_ready(lease, record)
+        code = request.get("exit_code")
+        phase = LeasePhase.RUNNING if code is None else LeasePhase.ENDED
+        return LeaseState(phase, ranks, None if code is None else int(code), price)
+
+    def extend(self, lease: Lease, seconds: float) -> None:
+        record = self._record(lease)
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None:
+            arm.limit(record, lease, seconds)
+        minutes = autodown_minutes(lease.offer.cloud, seconds)
+        if minutes is not None and record.get("state") == "started":
+            with contextlib.suppress(BackendError):  # never the only one, and armed at the create
+                self._client.call("autodown", seconds=CALL_SECONDS, cluster=record["cluster"], minutes=minutes)
+
+    def stop(self, lease: Lease) -> None:
+        name, record = cluster_name(lease.lease_id), self._record(lease)
+        result = self._client.call("end", seconds=END_SECONDS, cluster=name, record=record)
+        if result["left"]:
+            trouble = f" ({result['trouble']})" if result.get("trouble") else ""
+            raise BackendError(f"{lease.lease_id} has {len(result['left'])} instances left at the provider{trouble}.")
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None and record:
+            arm.release(record, lease)
+
+    def list_alive(self) -> Sequence[Instance]:
+        result = self._client.call("list", seconds=CALL_SECONDS)
+        if result["problems"]:
+            raise BackendError("; ".join(result["problems"]))
+        leases = lease_names(self._known_leases())
+        found: list[Instance] = []
+        for cluster in result["clusters"]:
+            lease_id = leases.get(cluster["cluster"], cluster["cluster"])
+            record = self._records.setdefault(lease_id, cluster)
+            order = [one for one, _ in record.get("instances") or ()]
+            started = datetime.fromtimestamp(float(cluster.get("started") or time.time()), UTC)
+            price = Decimal(cluster.get("usd_per_hour") or 0)
+            run_id = record.get("run_id") or run_of(lease_id)
+            found += [
+                Instance(one, lease_id, run_id, order.index(one) if one in order else rank, price, started)
+                for rank, one in enumerate(cluster["seen"])
+            ]
+        return found
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _refuse_unguarded(self, lease: Lease) -> None:
+        """What cannot be armed by this version is not rented.
+
+        Raises:
+            SkyRefusal: Nothing that we can arm would end a hung node there.
+        """
+        profile = armable(provider(lease.offer.cloud), self._arms)
+        reason = refusal(profile, allow_unguarded=self._settings.allow_unguarded)
+        if reason is not None:
+            raise SkyRefusal(reason)
+
+    def _require_skypilot(self, lease: Lease) -> None:
+        """SkyPilot answers and may rent there: asked before the intent is written, so that a refusal costs no wait.
+
+        Raises:
+            SkyRefusal: It cannot be started, or has no credentials for that cloud.
+        """
+        for attempt in range(SERVER_TRIES):
+            if attempt:
+                time.sleep(self._settings.server_pause_seconds)
+            try:
+                enabled = self._client.call("check", seconds=CALL_SECONDS)["enabled"]
+                break
+            except BackendError as error:
+                failed = error
+        else:
+            raise SkyRefusal(f"SkyPilot could not be started, so nothing was rented: {failed}") from failed
+        if enabled and lease.offer.cloud not in enabled:  # one that was never asked looks for itself at the launch
+            raise SkyRefusal(
+                f"SkyPilot has no credentials for {lease.offer.cloud} (it has them for {', '.join(enabled)}); see what "
+                f"is missing with: sky check {lease.offer.cloud}"
+            )
+
+    def _alive(self, lease: Lease) -> list[str]:
+        """Instances of a lease that was asked for before; nobody is asked about one that never was."""
+        if not self._record(lease):
+            return []
+        seen = self._client.call(
+            "query", seconds=CALL_SECONDS, cluster=cluster_name(lease.lease_id), record=self._record(lease)
+        )
+        return [one for one, what in seen["instances"].items() if what["status"] in LIVE]
+
+    def _on_event(self, lease: Lease, event: Mapping[str, Any]) -> None:
+        if event["event"] == "record":
+            order = {"instances": self._record(lease).get("instances") or []}  # SkyPilot's own is not that of the ranks
+            self._remember(lease, {**self._record(lease), **event["record"], **order, "state": "asked"})
+        elif event["event"] == "server":
+            self._tell(str(event["message"]))
+
+    def _remember(self, lease: Lease, record: dict[str, Any]) -> None:
+        """Here and in the run store; a store that is away must not hide what was rented from us."""
+        record = {**record, "lease_id": lease.lease_id, "run_id": lease.run_id}
+        self._records[lease.lease_id] = record
+        if self._store is None:
+            return
+        with contextlib.suppress(StoreError):
+            self._store.write(f"{RECORDS}{lease.lease_id}.json", json.dumps(record, indent=1).encode())
+
+    def _record(self, lease: Lease) -> dict[str, Any]:
+        if lease.lease_id not in self._records:
+            record = self._read(f"{RECORDS}{lease.lease_id}.json")
+            if record is None:
+                return {}
+            self._records[lease.lease_id] = record
+        return self._records[lease.lease_id]
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        """A JSON object of the run store; None while there is none, or the store is away."""
+        try:
+            return self._word(key)
+        except StoreError:
+            return None
+
+    def _word(self, key: str) -> dict[str, Any] | None:
+        """The same; raises StoreError while the store is away."""
+        if self._store is None:
+            return None
+        try:
+            content = json.loads(self._store.read(key))
+        except (StoreKeyMissing, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    def _tell_ready(self, lease: Lease, record: Mapping[str, Any]) -> None:
+        """Once for each lease that was created here: where the time went until its first node was set up."""
+        if lease.lease_id in self._ready or "seconds" not in record:
+            return
+        setup = self._read(f"setup/{lease.lease_id}/0.json")
+        if setup is None:
+            return
+        self._ready.add(lease.lease_id)
+        parts = {name: float(setup[name]) for name in ("environment_seconds", "data_seconds")}
+        parts = {"launch_seconds": float(record["seconds"]), **parts}
+        total = parts["launch_seconds"] + float(setup["seconds"])
+        said = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.1f} s" for name, seconds in parts.items())
+        self._tell(f"node 0 of {lease.lease_id} is set up {total:.0f} s after the request: {said}")
+        self._on_ready(lease, {"seconds": total, **parts})
+
+    def _price(self, lease: Lease, record: Mapping[str, Any]) -> Decimal | None:
+        """As the provider bills it where it says so, None while it does not; elsewhere as it was at the rent."""
+        arm = self._arms.get(lease.offer.cloud)
+        if arm is not None and arm.reads_prices and lease.offer.spot:
+            return arm.usd_per_hour(record, lease)
+        if provider(lease.offer.cloud).price_bound is PriceBound.FIXED or not lease.offer.spot:
+            return lease.offer.usd_per_hour
+        return Decimal(record["usd_per_hour"]) if record.get("usd_per_hour") else None
+
+
+def ranks_of(live: set[str], instances: Sequence[Sequence[str]], num_nodes: int) -> tuple[int, ...]:
+    """Ranks of the living instances; by their number alone while SkyPilot has not said which is which."""
+    order = [one for one, _ in instances]
+    if set(order) >= live and len(order) == num_nodes:
+        return tuple(rank for rank, one in enumerate(order) if one in live)
+    return tuple(range(min(len(live), num_nodes)))
+
+
+def in_order(record: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
+    """The record with its instances by rank, as the nodes themselves work it out."""
+    instances = record.get("instances") or ()
+    ranks = node_ranks([ip for _, ip in instances], known)
+    return {**record, "instances": sorted(instances, key=lambda one: ranks[one[1]])}
+
+
+def run_of(lease_id: str) -> str:
+    """The run's name inside a lease's."""
+    parts = lease_id.split("-")
+    return "-".join(parts[2:-1])
+
+
+@contextlib.contextmanager
+def staged(folder: Path, facts: Mapping[str, Any], credentials: str | None) -> Any:
+    """A folder with our code, the lock file and what nodes are told, for as long as SkyPilot copies it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
+    try:
+        root = Path(guard.__file__).resolve().parents[1]
+        for package in CODE:
+            skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(root / package, folder / package, ignore=skip)
+        shutil.copy(lock_file(root), folder / LOCK_FILE)
+        (folder / FACTS_FILE).write_text(json.dumps(dict(facts), indent=1), encoding="utf-8")
+        if credentials is not None:
+            secret = folder / CREDENTIALS_FILE
+            secret.touch(mode=0o600)
+            secret.write_text(credentials, encoding="utf-8")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def lock_file(root: Path) -> Path:
+    """The versions that nodes get: beside the packages, or inside an installed distribution.
+
+    Raises:
+        UserError: It is nowhere.
+    """
+    for place in (root / LOCK_FILE, root / "tasks" / LOCK_FILE):
+        if place.is_file():
+            return place
+    raise UserError(f"{LOCK_FILE} is missing beside {root / 'tasks'}; install slm again.")

@@ -1,0 +1,129 @@
+"""What ends a node without us, cloud by cloud, as configuration: pure functions, each tested on what it returns.
+
+`cost.market.providers` says which killers a cloud has; here is how each is armed. At the create that is a part of
+SkyPilot's task (`config`), on the node a `--kill` of the guard. What must be armed after the create by the provider's
+own interface is an `Arm`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any, Protocol
+
+from cost.ledger.leases import Lease
+from cost.market.providers import Armed, KillerKind, Provider, provider
+
+SECONDS_PER_MINUTE = 60
+AUTODOWN_SLACK_MINUTES = 5
+"""SkyPilot's own timer stands so far behind what is paid for: it is never alone, and never the first."""
+AT_CREATE = frozenset({"slurm", "kubernetes", "ssh"})
+"""Clouds whose own time limit is a part of SkyPilot's task."""
+NO_AUTOSTOP = frozenset({"slurm", "ssh", "kubernetes", "vast", "scp", "fluidstack"})
+"""Clouds where SkyPilot cannot take a cluster down by itself, or where their own limit does it."""
+SUDO_POWER_OFF = "command:sudo -n systemctl poweroff || sudo -n shutdown -P now || systemctl poweroff"
+
+
+class Arm(Protocol):
+    """A provider's own interface beside SkyPilot: its time limit, its price, its list. Each call may be repeated."""
+
+    killers: frozenset[str]
+    """Names of `cost.market.providers` killers that `limit` arms."""
+    reads_prices: bool
+    """Whether the provider says what a spot node costs now; where not, the price at the rent counts."""
+
+    def refusal(self, lease: Lease) -> str | None:
+        """Why the provider will not give this lease, whatever waiting is done: a quota; None where it may."""
+        ...
+
+    def limit(self, record: Mapping[str, Any], lease: Lease, seconds: float) -> None:
+        """End the lease's nodes `seconds` from now unless called again. Raises BackendError."""
+        ...
+
+    def usd_per_hour(self, record: Mapping[str, Any], lease: Lease) -> Decimal | None:
+        """What one node costs now; None where it cannot be read."""
+        ...
+
+    def why_gone(self, record: Mapping[str, Any], lease: Lease) -> str:
+        """What the provider says became of the nodes; empty where it says nothing."""
+        ...
+
+    def release(self, record: Mapping[str, Any], lease: Lease) -> None:
+        """Forget the limits of a lease that is gone; never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeKillers:
+    """What the guard of a node is started with."""
+
+    kill: tuple[str, ...]
+    notice: tuple[str, ...] = ()
+    timer: str = ""
+
+
+def task_config(cloud: str, seconds: float, *, capacity_seconds: float | None = None) -> dict[str, Any]:
+    """`config` of SkyPilot's task: the provider's own limit `seconds` after the create, where it is set there.
+
+    `capacity_seconds`: how long a node that is not to be had is waited for, where SkyPilot takes it from the task.
+    """
+    if cloud == "slurm":
+        return {"slurm": {"sbatch_options": {"time": slurm_time(seconds)}}}
+    if cloud in ("kubernetes", "ssh"):
+        wait = {} if capacity_seconds is None else {"provision_timeout": math.ceil(capacity_seconds)}
+        return {cloud: {"pod_config": {"spec": {"activeDeadlineSeconds": math.ceil(seconds)}}, **wait}}
+    return {}
+
+
+def slurm_time(seconds: float) -> str:
+    """Slurm counts whole minutes and rounds up, which the kill latency includes; days-hours:minutes:seconds."""
+    minutes = max(1, math.ceil(seconds / SECONDS_PER_MINUTE))
+    days, rest = divmod(minutes, 24 * 60)
+    clock = f"{rest // 60:02d}:{rest % 60:02d}:00"
+    return f"{days}-{clock}" if days else clock
+
+
+def node_killers(cloud: str) -> NodeKillers:
+    """In the order in which they fire: our processes, then what ends the bill from inside.
+
+    Words in braces are replaced by the node's own environment; what cannot be replaced there is left out.
+    """
+    if cloud == "slurm":
+        return NodeKillers(("family", "command:scancel {SLURM_JOB_ID}", "provider-limit:slurm-time"))
+    if cloud in ("kubernetes", "ssh"):
+        return NodeKillers(("family", "provider-limit:active-deadline", "command:kill 1"))
+    if cloud == "aws":
+        return NodeKillers(("family", "terminate-ec2", SUDO_POWER_OFF), ("aws",))
+    if cloud == "gcp":
+        return NodeKillers(("family", "terminate-gcp", SUDO_POWER_OFF), ("gcp",))
+    if cloud == "azure":
+        return NodeKillers(("family", "terminate-azure", SUDO_POWER_OFF), ("azure",))
+    if cloud == "runpod":
+        return NodeKillers(("family", "runpod"))
+    if cloud == "vast":
+        return NodeKillers(("family", "vast"))
+    return NodeKillers(("family", SUDO_POWER_OFF))
+
+
+def autodown_minutes(cloud: str, seconds: float) -> int | None:
+    """SkyPilot's autodown as a lease; None where it has none."""
+    if cloud in NO_AUTOSTOP:
+        return None
+    return math.ceil(seconds / SECONDS_PER_MINUTE) + AUTODOWN_SLACK_MINUTES
+
+
+def armable(one: Provider, arms: Mapping[str, Arm]) -> Provider:
+    """The profile with only those killers that this version arms: what `cost.market.providers.refusal` is asked
+    about."""
+    arm = arms.get(one.name)
+    beside = frozenset() if arm is None else arm.killers
+
+    def works(name: str, kind: KillerKind, armed: Armed) -> bool:
+        if kind is not KillerKind.PROVIDER:
+            return True
+        return one.name in AT_CREATE if armed is Armed.AT_CREATE else name in beside
+
+    kept = tuple(killer for killer in one.killers if works(killer.name, killer.kind, killer.armed))
+    return replace(one, killers=kept or provider("*").killers)

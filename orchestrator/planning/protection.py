@@ -1,0 +1,67 @@
+"""What would end the best offer's nodes without us, as a plan tells it: killers, the window before they are armed."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from cost.market.preemption import SECONDS_PER_HOUR
+from cost.market.providers import Armed, Killer, KillerKind, Provider, balance_refusal, provider
+from orchestrator.figures import dollars, duration
+from orchestrator.planning.recipe_plan import refusal_of
+
+if TYPE_CHECKING:
+    from cost.plan.plans import Estimate, Plan
+
+
+def profile_of(plan: Plan, one: Estimate) -> Provider:
+    """The local cloud's for a plan that it plays, else that of the offer's cloud."""
+    return provider(one.offer.cloud if plan.emulation is None else "local")
+
+
+def unguarded_usd(profile: Provider, one: Estimate) -> Decimal:
+    """What the cluster costs at its highest price until the provider's own limit is armed."""
+    return one.bill.worst_usd_per_hour * Decimal(profile.arm_seconds) / Decimal(SECONDS_PER_HOUR)
+
+
+def guard_lines(plan: Plan, one: Estimate) -> list[str]:
+    """Sentences for a person."""
+    profile = profile_of(plan, one)
+    counted = [killer for killer in profile.killers if killer.kind is not KillerKind.SKY]
+    lines = [f"ends a node without us at {profile.name}: {', '.join(killer.name for killer in counted)}"]
+    late = [killer.name for killer in counted if killer.kind is KillerKind.PROVIDER and armed_later(killer)]
+    if late:
+        lines.append(
+            f"{', '.join(late)} is armed up to {duration(profile.arm_seconds)} after a node's start: one that hangs "
+            f"before and is lost sight of is not bounded by it; those {duration(profile.arm_seconds)} cost at most "
+            f"{dollars(unguarded_usd(profile, one))}"
+        )
+    reason = None if plan.emulation is not None else refusal_of(one.offer)
+    balance = balance_refusal(profile, balance_usd=None, free_usd=plan.budget_usd)
+    return [*lines, *(text for text in (reason, balance) if text is not None)]
+
+
+def guard_facts(plan: Plan, one: Estimate) -> dict[str, Any]:
+    """The same for a program."""
+    profile = profile_of(plan, one)
+    return {
+        "cloud": profile.name,
+        "killers": profile.killers,
+        "kill_latency_seconds": profile.kill_latency_seconds,
+        "ttl": profile.ttl.value,
+        "unguarded_seconds": profile.arm_seconds,
+        "unguarded_usd": unguarded_usd(profile, one),
+        "balance_only": profile.balance_only,
+        "refusal": None if plan.emulation is not None else refusal_of(one.offer),
+    }
+
+
+def cheaper_unguarded(plan: Plan, best: Estimate) -> Estimate | None:
+    """The best offer that was refused because nothing would end a hung node there, if it costs less."""
+    first = next(iter(plan.unguarded), None)
+    return first if first is not None and first.total_usd < best.total_usd else None
+
+
+def armed_later(killer: Killer) -> bool:
+    """Whether a node runs without it at first."""
+    return killer.armed is Armed.AFTER_CREATE

@@ -1,0 +1,1 @@
+"""What offers cost, and where that is known from."""

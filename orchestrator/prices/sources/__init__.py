@@ -1,0 +1,1 @@
+"""Readers of price catalogs; each runs in a process of its own."""

@@ -1,0 +1,1 @@
+"""Runs on this machine: records, journal, status."""

@@ -1,0 +1,164 @@
+"""The copy of a run's books in its run store, and how another machine makes books of it.
+
+`books/N.json` are the records of `cost.ledger.journal`. Each supervisor's first record carries what is needed to go on
+with the run elsewhere: recipe, options, cap and the name under which its nodes were rented.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from typing import Any
+
+from cost.errors import UserError
+from cost.ledger.database import transaction
+from cost.ledger.journal import JournalDamaged, records_from
+from cost.ledger.ledger import take_over
+from orchestrator.runs.records import Run, Runs, RunState
+from orchestrator.settings import Home
+from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+
+FOLDER = "books"
+OWNERS = "owners"
+"""Option of a run: the names under which its nodes were ever rented."""
+STORE = "store"
+"""Option of a run: where its run store is, if it is not in the home of this machine."""
+MARKET = "market"
+"""Option of a run on the local backend: the folder of the market that it rents from."""
+
+
+class StoreJournal:
+    """Records as objects of a run store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def append(self, number: int, record: bytes) -> bool:
+        """See `cost.ledger.journal.Journal`."""
+        key = key_of(number)
+        self._store.create(key, record)
+        try:
+            stored = self._store.read(key)
+        except StoreKeyMissing as error:
+            raise StoreError(
+                f"{key} was stored in {self._store.uri} and is not there; nothing is rented on the word of such a "
+                "store. Run it again, or use another store."
+            ) from error
+        # A create whose reply was lost and that was tried again finds its own record.
+        return stored == record
+
+    def read(self, number: int) -> bytes | None:
+        """See `cost.ledger.journal.Journal`."""
+        try:
+            return self._store.read(key_of(number))
+        except StoreKeyMissing:
+            return None
+
+
+def store_uri(run: Run, home: Home) -> str:
+    """Where the run's store is."""
+    return str(run.options.get(STORE) or home.store_dir(run.run_id))
+
+
+def run_id_in(store: Store) -> str:
+    """The run that a store belongs to.
+
+    Raises:
+        UserError: It holds no books.
+    """
+    return str(facts_in(store)["run_id"])
+
+
+def facts_in(store: Store) -> Mapping[str, Any]:
+    """The newest that the records say of the run itself."""
+    facts: Mapping[str, Any] | None = None
+    for found in records_from(StoreJournal(store), 0):
+        facts = found.content.get("run", facts)
+    if facts is None:
+        raise UserError(
+            f"{store.uri} holds no books of a run; give the run store itself, the folder or prefix that holds "
+            f"{FOLDER}/, spec.json and checkpoints/."
+        )
+    return facts
+
+
+def key_of(number: int) -> str:
+    """Numbers sort as text up to ten million."""
+    return f"{FOLDER}/{number:07d}.json"
+
+
+def enter(runs: Runs, run_id: str, store: Store, *, owner: str) -> tuple[Run, StoreJournal]:
+    """Become the supervisor of a run: from now on only the caller may spend.
+
+    The caller holds the run's `SupervisorLock`.
+
+    Raises:
+        StoreError: The run store cannot be reached; nobody knows whether another machine has the run.
+    """
+    journal = StoreJournal(store)
+    run = runs.get(run_id)
+    take_over(runs.db, run_id, journal, facts_of(run, owner=owner))
+    return runs.entered(run_id), journal
+
+
+def facts_of(run: Run, *, owner: str) -> dict[str, Any]:
+    """What another machine needs to go on with the run, `owner` being the name under which this one rents."""
+    owners = sorted({*run.options.get(OWNERS, ()), owner})
+    return {
+        "run_id": run.run_id,
+        "recipe_name": run.recipe_name,
+        "recipe_digest": run.recipe_digest,
+        "recipe_json": run.recipe_json,
+        "options": {**run.options, OWNERS: owners},
+        "created_ms": run.created_ms,
+        "preemptions": run.preemptions,
+        "failures": run.failures,
+    }
+
+
+def recover(runs: Runs, store: Store) -> Run:
+    """Make the books of the run that this store belongs to, as far as they are not here yet, and take it over.
+
+    Every grant that was paid for counts to its last killer's time. The supervisor before can grant no more.
+
+    Raises:
+        UserError: The store holds no books, or books of another run stand here under that name.
+    """
+    journal, facts = StoreJournal(store), facts_in(store)
+    run_id = str(facts["run_id"])
+    options = {**facts["options"], STORE: store.uri}
+    with transaction(runs.db):
+        row = runs.db.execute("SELECT * FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        if row is None:
+            _insert(runs.db, facts, options)
+        elif row["recipe_digest"] != facts["recipe_digest"] or row["created_at"] != str(facts["created_ms"]):
+            raise UserError(
+                f"another run stands in these books as {run_id}; set SLM_HOME to a folder of its own and run it again."
+            )
+        else:
+            runs.set_options(run_id, options)
+    take_over(runs.db, run_id, journal, {**facts, "options": facts["options"]})
+    return runs.entered(run_id)
+
+
+def _insert(db: sqlite3.Connection, facts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    try:
+        db.execute(
+            "INSERT INTO runs (run_id, recipe_name, recipe_digest, recipe_json, options_json, cap_micro_usd, state, "
+            "preemptions, failures, created_at, updated_at) VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?)",
+            (
+                facts["run_id"],
+                facts["recipe_name"],
+                facts["recipe_digest"],
+                facts["recipe_json"],
+                json.dumps(options, sort_keys=True),
+                RunState.RECOVERING.value,
+                facts["preemptions"],
+                facts["failures"],
+                str(facts["created_ms"]),
+                str(facts["created_ms"]),
+            ),
+        )
+    except KeyError as error:
+        raise JournalDamaged(f"the books in the run store lack {error}; bring them back from a copy.") from error

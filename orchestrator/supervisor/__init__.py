@@ -1,0 +1,1 @@
+"""Renting, watching and paying for one run until it ends."""

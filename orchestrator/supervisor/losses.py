@@ -1,0 +1,42 @@
+"""What the trainer is told of losses and restarts, so that it can choose when to save.
+
+The plan's belief goes into the run's options; each new lease adds what this run has seen itself. Rates leave here in
+real time, as the trainer's clock counts; the books count billed time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cost.ledger.accounts import LeaseAccount
+from cost.market.preemption import SECONDS_PER_HOUR, Hazard
+from cost.plan.plans import Estimate
+from tasks.spec import Losses
+
+MS_PER_HOUR = 1000 * SECONDS_PER_HOUR
+
+
+def believed(best: Estimate, hazard: Hazard, *, time_scale: float) -> dict[str, float]:
+    """What the plan believes of the offer that it chose, as it stands in a run's options."""
+    return {
+        "losses": hazard.losses,
+        "node_hours": hazard.node_hours,
+        "saved_at_notice": best.bill.pace.saved_at_notice,
+        "restart_seconds": best.bill.pace.recovery_seconds / time_scale,
+        "time_scale": time_scale,
+    }
+
+
+def learned(options: Mapping[str, Any], accounts: Iterable[LeaseAccount], preemptions: int) -> Losses | None:
+    """That belief after what this run has seen; None for a run that was launched without one."""
+    belief = options.get("losses")
+    if belief is None:
+        return None
+    node_ms = sum(one.num_nodes * max(0, one.accrued_until_ms - one.started_ms) for one in accounts)
+    prior = Hazard(belief["losses"], belief["node_hours"], "the plan")
+    return Losses(
+        per_node_hour=prior.updated(preemptions, node_ms / MS_PER_HOUR).per_node_hour * belief["time_scale"],
+        saved_at_notice=belief["saved_at_notice"],
+        restart_seconds=belief["restart_seconds"],
+    )

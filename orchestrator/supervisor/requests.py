@@ -1,0 +1,542 @@
+"""What a person asks for, as functions: launch, resume, stop, prepare.
+
+The command line parses and renders; the loop is in `supervise`, looking is in `report`. Everything that a second run of
+the same command needs to repair a broken one stands in the books or in the run store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any
+
+from cost.errors import SlmError, UserError
+from cost.ledger.database import transaction
+from cost.ledger.leases import Lease
+from cost.ledger.ledger import Ledger
+from cost.ledger.recovery import Candidate
+from cost.market.offers import Offer
+from orchestrator.backends.base import Backend
+from orchestrator.backends.local.backend import LocalBackend
+from orchestrator.clock import SystemClock
+from orchestrator.events import Emit, Event, EventLog
+from orchestrator.planning.replan import measured, replanned
+from orchestrator.runs import journal as journals
+from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
+from orchestrator.runs.status import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
+from orchestrator.settings import Home
+from orchestrator.supervisor.grants import heard_ms
+from orchestrator.supervisor.incidentals import Extras, download_usd, rates_on
+from orchestrator.supervisor.lease_policy import Terms, TermsOf, needed_usd, same_terms
+from orchestrator.supervisor.lease_watch import StopSwitch
+from orchestrator.supervisor.losses import learned
+from orchestrator.supervisor.notify import keep, notified
+from orchestrator.supervisor.supervise import Supervisor
+from tasks.data.store_data import offer_data
+from tasks.recipe.schema import Recipe
+from tasks.spec import Losses, RunSpec
+from tasks.stores.opening import SUPERVISORS, below, open_for_training, open_store
+from trainer.run_store.base import Store
+
+LOCAL = "local"
+NODE_COMMAND = ("-m", "tasks", "node")
+MAX_CANDIDATES = 8
+STOP_WAIT_SECONDS = 120.0
+
+
+# -- launching ---------------------------------------------------------------------------------
+
+
+def launch(
+    recipe: Recipe,
+    offers: Sequence[Offer],
+    *,
+    home: Home,
+    budget_usd: Decimal | None,
+    on_event: Emit,
+    switch: StopSwitch | None = None,
+    checkpoint_interval_seconds: float | None = None,
+    notify_target: str | None = None,
+    losses: Mapping[str, float] | None = None,
+    single_supervisor: bool = False,
+    store: str | None = None,
+    expected_usd: Mapping[str, Decimal] | None = None,
+    planned_speed: Mapping[str, float] | None = None,
+    allow_unguarded: bool = False,
+) -> RunSummary:
+    """Run the recipe to its end on the first of `offers` that can be had.
+
+    An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
+    stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given. `store` is the folder
+    or bucket under which a new run gets its run store, by default in this home. `expected_usd`: of the whole run, by
+    offer_id, for telling later whether another offer has become cheaper. `planned_speed`: tokens per second of one
+    device by offer_id. `allow_unguarded`: also where nothing would end a hung node.
+
+    Raises:
+        UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
+    """
+    home.create()
+    backend = recipe.backend or LOCAL
+    recipe.concrete_precision()  # a run is never created with one that is still open
+    cap_usd = recipe.budget_usd if budget_usd is None else budget_usd
+    if backend != LOCAL:
+        offers = require_cloud(recipe, offers, store=store, cap_usd=cap_usd, allow_unguarded=allow_unguarded)
+    with books(home) as runs:
+        known = unfinished(runs, recipe, home)
+        if known is None:
+            require_one_lease(
+                candidates_of(offers, recipe, terms_of(recipe, backend), scale=scale_of(recipe, backend)),
+                cap_usd,
+                Decimal(0),
+            )
+            open_store(store or str(home.root / "store"))  # one that refuses says so before there is a run
+        run = known or created(
+            runs,
+            home,
+            recipe,
+            store=store,
+            cap_usd=cap_usd,
+            options={
+                "backend": backend,
+                "allow_unguarded": allow_unguarded,
+                "planned_speed": dict(planned_speed or {}),
+                "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
+                "checkpoint_interval_seconds": checkpoint_interval_seconds,
+                "losses": losses,
+                "single_supervisor": single_supervisor,
+                "expected_usd": {one: str(usd) for one, usd in (expected_usd or {}).items()},
+            },
+        )
+        remember_whom_to_tell(home, run.run_id, notify_target)
+    return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
+
+
+def created(
+    runs: Runs, home: Home, recipe: Recipe, *, store: str | None, cap_usd: Decimal, options: Mapping[str, Any]
+) -> Run:
+    """A new run, with the places that another machine would look for it in."""
+    with transaction(runs.db):
+        run = runs.create(
+            recipe_name=recipe.name,
+            recipe_digest=recipe.digest(),
+            recipe_json=recipe.model_dump_json(),
+            options=options,
+            cap_usd=cap_usd,
+        )
+        places = {journals.MARKET: str(home.run_dir(run.run_id) / "market")}
+        if store is not None:
+            places[journals.STORE] = below(store, f"slm-{home.owner_id()}-{run.run_id}")
+        runs.set_options(run.run_id, {**options, **places})
+    return runs.get(run.run_id)
+
+
+def recover(store_uri: str, *, home: Home) -> RunStatus:
+    """Make the books of a run from its run store, on a machine that knows nothing of it, and take it over.
+
+    Nothing is rented or ended: `resume` goes on with the run, `stop` ends it.
+
+    Raises:
+        UserError: There are no books in that store, or a living supervisor of this machine has the run.
+    """
+    home.create()
+    store = open_store(store_uri, create=False)
+    run_id = journals.run_id_in(store)
+    with SupervisorLock(lock_path(home, run_id), run_id), books(home) as runs:
+        run = journals.recover(runs, store)
+        return status_of(run, runs, home)
+
+
+def resume(
+    run_id: str | None,
+    *,
+    home: Home,
+    budget_usd: Decimal | None,
+    on_event: Emit,
+    switch: StopSwitch | None = None,
+    notify_target: str | None = None,
+    single_supervisor: bool = False,
+) -> RunSummary:
+    """Go on with a run that stopped, with a new cap if one is given.
+
+    Raises:
+        UserError: It is complete, or a supervisor is alive.
+    """
+    with books(home) as runs:
+        run = runs.pick(run_id)
+    if run.state is RunState.SUCCEEDED:
+        raise UserError(f"run {run.run_id} is complete; see: slm status {run.run_id}")
+    remember_whom_to_tell(home, run.run_id, notify_target)
+    if single_supervisor and not run.options.get("single_supervisor"):
+        with books(home) as runs:
+            runs.set_options(run.run_id, {**run.options, "single_supervisor": True})
+    return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
+
+
+def remember_whom_to_tell(home: Home, run_id: str, notify_target: str | None) -> None:
+    """For this supervisor and every later one; None leaves it as it is."""
+    if notify_target is not None:
+        keep(home, run_id, notify_target)
+
+
+def unfinished(runs: Runs, recipe: Recipe, home: Home) -> Run | None:
+    """The newest run of exactly this recipe that was cut off, so that the same command repairs it."""
+    same = [run for run in runs.all() if run.recipe_digest == recipe.digest() and not run.is_finished]
+    for run in reversed(same):
+        if is_supervised(lock_path(home, run.run_id)):
+            raise UserError(
+                f"{run.run_id} runs this recipe already; follow it with: slm status {run.run_id}, "
+                f"end it with: slm stop {run.run_id}"
+            )
+    return same[-1] if same else None
+
+
+def supervise(
+    run_id: str, *, home: Home, budget_usd: Decimal | None, on_event: Emit, switch: StopSwitch | None
+) -> RunSummary:
+    """Take the run over and keep it going until it ends; one supervisor at a time."""
+    switch = switch or StopSwitch()
+    started = time.monotonic()
+    with (
+        SupervisorLock(lock_path(home, run_id), run_id),
+        books(home) as runs,
+        signals(switch),
+        notified(home, run_id, EventLog(home.run_dir(run_id) / "events.jsonl", on_event)) as emit,
+    ):
+        asked_to_stop = runs.get(run_id).stop_requested
+        store = store_of(runs.get(run_id), runs, home)
+        run, journal = journals.enter(runs, run_id, store, owner=home.owner_id())
+        if asked_to_stop and not run.is_finished:
+            switch.press()
+        recipe = Recipe.model_validate_json(run.recipe_json)
+        ledger = Ledger(runs.db, run_id, epoch=run.epoch, journal=journal)
+        if budget_usd is not None and budget_usd != run.cap_usd:
+            ledger.set_cap(budget_usd)
+        clock = clock_of(run, recipe, ledger, store, emit)
+        data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
+        kind = run.options["backend"]
+        terms, scale = terms_of(recipe, kind), scale_of(recipe, kind)
+        offers = [offer_of(content) for content in run.options["offers"]]
+        backend = backend_of(recipe, run, store=store, home=home, offers=offers, emit=emit)
+        place = str(data_dir) if kind == LOCAL or switch.level else brought(store, data_dir, emit)
+        supervisor = Supervisor(
+            run_record=run,
+            runs=runs,
+            ledger=ledger,
+            backend=backend,
+            store=store,
+            clock=clock,
+            terms=terms,
+            candidates=lambda _: candidates_now(
+                run, store, ledger, candidates_of(offers, recipe, terms, run.options.get("expected_usd"), scale=scale)
+            ),
+            command=[sys.executable, *NODE_COMMAND],
+            owner=home.owner_id(),
+            owners=run.options.get(journals.OWNERS, ()),
+            write_spec=lambda lease: write_spec(
+                lease, run, recipe, store, place, learned(run.options, ledger.accounts(), preemptions_of(runs, run))
+            ),
+            emit=emit,
+            switch=switch,
+            extras=extras_of(run, recipe, ledger),
+        )
+        if not ledger.open_accounts() and not switch.level:
+            balance = ledger.balance()
+            require_one_lease(supervisor.candidates(balance.free_usd), balance.free_usd, balance.spent_usd)
+        supervisor.run()
+        return summary_of(runs, run_id, home, wall_seconds=time.monotonic() - started)
+
+
+def store_of(run: Run, runs: Runs, home: Home) -> Store:
+    """The run's store. One that vanished after the first lease held checkpoints: that is told, not made anew."""
+    return open_for_training(
+        journals.store_uri(run, home),
+        create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts(),
+        single_supervisor=bool(run.options.get("single_supervisor")),
+        patience=SUPERVISORS,
+    )
+
+
+def extras_of(run: Run, recipe: Recipe, ledger: Ledger) -> Extras:
+    """Storage and transfers of this run; its checkpoints are at most as far apart as it was planned."""
+    interval = run.options.get("checkpoint_interval_seconds") or recipe.train_config().checkpoint_interval_seconds
+    scale = scale_of(recipe, run.options["backend"])
+    num_params = recipe.num_params()
+    return Extras(
+        ledger,
+        lambda offer: rates_on(offer, num_params=num_params, interval_seconds=interval * scale),
+        lambda offer: download_usd(offer, num_params=num_params),
+    )
+
+
+def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_usd: Decimal) -> None:
+    """Refuse a budget that pays for nothing before anything is rented.
+
+    Raises:
+        UserError: Nothing can be rented, or the free budget is smaller than the smallest lease.
+    """
+    if not candidates:
+        raise UserError("the plan has no offer that can be rented; see why with: slm plan RECIPE --json")
+    smallest = min(one.needed_usd for one in candidates)
+    if free_usd < smallest:
+        enough = (spent_usd + smallest).quantize(Decimal("0.01"), rounding=ROUND_CEILING)
+        raise UserError(
+            f"${free_usd:.2f} of the cap is free, and the smallest lease sets aside ${smallest:.2f}; "
+            f"give at least --budget {enough}."
+        )
+
+
+def require_cloud(
+    recipe: Recipe, offers: Sequence[Offer], *, store: str | None, cap_usd: Decimal, allow_unguarded: bool
+) -> list[Offer]:
+    """The offers that may be rented; everything that can be known to be missing is told before there is a run.
+
+    Raises:
+        UserError: Nothing may be rented, or nodes could not reach what they need.
+    """
+    from orchestrator.supervisor import cloud_leases as cloud
+
+    if recipe.training.initial_weights is not None:
+        raise UserError(
+            "training.initial_weights is a folder of this machine, which nodes of a cloud do not reach yet."
+        )
+    cloud.require_cloud_store(store)
+    cloud.node_credentials()
+    found, reasons = cloud.rentable(offers, recipe, free_usd=cap_usd, allow_unguarded=allow_unguarded)
+    if offers and not found:
+        raise UserError(f"no offer of the plan may be rented: {'; '.join(reasons)}")
+    return found
+
+
+def scale_of(recipe: Recipe, backend: str) -> float:
+    """Billed seconds in a real one."""
+    return recipe.local.time_scale if backend == LOCAL else 1.0
+
+
+def terms_of(recipe: Recipe, backend: str = LOCAL) -> TermsOf:
+    if backend == LOCAL:
+        return same_terms(Terms(term_seconds=recipe.local.lease_seconds))
+    from orchestrator.supervisor.cloud_leases import terms_on_clouds
+
+    return terms_on_clouds(recipe)
+
+
+def candidates_of(
+    offers: Sequence[Offer],
+    recipe: Recipe,
+    terms: TermsOf,
+    expected_usd: Mapping[str, str] | None = None,
+    *,
+    scale: float,
+) -> list[Candidate]:
+    """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
+    counts, known = dict.fromkeys((recipe.nodes.max, recipe.nodes.min)), expected_usd or {}
+    return [
+        Candidate(
+            offer,
+            count,
+            needed_usd(offer, terms(offer), num_nodes=count, scale=scale),
+            Decimal(known[offer.offer_id]) if offer.offer_id in known else None,
+        )
+        for count in counts
+        for offer in offers
+    ]
+
+
+def candidates_now(run: Run, store: Store, ledger: Ledger, candidates: list[Candidate]) -> list[Candidate]:
+    """The plan's candidates in the order that the run's own speed suggests; the local cloud's GPUs are no GPUs."""
+    if run.options["backend"] == LOCAL:
+        return candidates
+    seen = measured(store, ledger.accounts(), run.options.get("planned_speed") or {})
+    return candidates if seen is None else replanned(candidates, [seen])
+
+
+def preemptions_of(runs: Runs, run: Run) -> int:
+    """As the books count them now."""
+    return runs.get(run.run_id).preemptions
+
+
+def write_spec(
+    lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: str, losses: Losses | None = None
+) -> None:
+    """Tell the nodes of this lease what to do; `data_dir`: a folder, or where the data lie in the run store."""
+    workers_per_node = max(1, lease.offer.gpus_per_node if run.options["backend"] != LOCAL else 1)
+    spec = RunSpec(
+        run_id=run.run_id,
+        lease_id=lease.lease_id,
+        attempt=lease.attempt,
+        recipe=recipe,
+        store_uri=store.uri,
+        data_dir=data_dir,
+        num_nodes=lease.num_nodes,
+        workers_per_node=workers_per_node,
+        min_workers=min(recipe.nodes.min, lease.num_nodes) * workers_per_node,
+        max_workers=lease.num_nodes * workers_per_node,
+        checkpoint_interval_seconds=run.options["checkpoint_interval_seconds"]
+        or recipe.train_config().checkpoint_interval_seconds,
+        losses=losses,
+    )
+    store.write("spec.json", spec.to_bytes())
+
+
+def backend_of(
+    recipe: Recipe,
+    run: Run,
+    *,
+    store: Store,
+    home: Home,
+    offers: Sequence[Offer],
+    emit: Emit,
+) -> Backend:
+    """The backend that the run was launched on."""
+    if run.options["backend"] != LOCAL:
+        from orchestrator.backends.registry import known_leases
+        from orchestrator.supervisor.cloud_leases import sky_backend
+
+        return sky_backend(
+            home.run_dir(run.run_id),
+            store,
+            offers,
+            recipe,
+            allow_unguarded=bool(run.options.get("allow_unguarded")),
+            known_leases=lambda: known_leases(home),
+            starts=home.starts,
+            tell=lambda message: emit(Event("cloud", message, datetime.now(UTC))),
+        )
+    return LocalBackend(
+        Path(run.options.get(journals.MARKET) or home.run_dir(run.run_id) / "market"),
+        run.run_id,
+        store_uri=store.uri,
+        market=recipe.local.market,
+        time_scale=recipe.local.time_scale,
+        seed=recipe.local.seed,
+        offers=offers,
+    )
+
+
+def brought(store: Store, data_dir: Path, emit: Emit) -> str:
+    """Where nodes find the prepared data in the run store."""
+    emit(Event("prepare", "bringing the prepared data to the run store", datetime.now(UTC)))
+    return offer_data(store, data_dir)
+
+
+def clock_of(run: Run, recipe: Recipe, ledger: Ledger, store: Store, emit: Emit) -> SystemClock:
+    """Billed time of the run, never before the newest entry of its books or the newest grant of its nodes."""
+    scale = scale_of(recipe, run.options["backend"])
+    clock = SystemClock(
+        origin_ms=run.created_ms,
+        scale=scale,
+        floor_ms=max(ledger.newest_ms(), heard_ms(store, ledger.open_accounts())),
+        last_moment_ms=ledger.last_moment_ms(),
+    )
+    if clock.went_back_ms > 1000:
+        seconds = clock.went_back_ms / 1000
+        message = (
+            f"this machine's clock stands {seconds:.0f} s before the newest entry of the books; going on from there"
+        )
+        emit(Event("warning", message, datetime.now(UTC)))
+    return clock
+
+
+def prepare(recipe: Recipe, *, home: Home, on_event: Emit, switch: StopSwitch | None = None) -> Path:
+    """The prepared data set of this recipe; a child process makes it if it is not there.
+
+    Raises:
+        SlmError: The preparation failed; the message is its own.
+    """
+    home.data_root.mkdir(parents=True, exist_ok=True)
+    recipe_file = home.data_root / f".{recipe.digest()[:16]}.{os.getpid()}.json"
+    recipe_file.write_text(recipe.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "tasks", "prepare", "--recipe-json", str(recipe_file)]
+    command += ["--data-root", str(home.data_root)]
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as child:  # a session of its own: Ctrl-C reaches us only
+            assert child.stdout is not None and child.stderr is not None
+            output, errors = follow_child(child, on_event, switch)
+            code = child.returncode
+    finally:
+        recipe_file.unlink(missing_ok=True)
+    if code != 0:
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        error = UserError if code == UserError.exit_code else SlmError
+        raise error(last.removeprefix("Error: "))
+    return Path(json.loads(output.strip().splitlines()[-1])["data_dir"])
+
+
+def follow_child(child: subprocess.Popen[str], on_event: Emit, switch: StopSwitch | None) -> tuple[str, str]:
+    """Wait for the preparation; a stop ends it."""
+    on_event(Event("prepare", "preparing data", datetime.now(UTC)))
+    while True:
+        try:
+            return child.communicate(timeout=FOLLOW_SECONDS)
+        except subprocess.TimeoutExpired:
+            if switch is not None and switch.level:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
+                raise SlmError("stopped while preparing data; nothing was rented, run it again to go on.") from None
+
+
+def stop(run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:
+    """Ask a run for a checkpoint and its end, and wait for it; without a supervisor, do it here.
+
+    Raises:
+        SlmError: Its supervisor did not stop in time.
+    """
+    with books(home) as runs:
+        run = runs.pick(run_id)
+        if not run.is_finished:
+            runs.request_stop(run.run_id)
+            if not is_supervised(lock_path(home, run.run_id)):
+                supervise(run.run_id, home=home, budget_usd=None, on_event=on_event, switch=None)
+            wait_until_finished(runs, run.run_id)
+        return status_of(runs.get(run.run_id), runs, home)
+
+
+def wait_until_finished(runs: Runs, run_id: str) -> None:
+    deadline = time.monotonic() + STOP_WAIT_SECONDS
+    while runs.get(run_id).state not in TERMINAL:
+        if time.monotonic() > deadline:
+            raise SlmError(
+                f"run {run_id} did not stop within {STOP_WAIT_SECONDS:.0f} s; its nodes end by themselves when their "
+                f"grant runs out. Look at: slm logs {run_id}"
+            )
+        time.sleep(FOLLOW_SECONDS)
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def signals(switch: StopSwitch) -> Iterator[None]:
+    """Ctrl-C and SIGTERM press the switch instead of ending us in the middle of a step."""
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {one: signal.signal(one, lambda *_: switch.press()) for one in wanted}
+    except ValueError:  # not in the main thread: whoever called us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def offer_of(content: Mapping[str, Any]) -> Offer:
+    """An offer as it was written into a run's options."""
+    prices = {
+        name: None if content[name] is None else Decimal(content[name])
+        for name in ("usd_per_hour", "on_demand_usd_per_hour")
+    }
+    return Offer(**{**content, **prices})

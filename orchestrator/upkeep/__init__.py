@@ -1,0 +1,1 @@
+"""Looking after the installation and the accounts: doctor, inventory, stop all."""

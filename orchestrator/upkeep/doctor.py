@@ -1,0 +1,311 @@
+"""`slm doctor`: whether everything is as it must be before money is spent; each finding with the way out.
+
+Looks, and writes only under a name of its own into the store, which it deletes again. Nothing is ended: that is
+`slm reconcile`. Whatever may hang runs in a process or thread of its own and has a time limit.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sqlite3
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from cost.errors import SlmError
+from cost.ledger.leases import usd
+from cost.ledger.ledger import Ledger, replay
+from cost.market.providers import KillerKind, provider, refusal
+from orchestrator.backends.base import Backend
+from orchestrator.backends.cloud_support import arms
+from orchestrator.backends.sky.enabled_clouds import Enabled, enabled_clouds
+from orchestrator.backends.sky.terminators import armable
+from orchestrator.figures import duration, plural
+from orchestrator.runs.status import books
+from orchestrator.settings import Home
+from orchestrator.upkeep import clock_skew
+from orchestrator.upkeep.inventory import reconcile
+from tasks.stores import opening as stores
+from tasks.stores.opening import open_store
+from trainer.run_store.base import Store
+
+GIB = 2**30
+FAIL_BELOW_GIB = 1.0
+WARN_BELOW_GIB = 10.0
+"""A checkpoint of a model of a billion parameters takes about 12 GiB."""
+PROBE_PREFIX = "doctor/"
+OLDEST_TORCH = (2, 11)
+RAY = "2.60.0"
+SKYPILOT = "0.14.1"
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact, and where it is not well, what to do."""
+
+    name: str
+    level: Level
+    detail: str
+    way_out: str = ""
+
+
+def examine(
+    home: Home,
+    backends: Sequence[Backend],
+    *,
+    store_uri: str | None = None,
+    time_server: tuple[str, int] | None = clock_skew.TIME_SERVER,
+    ask_skypilot: Callable[[], Enabled] = enabled_clouds,
+) -> Iterator[Finding]:
+    """Every finding, as soon as it is known."""
+    yield from packages()
+    yield home_folder(home)
+    yield disk("disk", home.root)
+    yield from ledgers(home)
+    yield from clouds(ask_skypilot)
+    store = None
+    for finding in storage(home, store_uri):
+        if isinstance(finding, Finding):
+            yield finding
+        else:
+            store = finding
+    yield clock(store, time_server)
+    yield from leaks(home, backends)
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def packages() -> Iterator[Finding]:
+    """Python and what training here, or renting elsewhere, needs."""
+    running = f"Python {platform.python_version()} on {platform.system()}, {plural(os.cpu_count() or 1, 'core')}"
+    yield Finding("python", Level.OK, f"{running}, slm {installed('slm') or 'from a checkout'}")
+    training = {name: installed(name) for name in ("torch", "lightning", "ray")}
+    missing = [name for name, found in training.items() if found is None]
+    shown = ", ".join(f"{name} {found}" for name, found in training.items() if found is not None)
+    if missing:
+        detail = f"{', '.join(missing)} not installed: this machine can plan and supervise, not train"
+        yield Finding("training", Level.WARN, detail, "pip install 'slm[train]'")
+    elif numbers(training["torch"] or "") < OLDEST_TORCH or training["ray"] != RAY:
+        wanted = f"torch {'.'.join(map(str, OLDEST_TORCH))} or newer and ray {RAY}"
+        yield Finding("training", Level.FAIL, f"{shown}; {wanted} is needed", "pip install 'slm[train]'")
+    else:
+        yield Finding("training", Level.OK, shown)
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, without importing it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """2.13.0+cpu as (2, 13, 0)."""
+    return tuple(int(part) for part in text.partition("+")[0].split(".") if part.isdigit())
+
+
+def home_folder(home: Home) -> Finding:
+    """It holds the books and the addresses of nodes."""
+    mode = stat.S_IMODE(home.root.stat().st_mode)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return Finding("home", Level.WARN, f"{home.root} is open to others ({mode:o})", f"chmod 700 {home.root}")
+    return Finding("home", Level.OK, f"{home.root}, clusters are named slm-{home.owner_id()}-...")
+
+
+def disk(name: str, folder: Path) -> Finding:
+    return space(name, folder, shutil.disk_usage(folder).free / GIB)
+
+
+def space(name: str, folder: Path, free: float) -> Finding:
+    """Whether so many GiB are enough."""
+    detail = f"{free:.1f} GiB free at {folder}"
+    if free >= WARN_BELOW_GIB:
+        return Finding(name, Level.OK, detail)
+    level = Level.FAIL if free < FAIL_BELOW_GIB else Level.WARN
+    return Finding(name, level, detail, "free some, or set SLM_HOME to a larger disk; full, no grant can be written")
+
+
+# ---------------------------------------------------------------- the books
+
+
+def ledgers(home: Home) -> Iterator[Finding]:
+    """Whether the file is whole, and whether its entries add up to what its leases say."""
+    if not home.database.exists():
+        yield Finding("books", Level.OK, "nothing was launched yet")
+        return
+    try:
+        with books(home) as runs:
+            said = [row[0] for row in runs.db.execute("PRAGMA integrity_check")]
+            if said != ["ok"]:
+                yield Finding("books", Level.FAIL, f"{home.database} is damaged: {said[0]}", RESTORE)
+                return
+            all_runs = runs.all()
+            wrong = [text for run in all_runs if (text := discrepancy(Ledger(runs.db, run.run_id, epoch=run.epoch)))]
+    except (SlmError, sqlite3.Error) as error:
+        yield Finding("books", Level.FAIL, str(error), RESTORE)
+        return
+    for text in wrong:
+        yield Finding("books", Level.FAIL, text, "launch nothing; keep a copy of the file, and report this as a bug")
+    if not wrong:
+        yield Finding(
+            "books", Level.OK, f"{plural(len(all_runs), 'run')}, whole, every balance is the sum of its entries"
+        )
+
+
+RESTORE = (
+    "launch nothing; nodes end by themselves. Bring back a copy of the file, or move it away and run: slm reconcile"
+)
+
+
+def discrepancy(ledger: Ledger) -> str:
+    """Where the sum of the entries, line by line, is not what leases and other lines say; empty where it is."""
+    spent, held = replay(ledger.entries())
+    leases, lines = ledger.accounts(), ledger.lines()
+    spent_there = sum(one.spent_micro_usd for one in leases) + sum(one.spent_micro_usd for one in lines)
+    held_there = sum(one.held_micro_usd for one in leases) + sum(one.held_micro_usd for one in lines)
+    if (spent, held) == (spent_there, held_there):
+        return ""
+    return (
+        f"the entries of run {ledger.run_id} add up to ${usd(spent)} spent and ${usd(held)} held, its leases and other "
+        f"lines to ${usd(spent_there)} and ${usd(held_there)}"
+    )
+
+
+# ---------------------------------------------------------------- clouds
+
+
+def clouds(ask_skypilot: Callable[[], Enabled]) -> Iterator[Finding]:
+    """What can be rented from, and what ends a node there when nobody is left to."""
+    yield killers("local", "this machine plays a spot market: slm launch demo")
+    found = installed("skypilot")
+    if found is None:
+        yield Finding("skypilot", Level.WARN, "not installed: no cloud can be rented from", "pip install 'slm[cloud]'")
+        return
+    if found != SKYPILOT:
+        detail = f"version {found}; slm is made for {SKYPILOT}"
+        yield Finding("skypilot", Level.WARN, detail, f"pip install skypilot=={SKYPILOT}")
+    asked = ask_skypilot()
+    if asked.problem is not None:
+        yield Finding("skypilot", Level.FAIL, asked.problem, "sky check; if that fails too, install SkyPilot anew")
+    elif not asked.enabled:
+        yield Finding("skypilot", Level.WARN, "has credentials for no cloud", "sky check")
+    else:
+        yield Finding("skypilot", Level.OK, f"{found}, has credentials for {', '.join(asked.enabled)}")
+        for name in asked.enabled:
+            yield killers(name, "")
+
+
+def killers(name: str, about: str) -> Finding:
+    """What ends a node of this cloud without us."""
+    profile = provider(name)
+    counted = [one for one in profile.killers if one.kind is not KillerKind.SKY]
+    detail = ", ".join(f"{one.name} ({one.kind}, {duration(one.latency_seconds)})" for one in counted)
+    detail = f"ends a node without us: {detail}" + (f"; {about}" if about else "")
+    armed = profile if name == "local" else armable(profile, arms())
+    refused = refusal(armed, allow_unguarded=False)
+    if refused is not None:
+        return Finding(f"cloud {name}", Level.WARN, refused, "slm plan leaves its offers out; rent elsewhere")
+    if profile.balance_only:
+        way_out = "keep no more on the prepaid account than a run may cost, with automatic payment off"
+        return Finding(f"cloud {name}", Level.WARN, detail, way_out)
+    if profile.arm_seconds:
+        detail += f"; the provider's limit is armed up to {duration(profile.arm_seconds)} after the start"
+    return Finding(f"cloud {name}", Level.OK, detail)
+
+
+# ---------------------------------------------------------------- the store
+
+
+def storage(home: Home, uri: str | None) -> Iterator[Finding | Store]:
+    """Each permission that a run needs, and last the store itself where it can be opened."""
+    try:
+        store = open_store(uri or str(home.root / "store"))
+    except (SlmError, OSError) as error:
+        yield Finding("store", Level.FAIL, str(error), "give --store a folder or bucket that this user may write to")
+        return
+    folder = folder_of(store)
+    if folder is not None:
+        yield disk("store disk", folder)
+    yield from probe(store)
+    yield store
+
+
+def probe(store: Store) -> Iterator[Finding]:
+    """Every permission and property that a run needs of its store."""
+    asked = stores.probe(store)
+    wrong = [one for one in asked if not one.ok]
+    if not wrong:
+        yield Finding("store", Level.OK, f"{store.uri}: {', '.join(one.name for one in asked)}: as they should be")
+    for one in wrong:
+        way_out = "allow this user to read, write, list and delete there, or use another store"
+        if one.name == "conditional writes":
+            way_out = "use another store, or launch with --single-supervisor and run only one"
+        yield Finding("store", Level.FAIL, f"{store.uri}: {one.name}: {one.detail}", way_out)
+
+
+def folder_of(store: Store) -> Path | None:
+    """Where a directory store lies."""
+    parts = urlsplit(store.uri)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
+# ---------------------------------------------------------------- clock and leaks
+
+
+def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
+    """Against the store's clock and a time server's."""
+    asked: list[clock_skew.Skew | str] = []
+    if store is not None:
+        asked.append(clock_skew.of_store(store, folder_of(store)))
+    if time_server is not None:
+        asked.append(clock_skew.of_time_server(*time_server))
+    seen = [one for one in asked if isinstance(one, clock_skew.Skew)]
+    missing = [one for one in asked if isinstance(one, str)]
+    detail = "; ".join([*(f"{one.seconds:+.1f} s against {one.source}" for one in seen), *missing])
+    if not seen:
+        return Finding("clock", Level.WARN, f"cannot be compared: {detail}", "look at it yourself")
+    worst = max(abs(one.seconds) - one.uncertain_seconds for one in seen)
+    if worst >= clock_skew.FAIL_SECONDS:
+        return Finding("clock", Level.FAIL, f"{detail}: stores refuse requests that are 15 min off", SYNCHRONIZE)
+    if worst >= clock_skew.WARN_SECONDS:
+        detail += ": grants do not depend on it, times in the books do"
+        return Finding("clock", Level.WARN, detail, SYNCHRONIZE)
+    return Finding("clock", Level.OK, detail)
+
+
+SYNCHRONIZE = "switch time synchronization on: timedatectl set-ntp true"
+
+
+def leaks(home: Home, backends: Sequence[Backend]) -> Iterator[Finding]:
+    """What lives and should not; nothing is ended."""
+    try:
+        found = reconcile(home, backends, dry_run=True)
+    except SlmError as error:
+        yield Finding("leaks", Level.FAIL, f"what lives cannot be compared with the books: {error}", RESTORE)
+        return
+    for problem in found.problems:
+        yield Finding("leaks", Level.WARN, problem, "slm reconcile")
+    for one in found.leaked:
+        detail = (
+            f"{plural(one.num_nodes, 'node')} of {one.name} at {one.backend}, {one.verdict}: ${one.usd_per_hour:.2f}/h"
+        )
+        yield Finding("leaks", Level.FAIL, detail, "slm reconcile")
+    if not found.problems and not found.leaked:
+        alive = [one for one in found.clusters if one.name.startswith(f"slm-{found.owner}-")]
+        yield Finding(
+            "leaks", Level.OK, f"none; {plural(len(alive), 'cluster')} of ours, all paid for" if alive else "none"
+        )

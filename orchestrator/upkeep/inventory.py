@@ -1,0 +1,247 @@
+"""What of ours lives anywhere, whether the books still pay for it, and the end of what they do not.
+
+Ours is what carries the name `slm-OWNER-`; nothing else is ever touched. Instances are listed before the books are
+read: a lease stands in the books before anything is rented for it, so whatever is listed and paid for is found there.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+
+from cost.errors import SlmError
+from cost.ledger.accounts import LeaseAccount
+from cost.ledger.database import DatabaseError
+from cost.ledger.journal import records_from
+from cost.ledger.ledger import Ledger
+from orchestrator.backends.base import Backend, BackendError, Instance
+from orchestrator.clock import SystemClock
+from orchestrator.runs.journal import OWNERS, StoreJournal
+from orchestrator.runs.records import Run, Runs, is_supervised
+from orchestrator.runs.status import books, lock_path
+from orchestrator.settings import Home
+from orchestrator.supervisor.reconcile import is_ours, lease_of
+from orchestrator.supervisor.requests import store_of
+from tasks.recipe.schema import Recipe
+
+TRIES = 3
+PAUSE_SECONDS = 2.0
+"""Between two tries to end what is still listed."""
+
+
+class Verdict(StrEnum):
+    """What the books say of a cluster that lives."""
+
+    SUPERVISED = "supervised"
+    PAID = "paid"
+    """Nobody supervises it, but its paid time is not over: the next supervisor of its run takes it over."""
+    ELSEWHERE = "elsewhere"
+    """Its paid time is over in these books, but another machine has taken the run over and pays by its own."""
+    EXPIRED = "expired"
+    SETTLED = "settled"
+    UNKNOWN = "unknown"
+    FOREIGN = "foreign"
+    """It is on a list of ours and does not carry our name."""
+
+
+MUST_END = frozenset({Verdict.EXPIRED, Verdict.SETTLED, Verdict.UNKNOWN})
+
+
+class Outcome(StrEnum):
+    """What was done with it."""
+
+    KEPT = "kept"
+    WOULD_END = "would end"
+    ENDED = "ended"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """All nodes of one name at one backend."""
+
+    name: str
+    backend: str
+    run_id: str
+    num_nodes: int
+    usd_per_hour: Decimal
+    """Of all its nodes."""
+    started_at: datetime
+    verdict: Verdict
+    outcome: Outcome = Outcome.KEPT
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Everything that was found. `problems` are places that could not be looked at."""
+
+    owner: str
+    dry_run: bool
+    clusters: tuple[Cluster, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def leaked(self) -> tuple[Cluster, ...]:
+        """What should not live and does."""
+        return tuple(one for one in self.clusters if one.outcome in (Outcome.WOULD_END, Outcome.LEFT))
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the books know: a verdict on each lease, and under which names a run's nodes were ever rented."""
+
+    owner: str
+    verdicts: Mapping[str, Verdict]
+    former_owners: Mapping[str, Sequence[str]]
+
+    def verdict(self, name: str) -> Verdict:
+        """On a cluster that lives."""
+        ours = is_ours(name, owner=self.owner) or any(
+            is_ours(name, owner=self.owner, run_id=run_id, owners=owners)
+            for run_id, owners in self.former_owners.items()
+        )
+        return self.verdicts.get(name, Verdict.UNKNOWN) if ours else Verdict.FOREIGN
+
+
+def reconcile(
+    home: Home,
+    backends: Sequence[Backend],
+    *,
+    dry_run: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+    now_ms: Callable[[Run, Ledger], int] | None = None,
+) -> Inventory:
+    """List everything that is ours, end what has expired or is unknown, and look again whether it is gone.
+
+    `now_ms` tells a run's billed time; by default its clock does.
+
+    Raises:
+        DatabaseError: The books are there and cannot be read: nothing is ended then.
+    """
+    listed: list[tuple[Backend, list[Instance]]] = []
+    problems = []
+    seen: set[tuple[str, str]] = set()
+    for backend in backends:
+        try:
+            alive = [one for one in backend.list_alive() if (one.lease_id, one.instance_id) not in seen]
+            listed.append((backend, alive))
+            seen |= {(one.lease_id, one.instance_id) for one in alive}  # a cloud and SkyPilot may both show it
+        except BackendError as error:
+            problems.append(f"{backend.name}: cannot list what is alive: {error}")
+    known = read_books(home, now_ms or billed_now_ms)
+    found = [
+        (backend, cluster_of(backend, nodes, known)) for backend, instances in listed for nodes in by_name(instances)
+    ]
+    clusters = [
+        one if one.verdict not in MUST_END else _end(backend, one, dry_run=dry_run, sleep=sleep)
+        for backend, one in found
+    ]
+    return Inventory(known.owner, dry_run, tuple(clusters), tuple(problems))
+
+
+def by_name(instances: Sequence[Instance]) -> list[list[Instance]]:
+    """Instances of one cluster together, clusters in the order of their names."""
+    names = sorted({one.lease_id for one in instances})
+    return [[one for one in instances if one.lease_id == name] for name in names]
+
+
+def cluster_of(backend: Backend, nodes: Sequence[Instance], known: Known) -> Cluster:
+    name = nodes[0].lease_id
+    return Cluster(
+        name=name,
+        backend=backend.name,
+        run_id=nodes[0].run_id,
+        num_nodes=len(nodes),
+        usd_per_hour=sum((one.usd_per_hour for one in nodes), Decimal(0)),
+        started_at=min(one.started_at for one in nodes),
+        verdict=known.verdict(name),
+    )
+
+
+def read_books(home: Home, now_ms: Callable[[Run, Ledger], int]) -> Known:
+    """What they know of every lease; nothing where there are none yet."""
+    owner = home.owner_id()
+    if not home.database.exists():
+        return Known(owner, {}, {})
+    try:
+        with books(home) as runs:
+            verdicts = {
+                account.lease.lease_id: verdict_of(account, run, runs, home, now_ms)
+                for run in runs.all()
+                for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+            }
+            return Known(owner, verdicts, {run.run_id: tuple(run.options.get(OWNERS, ())) for run in runs.all()})
+    except sqlite3.Error as error:
+        raise DatabaseError(
+            f"the books at {home.database} cannot be read, so nothing is ended: {error}; bring back a copy of the "
+            "file, or move it away, and then everything that carries our name is ended."
+        ) from error
+
+
+def verdict_of(
+    account: LeaseAccount, run: Run, runs: Runs, home: Home, now_ms: Callable[[Run, Ledger], int]
+) -> Verdict:
+    if not account.is_open:
+        return Verdict.SETTLED
+    if is_supervised(lock_path(home, run.run_id)):
+        return Verdict.SUPERVISED  # its supervisor looks every second, and ends what has expired itself
+    now = now_ms(run, Ledger(runs.db, run.run_id, epoch=run.epoch))
+    if now <= account.expires_ms + account.latency_ms:
+        return Verdict.PAID
+    return Verdict.ELSEWHERE if is_elsewhere(run, runs, home) else Verdict.EXPIRED
+
+
+def is_elsewhere(run: Run, runs: Runs, home: Home) -> bool:
+    """Whether the run store holds books of a supervisor that these books do not know.
+
+    A store that cannot be read is no reason to keep what is not paid for: then nobody can grant either.
+    """
+    try:
+        journal = StoreJournal(store_of(run, runs, home))
+        return any(found.epoch > run.epoch for found in records_from(journal, next_record(run, runs)))
+    except SlmError:
+        return False
+
+
+def next_record(run: Run, runs: Runs) -> int:
+    """The number of the first record of the run store that these books have not seen."""
+    row = runs.db.execute("SELECT journal_next FROM runs WHERE run_id = ?", (run.run_id,)).fetchone()
+    return int(row["journal_next"])
+
+
+def billed_now_ms(run: Run, ledger: Ledger) -> int:
+    """A run's billed time, as a supervisor that started now would see it."""
+    scale = 1.0
+    if run.options.get("backend") == "local":
+        scale = Recipe.model_validate_json(run.recipe_json).local.time_scale
+    return SystemClock(
+        origin_ms=run.created_ms, scale=scale, floor_ms=ledger.newest_ms(), last_moment_ms=ledger.last_moment_ms()
+    ).now_ms()
+
+
+def _end(backend: Backend, one: Cluster, *, dry_run: bool, sleep: Callable[[float], None]) -> Cluster:
+    """End it and look again; a few times, since a provider may refuse or lie for a moment."""
+    if dry_run:
+        return replace(one, outcome=Outcome.WOULD_END)
+    detail = ""
+    for attempt in range(TRIES):
+        if attempt:
+            sleep(PAUSE_SECONDS)
+        try:
+            alive = [node for node in backend.list_alive() if node.lease_id == one.name]
+            if alive:
+                backend.stop(lease_of(alive[0], len(alive)))
+            alive = [node for node in backend.list_alive() if node.lease_id == one.name]
+        except BackendError as error:
+            detail = str(error)
+            continue
+        if not alive:
+            return replace(one, outcome=Outcome.ENDED)
+        detail = f"{len(alive)} nodes are still listed"
+    return replace(one, outcome=Outcome.LEFT, detail=detail)

@@ -1,0 +1,354 @@
+"""Runs, books and recipes as tables. The first line answers, the last names the next command.
+
+Everything here takes facts and a console and returns nothing; `as_json` prints the same facts for programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cost.ledger.leases import usd
+from orchestrator.figures import count, dollars, duration, nats, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from orchestrator.runs.status import LedgerView, RunStatus, RunSummary
+    from tasks.recipe.schema import RecipeSummary
+
+WIDTH_WITHOUT_TERMINAL = 100
+SCHEMA_VERSION = 1
+"""Of every JSON document that a command prints; raised when a key changes its meaning or goes."""
+
+
+def console_on(stream: TextIO) -> Console:
+    """A console as wide as the terminal, or of a fixed width where there is none."""
+    from rich.console import Console
+
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else WIDTH_WITHOUT_TERMINAL
+    return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=False)
+
+
+def as_json(facts: Any, stream: TextIO | None = None) -> None:
+    """One JSON document on the output; dataclasses become objects, money a number of dollars, times ISO 8601."""
+    document = {"version": SCHEMA_VERSION, **plain(facts)} if _is_object(facts) else plain(facts)
+    (stream or sys.stdout).write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(facts: Any) -> Any:
+    """The same facts in JSON's own types; what is not finite becomes null."""
+    if dataclasses.is_dataclass(facts) and not isinstance(facts, type):
+        return {field.name: plain(getattr(facts, field.name)) for field in dataclasses.fields(facts)}
+    if isinstance(facts, dict):
+        return {str(key): plain(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple | set | frozenset):
+        return [plain(one) for one in facts]
+    if isinstance(facts, Decimal):
+        return float(facts)
+    if isinstance(facts, datetime):
+        return facts.isoformat()
+    if isinstance(facts, Enum):
+        return facts.value
+    if isinstance(facts, Path):
+        return str(facts)
+    if isinstance(facts, float) and not -float("inf") < facts < float("inf"):
+        return None
+    return facts
+
+
+def table(*columns: str, right: Sequence[str] = (), fold: Sequence[str] = (), gap: int = 2) -> Table:
+    """A table without lines; figures are aligned to the right, and only `fold` columns may break."""
+    from rich.table import Table
+
+    made = Table(box=None, padding=(0, gap, 0, 0), header_style="bold", pad_edge=False)
+    for column in columns:
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column not in fold,
+            overflow="fold" if column in fold else "ellipsis",
+        )
+    return made
+
+
+def say(console: Console, *parts: RenderableType) -> None:
+    """Print texts as they are: no markup, since names of runs and paths may hold brackets."""
+    for part in parts:
+        console.print(part, markup=False)
+
+
+def tell(console: Console, line: str) -> None:
+    """A line to copy from, a command or a path: never broken, however narrow the terminal."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def following(console: Console, command: str) -> None:
+    """The end of every output: what a person most likely wants to do next."""
+    console.print()
+    tell(console, f"Next: {command}")
+
+
+def bullets(console: Console, lines: Sequence[str]) -> None:
+    """A list whose long lines go on under their own beginning."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for line in lines:
+        grid.add_row("-", line)
+    say(console, grid)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def statuses(runs: Sequence[RunStatus], console: Console) -> None:
+    """One run in full, several as a table."""
+    if not runs:
+        say(console, "No run yet.")
+        following(console, "slm launch demo")
+    elif len(runs) == 1:
+        _status(runs[0], console)
+    else:
+        _status_table(runs, console)
+
+
+def state_of(run: RunStatus) -> str:
+    """The state in words, and whether somebody acts on it."""
+    words = str(run.state).lower().replace("_", " ")
+    return words if run.supervisor_alive or is_final(run) else f"{words}, unsupervised"
+
+
+def is_final(run: RunStatus) -> bool:
+    """Whether the run has ended and holds nothing."""
+    return str(run.state) in FINAL_STATES
+
+
+FINAL_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "OUT_OF_BUDGET"})
+
+
+def next_command(run: RunStatus) -> str:
+    """What a person most likely wants to do now."""
+    state = str(run.state)
+    if state == "SUCCEEDED":
+        return f"slm ledger {run.run_id}"
+    if state == "OUT_OF_BUDGET":
+        return f"slm resume {run.run_id} --budget MORE   (more than {dollars(run.cap_usd)})"
+    if state == "FAILED":
+        return f"slm logs {run.run_id}"
+    if state == "STOPPED" or not run.supervisor_alive:
+        return f"slm resume {run.run_id}"
+    return f"slm logs {run.run_id} -f"
+
+
+def _status(run: RunStatus, console: Console) -> None:
+    say(console, f"{run.run_id} is {state_of(run)}: {_where(run)}.", "")
+    facts = table("", "")
+    facts.show_header = False
+    rows = [
+        ("recipe", run.recipe_name),
+        ("step", f"{_number(run.step)} of {_number(run.num_steps)}, {count(run.tokens)} tokens"),
+        ("loss (nats)", f"{nats(run.loss)}, held-out {nats(run.heldout_loss)}"),
+        ("speed", f"{count(run.tokens_per_second)} tokens/s {_on(run)}"),
+        ("offer", str(run.offer or "-")),
+        ("spent", f"{dollars(run.spent_usd)} of {dollars(run.cap_usd)}, {dollars(run.held_usd)} set aside"),
+        ("lost", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}"),
+        ("left", duration(run.eta_seconds)),
+        ("as of", f"{run.updated_at.astimezone():%Y-%m-%d %H:%M:%S}"),
+    ]
+    for name, value in rows:
+        facts.add_row(name, value)
+    say(console, facts)
+    if not run.supervisor_alive and not is_final(run):
+        say(console, "", "Nobody supervises this run: its nodes end by themselves when their grants expire.")
+    following(console, next_command(run))
+
+
+def _status_table(runs: Sequence[RunStatus], console: Console) -> None:
+    live = sum(not is_final(run) for run in runs)
+    spent = sum((run.spent_usd for run in runs), Decimal(0))
+    say(console, f"{plural(len(runs), 'run')}, {live} not ended, {dollars(spent)} spent in all.", "")
+    figures = ("steps", "loss (nats)", "tokens/s", "spent $", "cap $", "lost", "left")
+    shown = table("run", "state", *figures, right=figures, fold=("run",))
+    for run in runs:
+        shown.add_row(
+            run.run_id,
+            state_of(run),
+            f"{_number(run.step)}/{_number(run.num_steps)}",
+            nats(run.heldout_loss if run.heldout_loss is not None else run.loss),
+            count(run.tokens_per_second),
+            f"{run.spent_usd:.2f}",
+            f"{run.cap_usd:.2f}",
+            str(run.preemptions),
+            "-" if is_final(run) else duration(run.eta_seconds),
+        )
+    say(console, shown)
+    following(console, f"slm status {runs[-1].run_id}")
+
+
+def _on(run: RunStatus) -> str:
+    return f"on {plural(run.num_nodes, 'node')}" if run.num_nodes else "when it last trained"
+
+
+def _where(run: RunStatus) -> str:
+    share = f" ({100 * run.step / run.num_steps:.0f} %)" if run.step is not None and run.num_steps else ""
+    step = f"step {_number(run.step)} of {_number(run.num_steps)}{share}"
+    left = f", about {duration(run.eta_seconds)} left" if run.eta_seconds and not is_final(run) else ""
+    return f"{step}, {dollars(run.spent_usd)} of {dollars(run.cap_usd)} spent{left}"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def summary(ended: RunSummary, console: Console) -> None:
+    """How a run ended, what it cost and what it learnt."""
+    run, result = ended.status, ended.result or {}
+    say(console, "", f"{_headline(ended)}.", "")
+    facts = table("", "")
+    facts.show_header = False
+    start, end, entropy = (result.get(key) for key in ("first_heldout_loss", "heldout_loss", "unigram_entropy"))
+    if start is not None and end is not None:
+        facts.add_row("held-out loss (nats)", f"{nats(start)} -> {nats(end)}, fell by {nats(start - end)}")
+    if entropy is not None and end is not None:
+        side = "below" if end <= entropy else "above"
+        facts.add_row("unigram entropy (nats)", f"{nats(entropy)}; the model ends {nats(abs(entropy - end))} {side} it")
+    facts.add_row("trained", f"step {_number(run.step)} of {_number(run.num_steps)}, {count(run.tokens)} tokens")
+    share = 100 * float(run.spent_usd / run.cap_usd) if run.cap_usd else 0.0
+    facts.add_row("spent", f"{dollars(run.spent_usd)} of the {dollars(run.cap_usd)} cap ({share:.0f} %)")
+    facts.add_row("lost and recovered", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}")
+    if ended.goodput is not None:
+        kept = f"{100 * ended.goodput:.0f} % of the time that was paid for is steps that the weights kept"
+        facts.add_row("goodput", kept)
+    facts.add_row("billed", f"{duration(ended.billed_seconds)} of node time, in {duration(ended.wall_seconds)} here")
+    say(console, facts)
+    following(console, next_command(run))
+
+
+def summary_facts(ended: RunSummary) -> dict[str, Any]:
+    """The same for JSON, with the events."""
+    return {
+        "run": ended.status,
+        "result": ended.result,
+        "wall_seconds": ended.wall_seconds,
+        "billed_seconds": ended.billed_seconds,
+        "goodput": ended.goodput,
+        "events": ended.events,
+    }
+
+
+def _headline(ended: RunSummary) -> str:
+    run = ended.status
+    state = str(run.state)
+    cost = f"{dollars(run.spent_usd)} of {dollars(run.cap_usd)} spent"
+    if state == "SUCCEEDED":
+        return f"{run.run_id} finished in {duration(ended.wall_seconds)}; {cost}"
+    if state == "OUT_OF_BUDGET":
+        saved = "nothing is saved yet" if run.checkpoint_step is None else f"step {run.checkpoint_step} is saved"
+        return f"{run.run_id} stopped at its cap: {saved}, {cost}"
+    if state == "FAILED":
+        return f"{run.run_id} failed: {run.reason or 'see its logs'}; {cost}"
+    return f"{run.run_id} is {state_of(run)}: {_where(run)}"
+
+
+# ---------------------------------------------------------------- books
+
+
+def ledger(view: LedgerView, console: Console) -> None:
+    """The balance, then every entry; amounts are changes, to the millionth."""
+    balance = view.balance
+    left = f"{dollars(balance.held_usd)} set aside, {dollars(balance.free_usd)} free"
+    say(console, f"{view.run_id} has spent {dollars(balance.spent_usd)} of {dollars(balance.cap_usd)}; {left}.", "")
+    figures = ("#", "spent $", "set aside $")
+    shown = table(
+        "#", "billed time (UTC)", "lease", "entry", *figures[1:], "note", right=figures, fold=("note",), gap=1
+    )
+    for entry in view.entries:
+        shown.add_row(
+            str(entry.seq),
+            f"{billed_time(entry.at_ms):%m-%d %H:%M:%S}",
+            entry.lease_id.rpartition("-")[2],
+            entry.kind.value,
+            _change(entry.spent_micro_usd),
+            _change(entry.held_micro_usd),
+            entry.note,
+        )
+    spent, held = f"{balance.spent_usd:.6f}", f"{balance.held_usd:.6f}"
+    shown.add_row("", "", "", "balance", spent, held, f"{balance.free_usd:.6f} free", style="bold")
+    say(console, shown)
+    following(console, f"slm status {view.run_id}")
+
+
+def ledger_facts(view: LedgerView) -> dict[str, Any]:
+    """The books in dollars, for JSON."""
+    balance = view.balance
+    entries = [
+        {
+            "seq": entry.seq,
+            "billed_at": billed_time(entry.at_ms),
+            "lease_id": entry.lease_id,
+            "entry": entry.kind,
+            "spent_usd": usd(entry.spent_micro_usd),
+            "held_usd": usd(entry.held_micro_usd),
+            "note": entry.note,
+        }
+        for entry in view.entries
+    ]
+    leases = [
+        {
+            "lease_id": account.lease.lease_id,
+            "state": account.state,
+            "offer": account.lease.offer.offer_id,
+            "num_nodes": account.lease.num_nodes,
+            "outcome": account.outcome,
+            "spent_usd": usd(account.spent_micro_usd),
+            "held_usd": usd(account.held_micro_usd),
+            "started_at": billed_time(account.started_ms),
+            "ended_at": None if account.ended_ms is None else billed_time(account.ended_ms),
+        }
+        for account in view.leases
+    ]
+    return {
+        "run_id": view.run_id,
+        "cap_usd": balance.cap_usd,
+        "spent_usd": balance.spent_usd,
+        "held_usd": balance.held_usd,
+        "free_usd": balance.free_usd,
+        "leases": leases,
+        "entries": entries,
+    }
+
+
+def billed_time(at_ms: int) -> datetime:
+    """A moment of the books; on the local cloud billed time runs ahead of the clock on the wall."""
+    return datetime.fromtimestamp(at_ms / 1000, tz=UTC)
+
+
+def _change(micro_usd: int) -> str:
+    return f"{usd(micro_usd):+.6f}" if micro_usd else ""
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def recipes(lines: Sequence[RecipeSummary], console: Console) -> None:
+    """The recipes that have a name."""
+    say(console, f"{plural(len(lines), 'recipe')} by name; a path to a YAML file works as well.", "")
+    shown = table("recipe", "params", "tokens", "description", right=("params", "tokens"), fold=("description",))
+    for line in lines:
+        shown.add_row(line.name, count(line.num_params), count(line.num_tokens), line.description)
+    say(console, shown)
+    following(console, f"slm plan {lines[0].name if lines else 'PATH'}")
+
+
+def _is_object(facts: Any) -> bool:
+    return isinstance(facts, dict) or dataclasses.is_dataclass(facts)

@@ -1,0 +1,1 @@
+"""A run's weights in use: export, import, generation."""

@@ -1,0 +1,1 @@
+"""What runs on a rented node around training: set-up, Ray, processes, preemption notices."""

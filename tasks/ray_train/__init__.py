@@ -1,0 +1,1 @@
+"""Ray Train's driver and workers, and what makes them elastic."""

@@ -1,0 +1,1 @@
+"""Run stores beyond a folder: S3 and what speaks its protocol."""

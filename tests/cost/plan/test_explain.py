@@ -1,0 +1,61 @@
+"""Every number of an estimate follows from the inputs that its explanation shows."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from cost.market.offers import load_reference_offers
+from cost.plan.explain import explain
+from cost.plan.frontier import shape_of
+from cost.plan.planner import Emulation, Market, make_plan
+
+OFFERS = load_reference_offers().offers
+
+
+@pytest.mark.parametrize("cloud", ["verda", "aws", "gcp", "vast", "runpod"])
+def test_explanations_agree_with_the_estimate(cloud: str) -> None:
+    market = Market()
+    plan = make_plan(shape_of(5e8), OFFERS, budget_usd=Decimal(100), clouds=[cloud], max_nodes=2, market=market)
+    for one in (plan.ranked[0], plan.ranked[-1]):
+        found = {entry.name: entry for entry in explain(plan, one, market.hazards.of(one.offer))}
+        for line in one.lines:
+            assert found[line.name].value == pytest.approx(float(line.usd), abs=2e-6), line.name
+        assert found["total"].value == pytest.approx(float(one.total_usd))
+        assert found["hours"].value == pytest.approx(one.hours)
+        assert found["train_hours"].value == pytest.approx(one.train_hours)
+        assert found["expected_preemptions"].value == pytest.approx(one.expected_preemptions)
+        assert found["checkpoint_interval"].value == pytest.approx(one.checkpoint_interval_seconds)
+        assert found["peak_memory_gib"].value == pytest.approx(one.peak_memory_gib)
+        assert found["usd_per_param"].value == pytest.approx(float(one.usd_per_param), rel=1e-5)
+        seconds = sum(found["tokens_per_second"].inputs.values())
+        assert plan.workload.tokens_per_step / seconds == pytest.approx(one.tokens_per_second)
+        assert found["flops_per_token"].value == pytest.approx(plan.workload.flops_per_token)
+
+
+def test_every_explanation_has_a_formula_inputs_and_a_source() -> None:
+    plan = make_plan(shape_of(1e8), OFFERS, budget_usd=Decimal(100))
+    assert plan.best is not None
+    for entry in explain(plan, plan.best, Market().hazards.of(plan.best.offer)):
+        assert entry.formula
+        assert entry.inputs, entry.name
+        assert entry.source, entry.name
+        assert entry.unit, entry.name
+
+
+def test_the_loss_follows_from_the_constants_shown() -> None:
+    plan = make_plan(shape_of(1e8), OFFERS, budget_usd=Decimal(100))
+    assert plan.best is not None
+    found = {entry.name: entry for entry in explain(plan, plan.best, Market().hazards.of(plan.best.offer))}
+    x = found["predicted_loss"].inputs
+    by_formula = x["E"] + x["A"] / x["N"] ** x["alpha"] + x["B"] / (x["k"] * x["D"]) ** x["beta"]
+    assert found["predicted_loss"].value == pytest.approx(by_formula)
+
+
+def test_an_emulated_plan_can_be_explained() -> None:
+    work = shape_of(1e8, tokens_per_param=0.1)
+    plan = make_plan(work, OFFERS, budget_usd=Decimal(100), emulation=Emulation(2, 30.0, 1))
+    assert plan.best is not None
+    found = {entry.name: entry.value for entry in explain(plan, plan.best, Market().hazards.of(plan.best.offer))}
+    assert found["train_hours"] == pytest.approx(plan.best.train_hours)

@@ -1,0 +1,62 @@
+"""A home in which a run on a cloud happened: real books, written through the ledger, and a real run store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from cost.ledger.database import connect
+from cost.ledger.leases import Lease
+from cost.ledger.ledger import Ledger
+from cost.market.offers import Offer
+from orchestrator.runs.records import Run, Runs
+from orchestrator.settings import Home
+from tasks.recipe.schema import Recipe, load_recipe
+from trainer.run_store.base import DirectoryStore
+
+HOUR_MS = 3_600_000
+START_MS = 1_800_000_000_000
+SPEED = 9_000.0
+
+
+def ran_on(
+    home: Home,
+    offer: Offer,
+    *,
+    recipe: Recipe | None = None,
+    backend: str = "sky",
+    outcomes: Sequence[str] = ("preempted", "finished"),
+    hours_each: int = 2,
+    num_nodes: int = 1,
+    **progress: Any,
+) -> Run:
+    """One lease for each outcome, the last of which trained what `progress` says."""
+    trained = recipe or load_recipe("gpt2-124m", ["backend=sky"])
+    db = connect(home.create().database)
+    runs = Runs(db)
+    created = runs.create(
+        recipe_name=trained.name,
+        recipe_digest=trained.digest(),
+        recipe_json=trained.model_dump_json(),
+        options={"backend": backend, "offers": []},
+        cap_usd=Decimal(10_000),
+    )
+    run = runs.take_over(created.run_id)
+    ledger = Ledger(db, run.run_id, epoch=run.epoch)
+    now, lease_id = START_MS, ""
+    for attempt, outcome in enumerate(outcomes, start=1):
+        lease_id = f"slm-abc123-{run.run_id}-{attempt}"
+        lease = Lease(lease_id, run.run_id, attempt, offer, num_nodes, offer.usd_per_hour, 60.0, 0.0, run.epoch)
+        end = now + hours_each * HOUR_MS
+        ledger.reserve(lease, expires_ms=end, latency_ms=0, at_ms=now)
+        ledger.settle(lease_id, ended_ms=end, at_ms=end, outcome=outcome)
+        now = end
+    db.close()
+    store = DirectoryStore(home.store_dir(run.run_id))
+    world_size = num_nodes * offer.gpus_per_node
+    newest = {"step": 100, "world_size": world_size, "epoch": 1, "tokens_per_second": SPEED * world_size, **progress}
+    store.write("epochs/1.json", json.dumps({"epoch": 1, "lease_id": lease_id}).encode())
+    store.write("progress/latest.json", json.dumps(newest).encode())
+    return run

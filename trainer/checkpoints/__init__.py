@@ -1,0 +1,1 @@
+"""Saving and resuming, whole or not at all."""

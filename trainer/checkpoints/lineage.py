@@ -1,0 +1,227 @@
+"""Which checkpoint counts: epochs, each started by one conditional write, and the chain of parents between them.
+
+Every start of a group of workers is an epoch. It writes `epochs/E.json`, which names the checkpoint that it goes on
+from, and saves only under `checkpoints/epoch=E/`. A reader walks from the newest epoch to its parent and so on, and
+takes the newest whole checkpoint that it meets. What a process of an older epoch adds after the next one began (a
+zombie: cut off, but not dead) lies beyond a parent's step and is never met.
+Invariants: a checkpoint without its manifest does not exist; a manifest is written last and deleted first; the
+KEPT_AT_LEAST newest of the chain are never deleted. A store whose lists lag behind (S3 itself does not, some that
+speak its protocol do) hides neither the newest epoch nor its newest checkpoint: both are also found by name.
+This module is torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from cost.errors import SlmError
+from trainer.checkpoints.parts import Damaged as Damaged
+from trainer.checkpoints.parts import Part
+from trainer.run_store.base import Store, StoreKeyMissing
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 2
+KEPT_AT_LEAST = 2
+"""One could be damaged; and a zombie between its last look and its last deletion cannot take what a newer epoch
+starts from, because that is its own newest but one at the worst."""
+
+_EPOCH_KEY = re.compile(r"epochs/(\d+)\.json")
+_CHECKPOINT_KEY = re.compile(r"checkpoints/epoch=(\d+)/step=(\d+)/(.+)")
+
+
+class Superseded(SlmError):
+    """A newer group of workers has taken over this run."""
+
+    def __init__(self, epoch: int, newest: int) -> None:
+        self.epoch = epoch
+        self.newest = newest
+        super().__init__(
+            f"epoch {epoch} of this run was superseded by epoch {newest}; this process stops and leaves the run "
+            "to the newer one."
+        )
+
+    def __reduce__(self) -> tuple[type[Superseded], tuple[int, int]]:
+        return Superseded, (self.epoch, self.newest)
+
+
+class Place(NamedTuple):
+    """Where a checkpoint lies. Places of one chain sort by age."""
+
+    epoch: int
+    step: int
+
+    @property
+    def prefix(self) -> str:
+        return f"checkpoints/epoch={self.epoch}/step={self.step}/"
+
+    def __str__(self) -> str:
+        return f"step {self.step} of epoch {self.epoch}"
+
+
+@dataclass(frozen=True)
+class EpochStart:
+    """One group of workers, and what it goes on from."""
+
+    epoch: int
+    parent: Place | None
+    lease_id: str
+    world_size: int
+    started_at: str
+    skipped: tuple[str, ...] = ()
+    """The newer checkpoints that were passed over as damaged, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What makes a set of parts a checkpoint."""
+
+    epoch: int
+    step: int
+    world_size: int
+    parts: tuple[Part, ...]
+    tensors: dict[str, Any]
+    """Where each tensor lies in the parts, as trainer.checkpoints.staging wrote it."""
+    facts: dict[str, Any]
+    """Everything else that the loop wants back: configuration, data, counters."""
+
+    def to_bytes(self) -> bytes:
+        """JSON with a checksum of itself: a changed position would find the wrong, yet undamaged bytes."""
+        body = json.dumps(asdict(self), indent=1)
+        head = json.dumps({"version": MANIFEST_VERSION, "sha256": hashlib.sha256(body.encode()).hexdigest()})
+        return f"{head}\n{body}".encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Raises Damaged when the bytes are not a manifest, or not as they were written."""
+        try:
+            head, _, body = data.decode().partition("\n")
+            said = json.loads(head)
+            if said["version"] != MANIFEST_VERSION:
+                raise Damaged("its manifest has another version")
+            if said["sha256"] != hashlib.sha256(body.encode()).hexdigest():
+                raise Damaged("its manifest has another checksum")
+            fields = json.loads(body)
+            parts = tuple(Part(**{**part, "sha256": tuple(part["sha256"])}) for part in fields.pop("parts"))
+            return cls(parts=parts, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"its manifest cannot be read ({type(error).__name__}: {error})") from error
+
+
+def newest_epoch(store: Store) -> int:
+    """The number of the newest epoch, -1 before the first."""
+    found = (_EPOCH_KEY.fullmatch(key) for key in store.list("epochs/"))
+    newest = max((int(match[1]) for match in found if match), default=-1)
+    while _exists(store, f"epochs/{newest + 1}.json"):  # a list may lag behind
+        newest += 1
+    return newest
+
+
+def begin_epoch(store: Store, start: EpochStart) -> bool:
+    """Record it; False when another group of workers took that number first."""
+    parent = None if start.parent is None else start.parent._asdict()
+    record = {**asdict(start), "parent": parent}
+    return store.create(f"epochs/{start.epoch}.json", json.dumps(record).encode())
+
+
+def require_newest(store: Store, epoch: int) -> None:
+    """Raises Superseded when a newer epoch has begun."""
+    newest = newest_epoch(store)
+    if newest > epoch:
+        raise Superseded(epoch, newest)
+
+
+def checkpoints_of_chain(store: Store) -> list[Place]:
+    """Every checkpoint with a manifest that the newest epoch descends from or made, newest first."""
+    complete: dict[int, set[int]] = {}
+    for epoch, step, name in _checkpoint_keys(store):
+        if name == MANIFEST:
+            complete.setdefault(epoch, set()).add(step)
+    places: list[Place] = []
+    epoch, limit = newest_epoch(store), None
+    while epoch >= 0:
+        steps = complete.pop(epoch, set())
+        if not places:
+            steps |= _published_step(store, epoch)
+        places += [Place(epoch, step) for step in sorted(steps, reverse=True) if limit is None or step <= limit]
+        parent = _parent_of(store, epoch)
+        if parent is None or (places and not any(older < epoch for older in complete)):
+            break
+        epoch, limit = parent
+    return places
+
+
+def publish(store: Store, manifest: Manifest) -> None:
+    """Make what its parts hold a checkpoint; raises Superseded when a newer epoch has begun."""
+    require_newest(store, manifest.epoch)
+    place = Place(manifest.epoch, manifest.step)
+    store.write(place.prefix + MANIFEST, manifest.to_bytes())
+    store.write(_published_key(manifest.epoch), json.dumps({"step": manifest.step}).encode())
+
+
+def read_manifest(store: Store, place: Place) -> Manifest:
+    """Raises Damaged when it is gone or not one."""
+    try:
+        return Manifest.from_bytes(store.read(place.prefix + MANIFEST))
+    except StoreKeyMissing as error:
+        raise Damaged("its manifest is missing") from error
+
+
+def prune(store: Store, epoch: int, keep_last: int, milestone_every_steps: int | None = None) -> None:
+    """Delete what no reader will need: all but milestones and the newest of the chain, and what is no checkpoint.
+
+    Raises Superseded, and deletes nothing, when `epoch` is no longer the newest. Call it between two saves.
+    """
+    chain = checkpoints_of_chain(store)
+    kept = set(chain[: max(keep_last, KEPT_AT_LEAST)])
+    if milestone_every_steps is not None:
+        kept |= {place for place in chain if place.step % milestone_every_steps == 0}
+    doomed = [
+        Place(found, step).prefix + name
+        for found, step, name in _checkpoint_keys(store)
+        if found <= epoch and Place(found, step) not in kept
+    ]
+    require_newest(store, epoch)
+    for key in sorted(doomed, key=lambda key: not key.endswith("/" + MANIFEST)):
+        store.delete(key)
+
+
+def _parent_of(store: Store, epoch: int) -> Place | None:
+    key = f"epochs/{epoch}.json"
+    try:
+        parent = json.loads(store.read(key))["parent"]
+        return None if parent is None else Place(int(parent["epoch"]), int(parent["step"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise SlmError(
+            f"{key} in {store.uri} cannot be read ({error}), so it is unknown which checkpoints are this run's; "
+            "bring that file back, or start a new run."
+        ) from error
+
+
+def _published_key(epoch: int) -> str:
+    return f"checkpoints/epoch={epoch}/newest.json"
+
+
+def _published_step(store: Store, epoch: int) -> set[int]:
+    """The step that this epoch saved last, if that is still there."""
+    try:
+        step = int(json.loads(store.read(_published_key(epoch)))["step"])
+    except (StoreKeyMissing, ValueError, KeyError, TypeError):
+        return set()
+    return {step} if _exists(store, Place(epoch, step).prefix + MANIFEST) else set()
+
+
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.read_range(key, 0, 1)
+    except StoreKeyMissing:
+        return False
+    return True
+
+
+def _checkpoint_keys(store: Store) -> list[tuple[int, int, str]]:
+    found = (_CHECKPOINT_KEY.fullmatch(key) for key in store.list("checkpoints/"))
+    return [(int(match[1]), int(match[2]), match[3]) for match in found if match]

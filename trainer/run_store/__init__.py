@@ -1,0 +1,1 @@
+"""Named byte strings that outlive every node."""
