@@ -37,13 +37,13 @@ WHY_LEFT = {
 
 def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
     """The figures over all schedules; each is scaled to a cap of $100."""
-    held = [one for one in results if not one.broken]
-    shares = sorted(100 * one.bill_usd / one.cap_usd for one in held)
-    kinds = Counter(name for one in results for name in one.faults)
-    wrong = [one for one in held if one.violation]
-    short = [one for one in held if one.books_short]
-    beyond = [one for one in results if one.broken and (one.violation or one.books_short)]
-    spent = sum(one.bill_usd / one.cap_usd for one in results)
+    held = [result for result in results if not result.broken]
+    shares = sorted(100 * schedule.bill_usd / schedule.cap_usd for schedule in held)
+    kinds = Counter(name for result in results for name in result.faults)
+    wrong = [schedule for schedule in held if schedule.violation]
+    short = [schedule for schedule in held if schedule.books_short]
+    beyond = [result for result in results if result.broken and (result.violation or result.books_short)]
+    spent = sum(result.bill_usd / result.cap_usd for result in results)
     return {
         "schedules": len(results),
         "violations": len(wrong),
@@ -54,15 +54,17 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "kept_share": kept_share(results),
         "kept_share_where_assumptions_hold": kept_share(held),
         "use": round(sum(shares) / 100 / len(shares), 4) if shares else 0.0,
-        "startup_share": round(sum(one.startup_usd / one.cap_usd for one in results) / spent, 4) if spent else 0.0,
+        "startup_share": round(sum(result.startup_usd / result.cap_usd for result in results) / spent, 4)
+        if spent
+        else 0.0,
         "unspent_by_cause": unspent_by_cause(results),
         "kept_by_profile": kept_by_profile(results),
-        "invariant_checks": sum(one.checks for one in results),
+        "invariant_checks": sum(result.checks for result in results),
         "rarest_fault_share": round(min(kinds.values()) / len(results), 4) if kinds else 0.0,
-        "seeds_of_violations": [one.seed for one in wrong[:EXAMPLES]],
-        "seeds_beyond_bound": [one.seed for one in beyond[:EXAMPLES]],
-        "seeds_of_short_books": [one.seed for one in short[:EXAMPLES]],
-        "faults_of_short_books": dict(Counter(name for one in short for name in one.faults).most_common(8)),
+        "seeds_of_violations": [schedule.seed for schedule in wrong[:EXAMPLES]],
+        "seeds_beyond_bound": [schedule.seed for schedule in beyond[:EXAMPLES]],
+        "seeds_of_short_books": [schedule.seed for schedule in short[:EXAMPLES]],
+        "faults_of_short_books": dict(Counter(name for schedule in short for name in schedule.faults).most_common(8)),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds(), 1),
     }
@@ -71,7 +73,7 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
 def cpu_seconds() -> float:
     """Of this process and its workers, the same however busy the machine is, but for what its cores share."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def collect_seldom() -> None:
@@ -83,18 +85,18 @@ def collect_seldom() -> None:
 def unspent_by_cause(results: Sequence[Result]) -> dict[str, float]:
     """What stays of the caps, as shares of them, by why it stays."""
     shares: Counter[str] = Counter()
-    for one in results:
-        unconfirmed = one.cap_usd - one.left_usd - one.bill_usd
-        shares["charged at the worst price, never confirmed"] += unconfirmed / one.cap_usd
-        shares[WHY_LEFT[one.end]] += one.left_usd / one.cap_usd
+    for result in results:
+        unconfirmed = result.cap_usd - result.left_usd - result.bill_usd
+        shares["charged at the worst price, never confirmed"] += unconfirmed / result.cap_usd
+        shares[WHY_LEFT[result.end]] += result.left_usd / result.cap_usd
     return {cause: round(share / len(results), 4) for cause, share in shares.most_common()}
 
 
 def kept_by_profile(results: Sequence[Result]) -> dict[str, float]:
     """Share of the dollars spent whose training was kept, by provider."""
     found: dict[str, list[Result]] = {}
-    for one in results:
-        found.setdefault(one.profile, []).append(one)
+    for result in results:
+        found.setdefault(result.profile, []).append(result)
     shares = {}
     for name, group in sorted(found.items()):
         shares[name] = kept_share(group)
@@ -103,8 +105,8 @@ def kept_by_profile(results: Sequence[Result]) -> dict[str, float]:
 
 def kept_share(results: Sequence[Result]) -> float:
     """Share of the dollars spent that bought training which was kept, each cap counted alike."""
-    spent = sum(one.bill_usd / one.cap_usd for one in results)
-    return round(sum(one.kept_usd / one.cap_usd for one in results) / spent, 4) if spent else 0.0
+    spent = sum(result.bill_usd / result.cap_usd for result in results)
+    return round(sum(result.kept_usd / result.cap_usd for result in results) / spent, 4) if spent else 0.0
 
 
 def main() -> int:

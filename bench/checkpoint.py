@@ -61,20 +61,20 @@ def main() -> int:
             shutil.rmtree(folder / each)
         torch_sync = measured(max(1, given.saves // 2), torchs(folder / "dcp", state, background=False))
         torch_async = measured(max(1, given.saves // 2), torchs(folder / "dcp-async", state, background=True))
-    stall = statistics.median(one["stall_seconds"] for one in background[1:])
-    durable = statistics.median(one["save_seconds"] for one in background[1:])
-    sync_seconds = statistics.median(one["stall_seconds"] for one in synchronous[1:])
-    dcp_seconds = statistics.median(one["stall_seconds"] for one in torch_sync[1:])
-    dcp_stall = statistics.median(one["stall_seconds"] for one in torch_async[1:])
+    stall = statistics.median(save["stall_seconds"] for save in background[1:])
+    durable = statistics.median(save["save_seconds"] for save in background[1:])
+    sync_seconds = statistics.median(synchronou["stall_seconds"] for synchronou in synchronous[1:])
+    dcp_seconds = statistics.median(save["stall_seconds"] for save in torch_sync[1:])
+    dcp_stall = statistics.median(save["stall_seconds"] for save in torch_async[1:])
     interval = checkpoint_interval_seconds(stall, LOSSES_PER_NODE_HOUR, 0.0, SAVES_PER_INTERVAL * durable)
-    writer = [one["writer_cpu_seconds"] for one in background[1:]]
+    writer = [save["writer_cpu_seconds"] for save in background[1:]]
     report = {
         "gigabytes": round(num_bytes / 1e9, 3),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "first_save_stall_seconds": round(background[0]["stall_seconds"], 3),
         "stall_seconds": round(stall, 4),
-        "stalls_seconds": [round(one["stall_seconds"], 4) for one in background[1:]],
+        "stalls_seconds": [round(save["stall_seconds"], 4) for save in background[1:]],
         "durable_after_seconds": round(durable, 3),
         "synchronous_seconds": round(sync_seconds, 3),
         "stall_share_of_synchronous": round(stall / sync_seconds, 4),
@@ -86,7 +86,7 @@ def main() -> int:
         "writer_cpu_share_while_saving": round(statistics.median(writer) / durable, 3),
         "step_seconds_alone": round(statistics.median(background[-1]["steps_alone"]), 4),
         "step_seconds_while_saving": round(
-            statistics.median(chain.from_iterable(one["steps"] for one in background[1:])), 4
+            statistics.median(chain.from_iterable(save["steps"] for save in background[1:])), 4
         ),
         "losses_per_node_hour": LOSSES_PER_NODE_HOUR,
         "interval_seconds": round(interval, 1),

@@ -111,7 +111,7 @@ def play(cloud_name: str, kill_at: int) -> Outcome:
         world = CountingWorld(rng_of(SEED))
         world.seen = Counter()
         world.kill_at = kill_at
-        offer = next(one for one in spot_offers() if 1 <= one.usd_per_hour <= 2)
+        offer = next(offer for offer in spot_offers() if 1 <= offer.usd_per_hour <= 2)
         profile = provider(cloud_name)
         cap = CAP_HOURS * 2 * float(offer.on_demand_usd_per_hour or offer.usd_per_hour)
         store = MemoryStore()
@@ -155,7 +155,10 @@ def problems(machine: Machine, cloud: FakeCloud) -> list[str]:
         found.append("records out of order")
     spent, held = replay(ledger.entries())
     accounts = [*ledger.accounts(), *ledger.lines()]
-    if (spent, held) != (sum(one.spent_micro_usd for one in accounts), sum(one.held_micro_usd for one in accounts)):
+    if (spent, held) != (
+        sum(account.spent_micro_usd for account in accounts),
+        sum(account.held_micro_usd for account in accounts),
+    ):
         found.append("the entries do not add up")
     return found
 

@@ -77,13 +77,13 @@ def rows_of(store: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def relative(one: float, two: float) -> float:
-    return abs(one - two) / abs(two)
+def relative(item: float, two: float) -> float:
+    return abs(item - two) / abs(two)
 
 
-def far(one: Any, two: Any) -> float:
+def far(item: Any, two: Any) -> float:
     """Relative distance of two vectors."""
-    return float((one - two).norm() / two.norm())
+    return float((item - two).norm() / two.norm())
 
 
 def worst(values: Sequence[float]) -> float:

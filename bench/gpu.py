@@ -95,7 +95,7 @@ def attention_errors(bench: Bench) -> list[dict[str, Any]]:
                 generator = torch.Generator().manual_seed(0)
                 shapes = [(2, T, 8, head_size), (2, T, 2, head_size), (2, T, 2, head_size)]
                 exact = [torch.randn(s, generator=generator).to(bench.device).requires_grad_() for s in shapes]
-                fast = [one.detach().bfloat16().requires_grad_() for one in exact]
+                fast = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
                 ids_BT = torch.arange(T, device=bench.device).div(T // 5, rounding_mode="floor").repeat(2, 1)
                 where = (document_offsets(ids_BT, 6) if documents else None, T, window)
                 outputs = [way(*fast, *where), attention.attend_dense(*exact, *where)]
@@ -231,8 +231,8 @@ def speed(
     micro = 2
     if card is not None:
         software = our_trainer(optimizer=optimizer, compiled=True)
-        one = Layout(1, 1, "replicated", 1, 1, False, "bf16")
-        fits = max(1, memory.largest_micro_batch(model.workload(), card, one, software=software))
+        each_layout = Layout(1, 1, "replicated", 1, 1, False, "bf16")
+        fits = max(1, memory.largest_micro_batch(model.workload(), card, each_layout, software=software))
         micro = 2 ** int(math.log2(fits))
     while True:
         try:

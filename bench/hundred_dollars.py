@@ -127,16 +127,17 @@ def opening(
     ]
 
 
-def likelihood(one: Any, simulated: Said) -> str:
+def likelihood(item: Any, simulated: Said) -> str:
     """How often the best model is trained to its end, and what that hangs on."""
     finished = default_policy(simulated)["finished_share"]
-    low, high = one["tokens_per_second_interval"]
-    rests = {"measured": "was measured with slm"}.get(one["throughput_basis"], "is pooled over other programs")
-    dear = one["total_usd"] * one["tokens_per_second"] / low
+    low, high = item["tokens_per_second_interval"]
+    rests = {"measured": "was measured with slm"}.get(item["throughput_basis"], "is pooled over other programs")
+    dear = item["total_usd"] * item["tokens_per_second"] / low
     return (
         f"**How likely:** {100 * finished:.0f} % of {simulated.facts['num_runs']} simulated runs of the best model "
         f"train all its tokens under the cap of ${simulated.facts['budget_usd']:g}; the others stop there with fewer. "
-        f"The speed of {one['offer']['accelerator']} {rests}, {count(low)} to {count(high)} tokens/s; at the lower end "
+        f"The speed of {item['offer']['accelerator']} {rests}, {count(low)} to {count(high)}"
+        f" tokens/s; at the lower end "
         f"all tokens would cost about {dollars(dear)}."
     )
 
@@ -182,8 +183,8 @@ def optimum(frontiers: Mapping[str, Said], chosen: Any) -> list[str]:
     ]
     for name, said in frontiers.items():
         for mixture in (False, True):
-            one = lowest(said, mixture=mixture)
-            model, best = one["model"], one["estimate"]
+            item = lowest(said, mixture=mixture)
+            model, best = item["model"], item["estimate"]
             lines.append(
                 f"| {name} | {'mixture' if mixture else 'dense'} | {count(model['num_params'])} "
                 f"| {count(model['active_params'])} | {count(model['num_tokens'])} | {model['tokens_per_param']:.0f} "
@@ -235,10 +236,10 @@ def hardware(said: Said) -> list[str]:
         "| offer | $/h | tokens/s | time | expected $ | preemptions | worst case $ |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in said.facts["ranked"][:8]:
+    for fact in said.facts["ranked"][:8]:
         lines.append(
-            f"| {machine(one)} | {one['usd_per_hour']:.2f} | {count(one['tokens_per_second'])} | {hours(one)} "
-            f"| {one['total_usd']:.2f} | {one['expected_preemptions']:.1f} | {one['worst_case_usd']:.0f} |"
+            f"| {machine(fact)} | {fact['usd_per_hour']:.2f} | {count(fact['tokens_per_second'])} | {hours(fact)} "
+            f"| {fact['total_usd']:.2f} | {fact['expected_preemptions']:.1f} | {fact['worst_case_usd']:.0f} |"
         )
     return [*lines, "", "The cap stops a run before its worst case, with a checkpoint.", ""]
 
@@ -249,10 +250,10 @@ def sureness(said: Said, simulated: Said) -> list[str]:
     low, high = best["tokens_per_second_interval"]
     policy = default_policy(simulated)
     scores = [
-        f"{one['benchmark']} {one['low']:.2f} to {one['high']:.2f} ({one['num_rows']} published runs)"
-        if one["low"] is not None
-        else f"{one['benchmark']} unknown ({one['basis']})"
-        for one in said.facts["scores"]
+        f"{fact['benchmark']} {fact['low']:.2f} to {fact['high']:.2f} ({fact['num_rows']} published runs)"
+        if fact["low"] is not None
+        else f"{fact['benchmark']} unknown ({fact['basis']})"
+        for fact in said.facts["scores"]
     ]
     unlucky = 100 * (1 - policy["finished_share"])
     return [
@@ -274,7 +275,7 @@ def sureness(said: Said, simulated: Said) -> list[str]:
 
 def reproduce(said: Sequence[Said]) -> list[str]:
     """The commands."""
-    return ["## Commands", "", "```", *[one.command for one in said], "```", ""]
+    return ["## Commands", "", "```", *[answer.command for answer in said], "```", ""]
 
 
 # ---------------------------------------------------------------- helpers
@@ -288,37 +289,37 @@ def default_policy(simulated: Said) -> Any:
 
 def lowest(said: Said, *, mixture: bool) -> Any:
     """The point with the lowest loss of its kind."""
-    return next(one for one in said.facts["points"] if one["lowest_loss"] and one["mixture"] is mixture)
+    return next(fact for fact in said.facts["points"] if fact["lowest_loss"] and fact["mixture"] is mixture)
 
 
-def machine(one: Any) -> str:
+def machine(item: Any) -> str:
     """1 x 8xH100-SXM spot at aws us-east-2."""
-    offer = one["offer"]
+    offer = item["offer"]
     where = "" if offer["region"] == "any" else f" {offer['region']}"
     kind = "spot" if offer["spot"] else "on-demand"
     node = f"{offer['gpus_per_node']}x{offer['accelerator']}"
-    return f"{one['layout']['num_nodes']} x {node} {kind} at {offer['cloud']}{where}"
+    return f"{item['layout']['num_nodes']} x {node} {kind} at {offer['cloud']}{where}"
 
 
-def hours(one: Any) -> str:
+def hours(item: Any) -> str:
     """Billed time."""
-    return duration(one["hours"] * SECONDS_PER_HOUR)
+    return duration(item["hours"] * SECONDS_PER_HOUR)
 
 
-def loss(one: Any) -> str:
+def loss(item: Any) -> str:
     """In words."""
-    if one["predicted_loss_nats"] is None:
-        return f"no loss is predicted ({one['loss_unknown_because']})"
-    low, high = one["predicted_loss_interval_nats"]
-    return f"a held-out loss of {one['predicted_loss_nats']:.2f} nats per token (80 %: {low:.2f} to {high:.2f})"
+    if item["predicted_loss_nats"] is None:
+        return f"no loss is predicted ({item['loss_unknown_because']})"
+    low, high = item["predicted_loss_interval_nats"]
+    return f"a held-out loss of {item['predicted_loss_nats']:.2f} nats per token (80 %: {low:.2f} to {high:.2f})"
 
 
-def loss_cell(one: Any) -> str:
+def loss_cell(item: Any) -> str:
     """In a table."""
-    if one["predicted_loss_nats"] is None:
+    if item["predicted_loss_nats"] is None:
         return "unknown"
-    low, high = one["predicted_loss_interval_nats"]
-    return f"{one['predicted_loss_nats']:.2f} ({low:.2f} to {high:.2f})"
+    low, high = item["predicted_loss_interval_nats"]
+    return f"{item['predicted_loss_nats']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def three(spread: Any) -> str:

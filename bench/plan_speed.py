@@ -130,7 +130,7 @@ def sky_seconds(offers: Sequence[Offer], repeat: int) -> float | None:
 def _write_catalog(offers: Sequence[Offer], home: Path) -> list[tuple[str, int]]:
     """SkyPilot's files for one cloud; returns accelerators and counts."""
     folder = home / ".sky" / "catalogs" / "v8"
-    kinds = sorted({(one.accelerator, one.gpus_per_node) for one in offers if not one.spot})
+    kinds = sorted({(offer.accelerator, offer.gpus_per_node) for offer in offers if not offer.spot})
     for name in (f"{SKY_CLOUD}/vms.csv", "common/accelerators.csv"):
         (folder / name).parent.mkdir(parents=True)
         (folder / ".meta" / name).parent.mkdir(parents=True)
@@ -138,12 +138,12 @@ def _write_catalog(offers: Sequence[Offer], home: Path) -> list[tuple[str, int]]
     with (folder / SKY_CLOUD / "vms.csv").open("w", newline="") as lines:
         writer = csv.writer(lines)
         writer.writerow(SKY_COLUMNS)
-        for number, one in enumerate(offers):
-            if not one.spot:
-                kind = f"{one.gpus_per_node}x-{one.accelerator}-{number}"
-                region = f"{one.cloud}-{one.region}".replace(",", "").replace(" ", "-")
-                info = f"{{'Gpus': [{{'Name': '{one.accelerator}', 'Count': {one.gpus_per_node}}}]}}"
-                row = (kind, one.accelerator, one.gpus_per_node, 16, 64, one.usd_per_hour, region, info, "")
+        for number, offer in enumerate(offers):
+            if not offer.spot:
+                kind = f"{offer.gpus_per_node}x-{offer.accelerator}-{number}"
+                region = f"{offer.cloud}-{offer.region}".replace(",", "").replace(" ", "-")
+                info = f"{{'Gpus': [{{'Name': '{offer.accelerator}', 'Count': {offer.gpus_per_node}}}]}}"
+                row = (kind, offer.accelerator, offer.gpus_per_node, 16, 64, offer.usd_per_hour, region, info, "")
                 writer.writerow(row)
     with (folder / "common" / "accelerators.csv").open("w", newline="") as lines:
         writer = csv.writer(lines)

@@ -57,17 +57,17 @@ def random_starts(traces: Traces, terms: Terms, count: int, seed: int) -> list[f
 
 
 def mean(scores: Sequence[Score]) -> Score:
-    values = zip(*(dataclasses.astuple(one) for one in scores), strict=True)
+    values = zip(*(dataclasses.astuple(each_score) for each_score in scores), strict=True)
     return Score(*(sum(column) / len(scores) for column in values))
 
 
 def table(title: str, scores: Mapping[str, Score]) -> None:
     print(f"{title:<32} {'of bound':>9} {'useful h':>9} {'usd':>8} {'preemptions':>12}")
-    for name, one in scores.items():
+    for name, each_score in scores.items():
         mark = "*" if name == DEFAULT else " "
         print(
-            f"{mark} {name:<30} {one.fraction_of_bound:>9.3f} {one.useful_hours:>9.1f} "
-            f"{one.usd:>8.2f} {one.preemptions:>12.1f}"
+            f"{mark} {name:<30} {each_score.fraction_of_bound:>9.3f} {each_score.useful_hours:>9.1f} "
+            f"{each_score.usd:>8.2f} {each_score.preemptions:>12.1f}"
         )
 
 
@@ -85,9 +85,9 @@ def main(arguments: Sequence[str]) -> int:
     one_zone = {name: mean([score(policy, zone, terms, starts) for zone in alone]) for name, policy in POLICIES.items()}
     if options.json:
         document = {
-            "policies": {name: dataclasses.asdict(one) for name, one in every_zone.items()},
+            "policies": {name: dataclasses.asdict(item) for name, item in every_zone.items()},
             "default": DEFAULT,
-            "one_zone": {name: dataclasses.asdict(one) for name, one in one_zone.items()},
+            "one_zone": {name: dataclasses.asdict(item) for name, item in one_zone.items()},
         }
         print(json.dumps(document, indent=2))
         return 0

@@ -155,7 +155,7 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(self._every):
-            self.peak_bytes = max(self.peak_bytes, sum(memory_of(one) for one in self._proof.processes()))
+            self.peak_bytes = max(self.peak_bytes, sum(memory_of(process) for process in self._proof.processes()))
 
 
 def memory_of(process: psutil.Process) -> int:

@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--only", help="one mutation by name")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    chosen = [one for one in MUTATIONS if arguments.only in (None, one.name)]
+    chosen = [item for item in MUTATIONS if arguments.only in (None, item.name)]
     caught = {mutation.name: failing_test(mutation) for mutation in chosen}
     if arguments.json:
         print(json.dumps(caught, indent=1))

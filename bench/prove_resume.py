@@ -85,8 +85,8 @@ def main() -> int:
         cases = [prove(Case(*case, folder), share, rng) for case, share in zip(CASES, shares, strict=True) if share]
     report = {
         "seed": given.seed,
-        "kills": sum(one["kills"] for one in cases),
-        "bitwise_the_same": all(one["same"] for one in cases),
+        "kills": sum(case["kills"] for case in cases),
+        "bitwise_the_same": all(case["same"] for case in cases),
         "killed": dict(Counter(places)),
         "cases": cases,
         "seconds": round(time.monotonic() - began, 1),

@@ -64,8 +64,8 @@ def main() -> int:
         kills = given.kills // len(names) + (number < given.kills % len(names))
         with tempfile.TemporaryDirectory(prefix="slm-kills-") as folder, STORES[name](Path(folder), given) as places:
             report["stores"][name] = soak(name, *places, kills=kills, seed=given.seed, folder=Path(folder))
-    report["kills"] = sum(one["kills"] for one in report["stores"].values())
-    report["lost"] = sum(one["lost"] for one in report["stores"].values())
+    report["kills"] = sum(item["kills"] for item in report["stores"].values())
+    report["lost"] = sum(item["lost"] for item in report["stores"].values())
     print(json.dumps(report, indent=1))
     return 1 if report["lost"] else 0
 
@@ -140,8 +140,8 @@ def contents(step: int) -> dict[str, torch.Tensor]:
     return {f"tensor/{number}": base * (number + 1) + step for number in range(NUM_TENSORS)}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(item: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return item.keys() == other.keys() and all(torch.equal(item[name], other[name]) for name in item)
 
 
 def newest_loadable(store: Store, lost: list[str], kill: int) -> int:

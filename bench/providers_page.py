@@ -45,10 +45,10 @@ WINDOW = (
 
 def page() -> str:
     """The whole page."""
-    known = [one for name, one in sorted(providers().items()) if name != "local"]
-    rented = [one for one in known if refusal(one, allow_unguarded=False) is None]
-    refused = [one for one in known if one not in rented]
-    by_balance = ", ".join(one.name for one in rented if one.balance_only)
+    known = [provider for name, provider in sorted(providers().items()) if name != "local"]
+    rented = [entry for entry in known if refusal(entry, allow_unguarded=False) is None]
+    refused = [entry for entry in known if entry not in rented]
+    by_balance = ", ".join(provider.name for provider in rented if provider.balance_only)
     return "\n".join(
         [
             *("# What ends a node when nobody is left to", "", ABOUT, "", KINDS, ""),
@@ -61,16 +61,16 @@ def page() -> str:
 
 
 def table(ones: Sequence[Provider]) -> list[str]:
-    return [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *(row(one) for one in ones)]
+    return [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *(row(item) for item in ones)]
 
 
-def row(one: Provider) -> str:
-    counted = [killer for killer in one.killers if killer.kind is not KillerKind.SKY]
+def row(provider: Provider) -> str:
+    counted = [killer for killer in provider.killers if killer.kind is not KillerKind.SKY]
     killers = ", ".join(f"{killer.name} ({killer.kind})" for killer in counted)
-    slowest = duration(one.kill_latency_seconds) if any(killer.survives_hung_guest for killer in counted) else NONE
-    window = duration(one.arm_seconds) if one.arm_seconds else NONE
-    off = "yes" if one.guest_shutdown_stops_billing else "no"
-    return f"| {one.name} | {killers} | {slowest} | {one.ttl.value} | {window} | {off} |"
+    slowest = duration(provider.kill_latency_seconds) if any(killer.survives_hung_guest for killer in counted) else NONE
+    window = duration(provider.arm_seconds) if provider.arm_seconds else NONE
+    off = "yes" if provider.guest_shutdown_stops_billing else "no"
+    return f"| {provider.name} | {killers} | {slowest} | {provider.ttl.value} | {window} | {off} |"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -57,7 +57,7 @@ def one_round(lab: Lab, user: User, how: str) -> dict[str, float]:
             process.kill()
     if user.finish(supervisor) != 0:
         raise SystemExit(user.said())
-    running = next(one for one in user.events("state") if one["state"] == "RUNNING")
+    running = next(event for event in user.events("state") if event["state"] == "RUNNING")
     said = re.search(r"after (\d+\.\d+) s", recovered["message"])
     assert said is not None, recovered
     back = float(said[1])

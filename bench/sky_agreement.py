@@ -147,19 +147,19 @@ def ask(sky: Any, request: Request, ours: Ours) -> Answer:
         task.set_resources(sky.Resources(accelerators={request.accelerator: request.count}, use_spot=request.spot))
     found, _, _, _ = optimizer._fill_in_launchable_resources(task, None, quiet=True)
     candidates = [
-        one
+        item
         for several in found.values()
-        for one in several
-        if not (request.spot and str(one.cloud).lower() in WITHOUT_SPOT)
+        for item in several
+        if not (request.spot and str(item.cloud).lower() in WITHOUT_SPOT)
     ]
     begin = time.perf_counter()
     sky.Optimizer.optimize(dag, quiet=True)
     seconds = time.perf_counter() - begin
     pairs = []
     places = set()
-    for one in candidates:
-        cloud, kind, region = str(one.cloud).lower(), one.instance_type, one.region
-        pairs.append((one.get_cost(3600), ours.price(cloud, kind, region, request.spot)))
+    for candidate in candidates:
+        cloud, kind, region = str(candidate.cloud).lower(), candidate.instance_type, candidate.region
+        pairs.append((candidate.get_cost(3600), ours.price(cloud, kind, region, request.spot)))
         places.add((cloud, kind, ", ".join(part.strip() for part in region.split(",") if part.strip())))
     best = task.best_resources
     sky_best = best.get_cost(3600)
@@ -220,20 +220,20 @@ def main(arguments: Sequence[str]) -> int:
             answers, unknown = ask_many(sky, ours, options.requests, options.seed)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    agree = sum(one.agrees for one in answers)
+    agree = sum(answer.agrees for answer in answers)
     if options.json:
-        rows = [{**asdict(one), "agrees": one.agrees} for one in answers]
+        rows = [{**asdict(answer), "agrees": answer.agrees} for answer in answers]
         print(json.dumps({"clouds": names, "requests": len(answers), "agree": agree, "answers": rows}, indent=2))
     else:
         print(f"{agree} of {len(answers)} requests agree, over {', '.join(names)}")
         print(
-            f"{sum(one.num_candidates for one in answers)} prices compared; SkyPilot's optimizer took a median of "
-            f"{sorted(one.seconds for one in answers)[len(answers) // 2]:.3f} s"
+            f"{sum(answer.num_candidates for answer in answers)} prices compared; SkyPilot's optimizer took a median "
+            f"of {sorted(answer.seconds for answer in answers)[len(answers) // 2]:.3f} s"
         )
         print(f"{len(unknown)} more had no answer from SkyPilot: {', '.join(sorted({r.accelerator for r in unknown}))}")
-        for one in answers:
-            if not one.agrees:
-                print(one)
+        for answer in answers:
+            if not answer.agrees:
+                print(answer)
     return 0 if agree == len(answers) else 1
 
 

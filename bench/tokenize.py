@@ -108,11 +108,11 @@ def on_two_cores(path: Path, texts: list[Text], rounds: int) -> dict[str, Any]:
     seconds: dict[int, list[float]] = {1: [], 2: []}
     processor_seconds: dict[int, list[float]] = {1: [], 2: []}
     ids = {}
-    with encoder(path, 1) as one, encoder(path, 2) as two:
-        for work in (one, two):
+    with encoder(path, 1) as item, encoder(path, 2) as two:
+        for work in (item, two):
             ids_of(work(first))
         for number in range(rounds):
-            for workers, work in ((1, one), (2, two)) if number % 2 else ((2, two), (1, one)):
+            for workers, work in ((1, item), (2, two)) if number % 2 else ((2, two), (1, item)):
                 began, spent = time.perf_counter(), processor_time()
                 encoded = list(work(texts))
                 seconds[workers].append(time.perf_counter() - began)

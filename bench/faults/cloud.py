@@ -121,7 +121,7 @@ class FakeCloud:
 
     def stop(self, lease: Lease) -> None:
         self._request("stop")
-        for node in [one for one in self._alive if one.lease.lease_id == lease.lease_id]:
+        for node in [node for node in self._alive if node.lease.lease_id == lease.lease_id]:
             if not self.trouble.deaf_to_stop:
                 seconds = self.world.rng.uniform(*STOP_SECONDS)
                 self.world.after(seconds, lambda node=node: self.end(node))  # type: ignore[misc]
@@ -188,7 +188,7 @@ class FakeCloud:
         for cloud in sorted({node.lease.offer.cloud for node in self._alive}):
             used = sum(self._cost(node) for node in self.nodes if node.lease.offer.cloud == cloud)
             if used >= float(self.terms.balance_usd):
-                for node in [one for one in self._alive if one.lease.offer.cloud == cloud]:
+                for node in [node for node in self._alive if node.lease.offer.cloud == cloud]:
                     self.world.after(self.world.rng.uniform(*self.ttl_latency), lambda node=node: self.end(node))  # type: ignore[misc]
         self.world.after(BALANCE_SECONDS, self._look_at_balances)
 

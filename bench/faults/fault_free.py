@@ -31,7 +31,7 @@ def cases() -> list[Case]:
     """Each ratio with a limit that can be moved and with a fixed one."""
     movable = provider("gcp")
     fixed = replace(provider("kubernetes"), price_bound=PriceBound.ON_DEMAND)
-    return [Case(one.ttl.value, ratio, one) for one in (movable, fixed) for ratio in RATIOS]
+    return [Case(item.ttl.value, ratio, item) for item in (movable, fixed) for ratio in RATIOS]
 
 
 def play(case: Case, seed: int) -> Result:
@@ -51,14 +51,14 @@ def optimum(case: Case, result: Result) -> float:
 def row(case: Case, results: list[Result]) -> dict[str, float | str]:
     """Shares of the cap, averaged; `start_ups` is part of what is used."""
     number = len(results)
-    use = sum(one.bill_usd / one.cap_usd for one in results) / number
-    best = sum(optimum(case, one) for one in results) / number
+    use = sum(result.bill_usd / result.cap_usd for result in results) / number
+    best = sum(optimum(case, result) for result in results) / number
     return {
         "ttl": case.ttl,
         "price_over_bound": case.price_ratio,
         "use": round(use, 4),
-        "start_ups": round(sum(one.startup_usd / one.cap_usd for one in results) / number, 4),
+        "start_ups": round(sum(result.startup_usd / result.cap_usd for result in results) / number, 4),
         "optimum": round(best, 4),
         "of_optimum": round(use / best, 4),
-        "leases": round(sum(one.leases for one in results) / number, 1),
+        "leases": round(sum(result.leases for result in results) / number, 1),
     }

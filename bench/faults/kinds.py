@@ -200,9 +200,9 @@ def preempted(machine: Machine, node: Node) -> None:
 
 def preempted_with_notice(machine: Machine, node: Node) -> None:
     def save() -> None:
-        for one in machine.cloud.alive():
-            if one.lease.lease_id == node.lease.lease_id:
-                one.save()
+        for instance in machine.cloud.alive():
+            if instance.lease.lease_id == node.lease.lease_id:
+                instance.save()
 
     machine.world.after(SAVE_SECONDS, save)
     machine.world.after(30.0, lambda: machine.cloud.end(node))
@@ -326,14 +326,14 @@ HELD: dict[str, Install] = {
     "two machines": another_supervisor(elsewhere=True),
     "network cut": network_cut,
     "node cut off": on_node(node_cut_off),
-    "provider down": counted(lambda one: one.cloud.trouble, "down", 20.0, 1200.0),
+    "provider down": counted(lambda item: item.cloud.trouble, "down", 20.0, 1200.0),
     "provider slow": slow,
-    "provider hides nodes": counted(lambda one: one.cloud.trouble, "hides", 5.0, MAX_LIE_SECONDS),
+    "provider hides nodes": counted(lambda item: item.cloud.trouble, "hides", 5.0, MAX_LIE_SECONDS),
     "provider lags": list_lags,
     "create's reply lost": reply_lost,
-    "create doubled": counted(lambda one: one.cloud.trouble, "doubled", 60.0, 2400.0),
-    "terminate does not take": counted(lambda one: one.cloud.trouble, "deaf_to_stop", 30.0, 1800.0),
-    "no capacity": counted(lambda one: one.cloud.trouble, "full", 30.0, 900.0),
+    "create doubled": counted(lambda item: item.cloud.trouble, "doubled", 60.0, 2400.0),
+    "terminate does not take": counted(lambda item: item.cloud.trouble, "deaf_to_stop", 30.0, 1800.0),
+    "no capacity": counted(lambda item: item.cloud.trouble, "full", 30.0, 900.0),
     "preempted": on_node(preempted),
     "preempted with notice": on_node(preempted_with_notice),
     "guest hangs": on_node(guest_hangs),
@@ -343,11 +343,11 @@ HELD: dict[str, Install] = {
     "wall clock jumps": wall_clock_jumps,
     "price moves": price_moves,
     "price peaks unseen": price_peaks_unseen,
-    "store down": counted(lambda one: one.door, "down", 10.0, 900.0),
-    "store loses writes": counted(lambda one: one.door, "losing_writes", 10.0, 900.0),
-    "store's replies lost": counted(lambda one: one.door, "losing_replies", 10.0, 300.0),
+    "store down": counted(lambda item: item.door, "down", 10.0, 900.0),
+    "store loses writes": counted(lambda item: item.door, "losing_writes", 10.0, 900.0),
+    "store's replies lost": counted(lambda item: item.door, "losing_replies", 10.0, 300.0),
     "grants repeated": grants_repeated,
-    "store reads stale": counted(lambda one: one.store, "stale_reads", 10.0, 900.0),
+    "store reads stale": counted(lambda item: item.store, "stale_reads", 10.0, 900.0),
 }
 BROKEN: dict[str, Install] = {
     "price above bound": price_above_bound,

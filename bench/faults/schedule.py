@@ -27,20 +27,20 @@ RECONCILED_SECONDS = TERMS.reconcile_seconds + 60.0
 BALANCE_SHARE = (0.3, 0.9)
 """What lies on a prepaid account, of the cap."""
 PROFILES: tuple[Provider, ...] = tuple(
-    one for name, one in sorted(providers().items()) if refusal(one, allow_unguarded=False) is None
+    provider for name, provider in sorted(providers().items()) if refusal(provider, allow_unguarded=False) is None
 )
 """Every cloud that may be rented from, each equally often."""
 LONGEST_MINIMUM_SECONDS = 600.0
 
 
-def terms_of(one: Provider, *, balance_usd: Decimal | None) -> Terms:
+def terms_of(provider: Provider, *, balance_usd: Decimal | None) -> Terms:
     """What the profile says of limit, price and billing; how long things take is the simulation's own, and shorter."""
     return replace(
         TERMS,
-        ttl=one.ttl,
-        price_bound=one.price_bound,
-        minimum_billed_seconds=min(one.minimum_billed_seconds, LONGEST_MINIMUM_SECONDS),
-        balance_usd=balance_usd if one.balance_only else None,
+        ttl=provider.ttl,
+        price_bound=provider.price_bound,
+        minimum_billed_seconds=min(provider.minimum_billed_seconds, LONGEST_MINIMUM_SECONDS),
+        balance_usd=balance_usd if provider.balance_only else None,
     )
 
 
@@ -91,9 +91,9 @@ class Result:
 def spot_offers() -> tuple[Offer, ...]:
     """Spot offers of the reference table whose on-demand price is known."""
     return tuple(
-        one
-        for one in load_reference_offers().offers
-        if one.spot and one.on_demand_usd_per_hour is not None and one.on_demand_usd_per_hour > one.usd_per_hour
+        offer
+        for offer in load_reference_offers().offers
+        if offer.spot and offer.on_demand_usd_per_hour is not None and offer.on_demand_usd_per_hour > offer.usd_per_hour
     )
 
 
@@ -119,9 +119,9 @@ def build(
     if price_ratio is not None:
         offers = [
             replace(
-                one, on_demand_usd_per_hour=(one.usd_per_hour / Decimal(str(price_ratio))).quantize(Decimal("1e-6"))
+                offer, on_demand_usd_per_hour=(offer.usd_per_hour / Decimal(str(price_ratio))).quantize(Decimal("1e-6"))
             )
-            for one in offers
+            for offer in offers
         ]
     num_nodes = rng.randint(1, 3)
     world, store = World(rng), MemoryStore()
@@ -133,9 +133,9 @@ def build(
         store,
         terms=terms_of(profile, balance_usd=Decimal(f"{cap * rng.uniform(*BALANCE_SHARE):.6f}")),
         armed_at_create=any(
-            one.kind is KillerKind.PROVIDER and one.armed is Armed.AT_CREATE for one in profile.killers
+            killer.kind is KillerKind.PROVIDER and killer.armed is Armed.AT_CREATE for killer in profile.killers
         ),
-        prices={one.offer_id: [(0.0, float(one.usd_per_hour))] for one in offers},
+        prices={offer.offer_id: [(0.0, float(offer.usd_per_hour))] for offer in offers},
     )
     machine = Machine(world, cloud, store, offers, num_nodes, cap, log=log)
     break_layer(machine)

@@ -88,7 +88,7 @@ def merged(known: LeaseAccount, told: LeaseAccount, *, its_state_counts: bool) -
         return told
     if not known.is_open and not its_state_counts:
         return known
-    further = max(known, told, key=lambda one: (one.accrued_until_ms, one.accrued_units))
+    further = max(known, told, key=lambda entry: (entry.accrued_until_ms, entry.accrued_units))
     return replace(
         told,
         num_nodes=max(known.num_nodes, told.num_nodes) if known.is_open else told.num_nodes,

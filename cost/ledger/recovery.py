@@ -122,21 +122,21 @@ def decide(situation: Situation) -> Decision:
             StopReason.GAVE_UP,
             f"{situation.failures_without_progress} breakdowns in a row without a new step; last: {situation.detail}",
         )
-    affordable = [one for one in situation.candidates if one.needed_usd <= situation.remaining_usd]
-    affordable = [one for one in affordable if pays(one, affordable, situation.remaining_usd)]
+    affordable = [candidate for candidate in situation.candidates if candidate.needed_usd <= situation.remaining_usd]
+    affordable = [candidate for candidate in affordable if pays(candidate, affordable, situation.remaining_usd)]
     if not affordable:
-        cheapest = min((one.needed_usd for one in situation.candidates), default=Decimal(0))
+        cheapest = min((candidate.needed_usd for candidate in situation.candidates), default=Decimal(0))
         return Stop(
             StopReason.BUDGET,
             f"${situation.remaining_usd:.2f} is left and the smallest lease sets aside ${cheapest:.2f}",
         )
-    free = [one for one in affordable if not is_blocked(one, situation)]
+    free = [candidate for candidate in affordable if not is_blocked(candidate, situation)]
     if situation.cause is Cause.TTL:
         first = (free or affordable)[0]
         return Rollover(first.offer, first.num_nodes)
     if situation.cause is Cause.TOO_DEAR and not free:
         return Stop(StopReason.GAVE_UP, f"every offer costs more than it may; last: {situation.detail}")
-    chosen = free[0] if free else min(affordable, key=lambda one: situation.blocked_until_ms[one.key])
+    chosen = free[0] if free else min(affordable, key=lambda candidate: situation.blocked_until_ms[candidate.key])
     return Relaunch(chosen.offer, chosen.num_nodes, delay_seconds(situation, waiting=not free))
 
 
@@ -146,21 +146,21 @@ def pays(candidate: Candidate, affordable: Sequence[Candidate], remaining_usd: D
     On-demand is taken where the plan prefers it to all spot, or where the money pays for the whole run on it and leaves
     what spot is expected to need: B - p_s A (T - t) > p_o W, with W at its longest.
     """
-    spot = [one for one in affordable if one.offer.spot]
+    spot = [candidate for candidate in affordable if candidate.offer.spot]
     if candidate.offer.spot or not spot or candidate.expected_usd is None:
         return True
     if affordable.index(candidate) < affordable.index(spot[0]):
         return True
-    kept = min((one.expected_usd for one in spot if one.expected_usd is not None), default=Decimal(0))
+    kept = min((candidate.expected_usd for candidate in spot if candidate.expected_usd is not None), default=Decimal(0))
     return remaining_usd - kept > candidate.expected_usd
 
 
-def same_market(one: Offer, other: Offer) -> bool:
+def same_market(offer: Offer, other: Offer) -> bool:
     """Whether one's node being taken says that the other's would be too: the same, or spot GPUs of a kind in a zone."""
-    if one.offer_id == other.offer_id:
+    if offer.offer_id == other.offer_id:
         return True
-    here, there = ((a.cloud, a.region, a.zone, a.accelerator, a.spot) for a in (one, other))
-    return one.spot and one.region != ANY_REGION and here == there
+    here, there = ((a.cloud, a.region, a.zone, a.accelerator, a.spot) for a in (offer, other))
+    return offer.spot and offer.region != ANY_REGION and here == there
 
 
 def is_blocked(candidate: Candidate, situation: Situation) -> bool:
@@ -195,10 +195,12 @@ def cheaper_elsewhere(
     left = Decimal(share_left)
     stay_usd = current.expected_usd * usd_per_hour / current.offer.usd_per_hour * left
 
-    def moved_usd(one: Candidate) -> Decimal:
-        assert one.expected_usd is not None
-        return one.expected_usd * left + one.offer.usd_per_hour * one.num_nodes * Decimal(restart_hours)
+    def moved_usd(candidate: Candidate) -> Decimal:
+        assert candidate.expected_usd is not None
+        return candidate.expected_usd * left + candidate.offer.usd_per_hour * candidate.num_nodes * Decimal(
+            restart_hours
+        )
 
-    known = [one for one in others if one.expected_usd is not None and one.offer != current.offer]
+    known = [other for other in others if other.expected_usd is not None and other.offer != current.offer]
     best = min(known, key=moved_usd, default=None)
     return best if best is not None and moved_usd(best) < stay_usd * (1 - MOVE_MARGIN) else None

@@ -91,10 +91,10 @@ class Hazards:
     _seen: dict[tuple[str, str, int], tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for one in self.sightings:
-            key = (one.cloud, one.accelerator, one.gpus_per_node)
+        for sighting in self.sightings:
+            key = (sighting.cloud, sighting.accelerator, sighting.gpus_per_node)
             losses, hours = self._seen.get(key, (0, 0.0))
-            self._seen[key] = (losses + one.losses, hours + one.node_hours)
+            self._seen[key] = (losses + sighting.losses, hours + sighting.node_hours)
 
     def of(self, offer: Offer) -> Hazard:
         """Losses per node-hour of this offer; on-demand nodes only fail."""

@@ -109,18 +109,18 @@ class Provider:
     @property
     def sound_killers(self) -> tuple[Killer, ...]:
         """Those that a reservation relies on: they work with the guest hung; the guard and its watch if none does."""
-        sound = tuple(one for one in self.killers if one.survives_hung_guest)
-        return sound or tuple(one for one in self.killers if one.kind in (KillerKind.GUEST, KillerKind.KERNEL))
+        sound = tuple(killer for killer in self.killers if killer.survives_hung_guest)
+        return sound or tuple(killer for killer in self.killers if killer.kind in (KillerKind.GUEST, KillerKind.KERNEL))
 
     @property
     def kill_latency_seconds(self) -> float:
         """kappa: how long the slowest killer assumed sound takes."""
-        return max(one.latency_seconds for one in self.sound_killers)
+        return max(killer.latency_seconds for killer in self.sound_killers)
 
     @property
     def balance_only(self) -> bool:
         """Only an empty prepaid account ends a node whose guest hangs, so the whole balance has to be set aside."""
-        return all(one.kind is KillerKind.BALANCE for one in self.sound_killers)
+        return all(killer.kind is KillerKind.BALANCE for killer in self.sound_killers)
 
 
 def provider(name: str) -> Provider:
@@ -130,37 +130,39 @@ def provider(name: str) -> Provider:
 
 def providers() -> Mapping[str, Provider]:
     """All profiles by cloud, without the one for any other."""
-    return MappingProxyType({name: one for name, one in _table().items() if name != ANY})
+    return MappingProxyType({name: provider for name, provider in _table().items() if name != ANY})
 
 
-def refusal(one: Provider, *, allow_unguarded: bool) -> str | None:
+def refusal(provider: Provider, *, allow_unguarded: bool) -> str | None:
     """Why nothing may be rented from this cloud; None where it may."""
     if allow_unguarded:
         return None
-    kinds = {killer.kind for killer in one.killers} - {KillerKind.SKY}
-    has = ", ".join(f"{killer.name} ({killer.kind})" for killer in one.killers)
-    if not any(killer.survives_hung_guest for killer in one.killers):
-        return f"{one.name}: nothing ends a node whose guest hangs; it has {has}; {WAY_OUT}"
+    kinds = {killer.kind for killer in provider.killers} - {KillerKind.SKY}
+    has = ", ".join(f"{killer.name} ({killer.kind})" for killer in provider.killers)
+    if not any(killer.survives_hung_guest for killer in provider.killers):
+        return f"{provider.name}: nothing ends a node whose guest hangs; it has {has}; {WAY_OUT}"
     if len(kinds) < FEWEST_KINDS:
-        return f"{one.name}: fewer than {FEWEST_KINDS} kinds of killers; it has {has}; {WAY_OUT}"
+        return f"{provider.name}: fewer than {FEWEST_KINDS} kinds of killers; it has {has}; {WAY_OUT}"
     return None
 
 
-def balance_refusal(one: Provider, *, balance_usd: Decimal | None, free_usd: Decimal) -> str | None:
+def balance_refusal(provider: Provider, *, balance_usd: Decimal | None, free_usd: Decimal) -> str | None:
     """Why a cloud that only an empty account stops may not be rented from; None where it may or another killer works.
 
     `balance_usd` is what lies on the prepaid account, None if unknown; all of it counts against `free_usd`.
     """
-    if not one.balance_only:
+    if not provider.balance_only:
         return None
     if balance_usd is None:
         return (
-            f"{one.name}: only an empty prepaid account ends a node whose guest hangs, and what lies on it is unknown; "
+            f"{provider.name}: only an empty prepaid account ends a node whose guest hangs, and "
+            "what lies on it is unknown; "
             f"keep at most ${free_usd:.2f} there, with automatic payment off"
         )
     if balance_usd > free_usd:
         return (
-            f"{one.name}: ${balance_usd:.2f} lies on the prepaid account, which a hung node would use up, and only "
+            f"{provider.name}: ${balance_usd:.2f} lies on the prepaid account, which "
+            "a hung node would use up, and only "
             f"${free_usd:.2f} of the cap is free; leave less on the account, or raise the cap with --budget"
         )
     return None

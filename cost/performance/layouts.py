@@ -79,10 +79,10 @@ def fastest_layout(
     smallest: float | None = None
     for sharding in SHARDINGS if cluster.world_size > 1 else SHARDINGS[:1]:
         for recompute in (False, True):
-            one = _layout(work, cluster, sharding, recompute, 1)
-            widest = memory.largest_micro_batch(work, device, one, software=program, at_most=most)
+            item = _layout(work, cluster, sharding, recompute, 1)
+            widest = memory.largest_micro_batch(work, device, item, software=program, at_most=most)
             if widest == 0:
-                needed = memory.peak(work, device, one, software=program).total_gib
+                needed = memory.peak(work, device, item, software=program).total_gib
                 smallest = needed if smallest is None else min(smallest, needed)
                 continue
             micro = 1 << (widest.bit_length() - 1)
@@ -109,16 +109,16 @@ def fastest_precision(
 ) -> Placement | NoLayout:
     """The fastest layout in any of these precisions; a device without units for one is placed in another."""
     found = [
-        fastest_layout(replace(work, precision=one), cluster, calibration, software)
-        for one in precisions or (work.precision,)
+        fastest_layout(replace(work, precision=precision), cluster, calibration, software)
+        for precision in precisions or (work.precision,)
     ]
     return _fastest(found)
 
 
 def _fastest(found: Sequence[Placement | NoLayout]) -> Placement | NoLayout:
     """The first of the fastest, or why the last one cannot be."""
-    placements = [one for one in found if isinstance(one, Placement)]
-    return max(placements, key=lambda one: one.tokens_per_second) if placements else found[-1]
+    placements = [entry for entry in found if isinstance(entry, Placement)]
+    return max(placements, key=lambda placement: placement.tokens_per_second) if placements else found[-1]
 
 
 def _layout(work: Workload, cluster: Cluster, sharding: Sharding, recompute: bool, micro: int) -> Layout:
@@ -167,9 +167,9 @@ def emulated_layout(
 ) -> Placement:
     """One worker per node on this machine's processor, at the recipe's own micro-batch; the fastest precision."""
     program = our_trainer() if software is None else software
-    works = [replace(work, precision=one) for one in precisions or (work.precision,)]
-    found = [placed(one, cluster, own_layout(one, cluster, micro_batch_size), calibration, program) for one in works]
-    return max(found, key=lambda one: one.tokens_per_second)
+    works = [replace(work, precision=precision) for precision in precisions or (work.precision,)]
+    found = [placed(work, cluster, own_layout(work, cluster, micro_batch_size), calibration, program) for work in works]
+    return max(found, key=lambda entry: entry.tokens_per_second)
 
 
 def own_layout(work: Workload, cluster: Cluster, micro_batch_size: int) -> Layout:

@@ -138,11 +138,11 @@ def largest_micro_batch(
     def total(micro_batch: int) -> MemoryEstimate:
         return peak(workload, accelerator, dataclasses.replace(layout, micro_batch_size=micro_batch), software=software)
 
-    one, two = total(1), total(2)
-    if not one.fits:
+    item, two = total(1), total(2)
+    if not item.fits:
         return 0
-    per_sequence = two.total_bytes - one.total_bytes
-    spare = SURE_SHARE * one.capacity_bytes - one.total_bytes
+    per_sequence = two.total_bytes - item.total_bytes
+    spare = SURE_SHARE * item.capacity_bytes - item.total_bytes
     most = max(1, min(at_most, 1 + int(spare / per_sequence)))
     return most if total(most).fits else most - 1
 

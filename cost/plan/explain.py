@@ -42,13 +42,19 @@ class Explanation:
     source: str
 
 
-def explain(plan: Plan, one: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
+def explain(plan: Plan, estimate: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
     """All numbers of one estimate, in the order in which they follow from each other.
 
     `hazard` is what the planner believed of this offer (`Hazards.of`).
     """
     work = plan.workload
-    return (*_model(work), *_speed(plan, one), *_losses(one, hazard), *_dollars(work, one), *_outcome(plan, one))
+    return (
+        *_model(work),
+        *_speed(plan, estimate),
+        *_losses(estimate, hazard),
+        *_dollars(work, estimate),
+        *_outcome(plan, estimate),
+    )
 
 
 def _model(work: Workload) -> tuple[Explanation, ...]:
@@ -71,29 +77,29 @@ def _model(work: Workload) -> tuple[Explanation, ...]:
     )
 
 
-def _speed(plan: Plan, one: Estimate) -> tuple[Explanation, ...]:
-    estimate, work = one.throughput, plan.workload
+def _speed(plan: Plan, each_estimate: Estimate) -> tuple[Explanation, ...]:
+    estimate, work = each_estimate.throughput, plan.workload
     scale = 1.0 if plan.emulation is None else plan.emulation.time_scale
     emulated = plan.emulation is not None
-    device = None if emulated else accelerator(one.offer.accelerator)
-    peak = one.tokens_per_second * work.flops_per_token / one.mfu
+    device = None if emulated else accelerator(each_estimate.offer.accelerator)
+    peak = each_estimate.tokens_per_second * work.flops_per_token / each_estimate.mfu
     return (
         Explanation(
             "tokens_per_second",
-            one.tokens_per_second,
+            each_estimate.tokens_per_second,
             "tokens/s",
             "global_batch_tokens / (sum of seconds by part), on a full last pass",
             dict(estimate.seconds_by_part),
             "roofline of cost/performance/roofline.py with the constants of cost/data/calibration.json, "
-            f"basis: {estimate.basis}{_measured_by(plan, one)}",
+            f"basis: {estimate.basis}{_measured_by(plan, each_estimate)}",
         ),
         Explanation(
             "mfu",
-            one.tokens_per_second * work.flops_per_token / peak,
+            each_estimate.tokens_per_second * work.flops_per_token / peak,
             "share",
             "tokens_per_second * flops_per_token / peak_flops",
             {
-                "tokens_per_second": one.tokens_per_second,
+                "tokens_per_second": each_estimate.tokens_per_second,
                 "flops_per_token": work.flops_per_token,
                 "peak_flops": peak,
             },
@@ -101,31 +107,31 @@ def _speed(plan: Plan, one: Estimate) -> tuple[Explanation, ...]:
         ),
         Explanation(
             "train_hours",
-            work.num_tokens / one.tokens_per_second / 3600 * scale,
+            work.num_tokens / each_estimate.tokens_per_second / 3600 * scale,
             "billed h",
             "num_tokens / tokens_per_second / 3600 * time_scale",
-            {"num_tokens": work.num_tokens, "tokens_per_second": one.tokens_per_second, "time_scale": scale},
+            {"num_tokens": work.num_tokens, "tokens_per_second": each_estimate.tokens_per_second, "time_scale": scale},
             "the recipe; tokens_per_second above",
         ),
         Explanation(
             "peak_memory_gib",
-            sum(one.memory.by_kind.values()) / 2**30,
+            sum(each_estimate.memory.by_kind.values()) / 2**30,
             "GiB",
             "sum of bytes by kind / 2^30",
-            dict(one.memory.by_kind),
+            dict(each_estimate.memory.by_kind),
             "Rajbhandari et al. 2020 (arXiv:1910.02054), Korthikanti et al. 2022 (arXiv:2205.05198)",
         ),
     )
 
 
-def _measured_by(plan: Plan, one: Estimate) -> str:
-    run = None if plan.emulation is not None else plan.seen.measured_by.get(one.offer.accelerator)
-    return "" if run is None else f", all scaled to what run {run} measured on {one.offer.accelerator}"
+def _measured_by(plan: Plan, estimate: Estimate) -> str:
+    run = None if plan.emulation is not None else plan.seen.measured_by.get(estimate.offer.accelerator)
+    return "" if run is None else f", all scaled to what run {run} measured on {estimate.offer.accelerator}"
 
 
-def _losses(one: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
-    bill, pace, waste = one.bill, one.bill.pace, one.bill.waste
-    rate = hazard.per_node_hour * one.num_nodes
+def _losses(estimate: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
+    bill, pace, waste = estimate.bill, estimate.bill.pace, estimate.bill.waste
+    rate = hazard.per_node_hour * estimate.num_nodes
     young_daly = (
         math.sqrt(2 * pace.stall_seconds / (rate / 3600 * (1 - pace.saved_at_notice)))
         if rate > 0 and pace.saved_at_notice < 1
@@ -138,7 +144,7 @@ def _losses(one: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
             rate,
             "1/h",
             "num_nodes * losses / node_hours",
-            {"num_nodes": one.num_nodes, "losses": hazard.losses, "node_hours": hazard.node_hours},
+            {"num_nodes": estimate.num_nodes, "losses": hazard.losses, "node_hours": hazard.node_hours},
             hazard.source,
         ),
         Explanation(
@@ -179,22 +185,22 @@ def _losses(one: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
                 "lost_work": waste.lost_work,
                 "recoveries": waste.recoveries,
             },
-            f"start-up of {one.offer.cloud}: {cloud_terms(one.offer.cloud).startup_source}; "
+            f"start-up of {estimate.offer.cloud}: {cloud_terms(estimate.offer.cloud).startup_source}; "
             f"{WARM_UP_SECONDS:g} s of warm-up and {DETECTION_SECONDS:g} s of detection are assumed",
         ),
     )
 
 
-def _dollars(work: Workload, one: Estimate) -> tuple[Explanation, ...]:
-    bill, cloud = one.bill, cloud_terms(one.offer.cloud)
-    hourly = float(one.usd_per_hour)
+def _dollars(work: Workload, estimate: Estimate) -> tuple[Explanation, ...]:
+    bill, cloud = estimate.bill, cloud_terms(estimate.offer.cloud)
+    hourly = float(estimate.usd_per_hour)
     waste, train = bill.waste, bill.train_hours
     checkpoint_gb = work.num_params * CHECKPOINT_BYTES_PER_PARAM / 1e9
     export_gb = work.num_params * EXPORT_BYTES_PER_PARAM / 1e9
     months = bill.billed_hours / HOURS_PER_MONTH
-    price = f"{one.offer.source} ({one.offer.as_of})"
+    price = f"{estimate.offer.source} ({estimate.offer.as_of})"
     short = max(0.0, cloud.minimum_billed_seconds / 3600 - bill.billed_hours)
-    usd = {line.name: float(line.usd) for line in one.lines}
+    usd = {line.name: float(line.usd) for line in estimate.lines}
     egress = float(cloud.egress_usd_per_gb)
     saves = train * 3600 / waste.interval_seconds
     sent_gb = 0.0 if cloud.name in CLOUDS_WITH_A_STORE_INSIDE else saves * checkpoint_gb
@@ -226,9 +232,9 @@ def _dollars(work: Workload, one: Estimate) -> tuple[Explanation, ...]:
             CLOUDS_CSV,
         ),
         "disks": (
-            one.num_nodes * DISK_GB_PER_NODE * months * disk,
+            estimate.num_nodes * DISK_GB_PER_NODE * months * disk,
             "num_nodes * disk_gb * billed_hours / 730 * usd_per_gb_month",
-            {"num_nodes": one.num_nodes, "disk_gb": DISK_GB_PER_NODE, "usd_per_gb_month": disk},
+            {"num_nodes": estimate.num_nodes, "disk_gb": DISK_GB_PER_NODE, "usd_per_gb_month": disk},
             cloud.storage_source,
         ),
         "run store": (
@@ -258,9 +264,9 @@ def _dollars(work: Workload, one: Estimate) -> tuple[Explanation, ...]:
     return (*lines, total)
 
 
-def _outcome(plan: Plan, one: Estimate) -> tuple[Explanation, ...]:
+def _outcome(plan: Plan, estimate: Estimate) -> tuple[Explanation, ...]:
     work, law = plan.workload, plan.law
-    total = float(one.total_usd)
+    total = float(estimate.total_usd)
     return (
         Explanation(
             "usd_per_param",
@@ -272,7 +278,7 @@ def _outcome(plan: Plan, one: Estimate) -> tuple[Explanation, ...]:
         ),
         Explanation(
             "predicted_loss",
-            one.predicted.nats_per_token,
+            estimate.predicted.nats_per_token,
             "nats/token",
             "E + A / N^alpha + B / (k * D)^beta",
             {
@@ -283,18 +289,18 @@ def _outcome(plan: Plan, one: Estimate) -> tuple[Explanation, ...]:
                 "beta": law.data_exponent,
                 "k": law.data_efficiency,
                 "N": math.sqrt(float(work.matrix_params) * work.active_matrix_params),
-                "D": one.predicted.effective_tokens,
-                "low": one.predicted.low_nats,
-                "high": one.predicted.high_nats,
+                "D": estimate.predicted.effective_tokens,
+                "low": estimate.predicted.low_nats,
+                "high": estimate.predicted.high_nats,
             },
-            one.predicted.source,
+            estimate.predicted.source,
         ),
         Explanation(
             "worst_case",
-            float(one.worst_case_usd),
+            float(estimate.worst_case_usd),
             "usd",
             "hours with two standard deviations more preemptions * worst_usd_per_hour + disks, store, egress, download",
-            {"worst_usd_per_hour": float(one.bill.worst_usd_per_hour), "hours": one.hours},
+            {"worst_usd_per_hour": float(estimate.bill.worst_usd_per_hour), "hours": estimate.hours},
             "on-demand price where it is known, else four times spot; the cap stops the run before its own limit",
         ),
     )

@@ -105,7 +105,7 @@ def _proportions(num_params: float, vocab_size: int, num_experts: int) -> tuple[
         return layers * width**2 * (4 + 8 * num_experts) + 2 * vocab_size * width
 
     widths = range(HEAD_SIZE, 16_385, HEAD_SIZE)
-    width = min(widths, key=lambda one: abs(math.log(count(one) / num_params)))
+    width = min(widths, key=lambda width: abs(math.log(count(width) / num_params)))
     return max(1, round(width / WIDTH_PER_LAYER)), width
 
 
@@ -182,7 +182,7 @@ def shortlist(
     kept: dict[str, Offer] = {}
     for shape in shapes:
         plan = make_plan(shape, offers, budget_usd=UNLIMITED_USD, objective=objective, **options)
-        kept.update((one.offer.offer_id, one.offer) for one in plan.ranked[:SHORTLISTED])
+        kept.update((estimate.offer.offer_id, estimate.offer) for estimate in plan.ranked[:SHORTLISTED])
     return tuple(kept.values())
 
 
@@ -212,8 +212,8 @@ def frontier(
             for size in sizes
             if (point := _spend(size, experts, active, cheapest, budget_usd, believed, options)) is not None
         ]
-        lowest = min((one.predicted.nats_per_token for one in found), default=math.inf)
-        points.extend(replace(one, best=one.predicted.nats_per_token == lowest) for one in found)
+        lowest = min((entry.predicted.nats_per_token for entry in found), default=math.inf)
+        points.extend(replace(entry, best=entry.predicted.nats_per_token == lowest) for entry in found)
     return tuple(points)
 
 

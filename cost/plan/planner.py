@@ -264,12 +264,12 @@ def _ranking(objective: Objective) -> Callable[[Estimate], tuple[object, ...]]:
         "usd_per_param": by_dollars,
         "dollars": by_dollars,
         "hours": operator.attrgetter("hours", "bill.total_micro_usd"),
-        "loss": lambda one: (-one.num_tokens, one.bill.total_micro_usd),
+        "loss": lambda item: (-item.num_tokens, item.bill.total_micro_usd),
     }
     key = by_objective[objective]
 
-    def rank(one: Estimate) -> tuple[object, ...]:
-        finished = one.within_budget and one.within_deadline
-        return (not finished, 0 if finished else -one.num_tokens, *key(one), one.offer.offer_id)
+    def rank(estimate: Estimate) -> tuple[object, ...]:
+        finished = estimate.within_budget and estimate.within_deadline
+        return (not finished, 0 if finished else -estimate.num_tokens, *key(estimate), estimate.offer.offer_id)
 
     return rank

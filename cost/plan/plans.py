@@ -161,7 +161,14 @@ class Seen:
         if not offer.spot:
             return None
         kind = (offer.cloud, offer.accelerator, offer.gpus_per_node)
-        return next((one for one in self.sightings if (one.cloud, one.accelerator, one.gpus_per_node) == kind), None)
+        return next(
+            (
+                sighting
+                for sighting in self.sightings
+                if (sighting.cloud, sighting.accelerator, sighting.gpus_per_node) == kind
+            ),
+            None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

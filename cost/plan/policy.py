@@ -357,12 +357,12 @@ def score(policy: Policy, traces: Traces, terms: Terms, start_hours: Sequence[fl
     """Run a policy from each start; starts at which the bound is zero count nothing."""
     bounds = [offline_bound(traces, terms, start_hour=start) for start in start_hours]
     outcomes = [run(policy, traces, terms, start_hour=start) for start in start_hours]
-    shares = [one.useful_hours / bound for one, bound in zip(outcomes, bounds, strict=True) if bound > 0]
+    shares = [outcome.useful_hours / bound for outcome, bound in zip(outcomes, bounds, strict=True) if bound > 0]
     return Score(
         fraction_of_bound=_mean(shares, lambda share: share),
-        useful_hours=_mean(outcomes, lambda one: one.useful_hours),
-        usd=_mean(outcomes, lambda one: one.usd),
-        preemptions=_mean(outcomes, lambda one: one.preemptions),
+        useful_hours=_mean(outcomes, lambda outcome: outcome.useful_hours),
+        usd=_mean(outcomes, lambda outcome: outcome.usd),
+        preemptions=_mean(outcomes, lambda outcome: outcome.preemptions),
     )
 
 

@@ -93,7 +93,7 @@ def simulate(
         num_runs=runs,
         seed=seed,
         policies={name: _distribution(outcomes, rates, num_tokens) for name, outcomes in results.items()},
-        usd_of_draws={name: tuple(one.usd for one in outcomes) for name, outcomes in results.items()},
+        usd_of_draws={name: tuple(outcome.usd for outcome in outcomes) for name, outcomes in results.items()},
     )
 
 
@@ -188,17 +188,18 @@ def _extra_usd_per_hour(estimate: Estimate) -> float:
 
 def _distribution(outcomes: Sequence[Outcome], tokens_per_hour: Sequence[float], num_tokens: int) -> Distribution:
     tokens = [
-        min(float(num_tokens), one.useful_hours * rate) for one, rate in zip(outcomes, tokens_per_hour, strict=True)
+        min(float(num_tokens), outcome.useful_hours * rate)
+        for outcome, rate in zip(outcomes, tokens_per_hour, strict=True)
     ]
     return Distribution(
-        usd=_spread(outcomes, lambda one: one.usd),
-        hours=_spread(outcomes, lambda one: one.hours),
-        tokens=_spread(tokens, lambda one: one),
-        preemptions=_spread(outcomes, lambda one: one.preemptions),
+        usd=_spread(outcomes, lambda outcome: outcome.usd),
+        hours=_spread(outcomes, lambda outcome: outcome.hours),
+        tokens=_spread(tokens, lambda token: token),
+        preemptions=_spread(outcomes, lambda outcome: outcome.preemptions),
         wasted_share=_spread(
-            outcomes, lambda one: 1 - one.useful_hours / one.held_hours if one.held_hours > 0 else 0.0
+            outcomes, lambda outcome: 1 - outcome.useful_hours / outcome.held_hours if outcome.held_hours > 0 else 0.0
         ),
-        finished_share=sum(one.finished for one in outcomes) / len(outcomes),
+        finished_share=sum(outcome.finished for outcome in outcomes) / len(outcomes),
     )
 
 

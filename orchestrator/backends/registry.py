@@ -39,13 +39,13 @@ def aws_accounts(home: Home) -> list[Backend]:
     Without credentials it is looked at all the same, and that it cannot be is told, while something there is unsettled.
     """
     account = AwsAccount()
-    unsettled = [one for one in leases_on(home, "aws") if one.is_open]
+    unsettled = [account for account in leases_on(home, "aws") if account.is_open]
     if find_spec("boto3") is None or not (unsettled or account.has_credentials()):
         return []
     return [
         AwsInstances(
             account,
-            known_leases=lambda: [one.lease.lease_id for one in leases_on(home, "aws")],
+            known_leases=lambda: [account.lease.lease_id for account in leases_on(home, "aws")],
             is_expected=lambda: bool(leases_on(home, "aws")),
         )
     ]
@@ -57,10 +57,12 @@ def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
         return []
     try:
         with books(home) as runs:
-            accounts = [one for run in runs.all() for one in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()]
+            accounts = [
+                account for run in runs.all() for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+            ]
     except (SlmError, sqlite3.Error):
         return []
-    return [one for one in accounts if one.lease.offer.cloud == cloud]
+    return [account for account in accounts if account.lease.offer.cloud == cloud]
 
 
 def local_markets(home: Home) -> list[Backend]:

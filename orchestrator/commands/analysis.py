@@ -216,7 +216,7 @@ def model_of(
     from tasks.recipe.schema import list_recipes, load_recipe
 
     try:  # a recipe may be called 350m
-        size = None if model in {one.name for one in list_recipes()} else options.parse_count(model)
+        size = None if model in {recipe.name for recipe in list_recipes()} else options.parse_count(model)
     except typer.BadParameter:
         size = None
     if size is None:

@@ -124,9 +124,10 @@ def launch(
             ),
             single_supervisor=single_supervisor,
             store=absolute(store),
-            expected_usd={one.offer.offer_id: one.bill.total_usd for one in reversed(plan.ranked)},
+            expected_usd={estimate.offer.offer_id: estimate.bill.total_usd for estimate in reversed(plan.ranked)},
             planned_speed={
-                one.offer.offer_id: one.tokens_per_second / one.layout.world_size for one in reversed(plan.ranked)
+                estimate.offer.offer_id: estimate.tokens_per_second / estimate.layout.world_size
+                for estimate in reversed(plan.ranked)
             },
             allow_unguarded=allow_unguarded,
         ),

@@ -96,6 +96,6 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
     console = render.console_on(sys.stdout)
     for name, value in facts.items():
         if isinstance(value, list):
-            value = " ".join(f"--set {one}" for one in value)
+            value = " ".join(f"--set {setting}" for setting in value)
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         console.print(f"{name.replace('_', ' ')}: {shown}", markup=False, highlight=False, soft_wrap=True)

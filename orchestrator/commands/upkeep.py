@@ -86,5 +86,5 @@ def doctor(
         render.as_json(render_upkeep.examination_facts(found))
     else:
         render_upkeep.verdict(found, console)
-    if any(one.level is examination.Level.FAIL for one in found):
+    if any(entry.level is examination.Level.FAIL for entry in found):
         raise typer.Exit(WRONG_EXIT_CODE)

@@ -90,9 +90,9 @@ def estimate_machine(
     placed = fastest_precision(work, cluster, known.calibrated(), software, precisions=precisions)
     if isinstance(placed, NoLayout):
         raise UserError(f"{name} does not run on {nodes} x {gpus}x{card}: {placed.reason}.")
-    same = [one for one in prices.offers if one.accelerator == card and one.gpus_per_node == gpus]
-    kinds = ([one for one in same if one.spot], [one for one in same if not one.spot])
-    cheapest = tuple(min(kind, key=lambda one: one.usd_per_hour) for kind in kinds if kind)
+    same = [offer for offer in prices.offers if offer.accelerator == card and offer.gpus_per_node == gpus]
+    kinds = ([offer for offer in same if offer.spot], [offer for offer in same if not offer.spot])
+    cheapest = tuple(min(kind, key=lambda item: item.usd_per_hour) for kind in kinds if kind)
     work = replace(work, precision=placed.layout.precision)
     return MachineEstimate(name, work, card, gpus, nodes, placed, cheapest, known.seen.measured_by.get(card))
 

@@ -67,13 +67,13 @@ class Experience:
     def calibrated(self, base: Calibration | None = None) -> Calibration:
         """The constants, corrected by what was measured; the newest run on a GPU has the last word."""
         calibration = default_calibration() if base is None else base
-        for one in self.measurements:
-            layout = own_layout(one.work, one.cluster, one.micro_batch_size)
-            expected = placed(one.work, one.cluster, layout, calibration, one.software)
+        for measurement in self.measurements:
+            layout = own_layout(measurement.work, measurement.cluster, measurement.micro_batch_size)
+            expected = placed(measurement.work, measurement.cluster, layout, calibration, measurement.software)
             calibration = calibration.with_measurement(
                 OUR_FRAMEWORK,
-                one.cluster.accelerator.name,
-                measured=one.tokens_per_second,
+                measurement.cluster.accelerator.name,
+                measured=measurement.tokens_per_second,
                 modelled=expected.tokens_per_second,
             )
         return calibration
@@ -82,7 +82,7 @@ class Experience:
     def seen(self) -> Seen:
         """For the text of a plan."""
         return Seen(
-            {one.cluster.accelerator.name: one.run_id for one in self.measurements},
+            {measurement.cluster.accelerator.name: measurement.run_id for measurement in self.measurements},
             self.sightings,
             self.problem,
             self.starts,
@@ -114,7 +114,7 @@ def begun_precision(home: Home, recipe: Recipe) -> ConcretePrecision | None:
     """
     if recipe.precision != AUTO or not home.database.exists():
         return None
-    by_digest = {recipe.in_precision(one).digest(): one for one in PRECISIONS}
+    by_digest = {recipe.in_precision(precision).digest(): precision for precision in PRECISIONS}
     finished = {state.value for state in TERMINAL}
     try:
         with closing(_opened(home.database)) as books:
@@ -122,7 +122,7 @@ def begun_precision(home: Home, recipe: Recipe) -> ConcretePrecision | None:
     except (sqlite3.Error, *UNREADABLE):
         return None  # the launch itself opens the books, and says what is wrong with them
     begun = [by_digest.get(run["recipe_digest"]) for run in runs if run["state"] not in finished]
-    return next((one for one in reversed(begun) if one is not None), None)
+    return next((precision for precision in reversed(begun) if precision is not None), None)
 
 
 # ---------------------------------------------------------------- the books
@@ -175,7 +175,7 @@ def _rented(
     leases: Sequence[sqlite3.Row], recipes: Mapping[str, Mapping[str, Any]], unread: list[str]
 ) -> dict[str, tuple[Mapping[str, Any], list[_Rental]]]:
     """Recipe and leases of each run on a cloud."""
-    found: dict[str, tuple[Mapping[str, Any], list[_Rental]]] = {name: (one, []) for name, one in recipes.items()}
+    found: dict[str, tuple[Mapping[str, Any], list[_Rental]]] = {name: (recipe, []) for name, recipe in recipes.items()}
     for row in leases:
         if row["run_id"] not in found:
             continue
@@ -198,11 +198,11 @@ def _sightings(rented: Mapping[str, tuple[Mapping[str, Any], list[_Rental]]]) ->
     losses: dict[tuple[str, str, int], int] = defaultdict(int)
     hours: dict[tuple[str, str, int], float] = defaultdict(float)
     for _, rentals in rented.values():
-        for one in rentals:
-            if one.offer["spot"] and (one.lost or one.node_hours > 0):
-                kind = (one.offer["cloud"], one.offer["accelerator"], one.offer["gpus_per_node"])
-                losses[kind] += one.lost
-                hours[kind] += one.node_hours
+        for rental in rentals:
+            if rental.offer["spot"] and (rental.lost or rental.node_hours > 0):
+                kind = (rental.offer["cloud"], rental.offer["accelerator"], rental.offer["gpus_per_node"])
+                losses[kind] += rental.lost
+                hours[kind] += rental.node_hours
     return tuple(Sighting(*kind, losses[kind], hours[kind]) for kind in sorted(losses))
 
 
@@ -218,7 +218,7 @@ def _measurements(
         if not (store / "progress" / "latest.json").exists():
             continue
         try:
-            found = _measurement(run_id, store, recipe, {one.lease_id: one for one in rentals})
+            found = _measurement(run_id, store, recipe, {rental.lease_id: rental for rental in rentals})
         except UNREADABLE:
             unread.append(f"the progress of {run_id}")
             continue

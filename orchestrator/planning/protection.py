@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from cost.plan.plans import Estimate, Plan
 
 
-def profile_of(plan: Plan, one: Estimate) -> Provider:
+def profile_of(plan: Plan, estimate: Estimate) -> Provider:
     """The local cloud's for a plan that it plays, else that of the offer's cloud."""
-    return provider(one.offer.cloud if plan.emulation is None else "local")
+    return provider(estimate.offer.cloud if plan.emulation is None else "local")
 
 
-def unguarded_usd(profile: Provider, one: Estimate) -> Decimal:
+def unguarded_usd(profile: Provider, estimate: Estimate) -> Decimal:
     """What the cluster costs at its highest price until the provider's own limit is armed."""
-    return one.bill.worst_usd_per_hour * Decimal(profile.arm_seconds) / Decimal(SECONDS_PER_HOUR)
+    return estimate.bill.worst_usd_per_hour * Decimal(profile.arm_seconds) / Decimal(SECONDS_PER_HOUR)
 
 
-def guard_lines(plan: Plan, one: Estimate) -> list[str]:
+def guard_lines(plan: Plan, estimate: Estimate) -> list[str]:
     """Sentences for a person."""
-    profile = profile_of(plan, one)
+    profile = profile_of(plan, estimate)
     counted = [killer for killer in profile.killers if killer.kind is not KillerKind.SKY]
     lines = [f"ends a node without us at {profile.name}: {', '.join(killer.name for killer in counted)}"]
     late = [killer.name for killer in counted if killer.kind is KillerKind.PROVIDER and armed_later(killer)]
@@ -34,25 +34,25 @@ def guard_lines(plan: Plan, one: Estimate) -> list[str]:
         lines.append(
             f"{', '.join(late)} is armed up to {duration(profile.arm_seconds)} after a node's start: one that hangs "
             f"before and is lost sight of is not bounded by it; those {duration(profile.arm_seconds)} cost at most "
-            f"{dollars(unguarded_usd(profile, one))}"
+            f"{dollars(unguarded_usd(profile, estimate))}"
         )
-    reason = None if plan.emulation is not None else refusal_of(one.offer)
+    reason = None if plan.emulation is not None else refusal_of(estimate.offer)
     balance = balance_refusal(profile, balance_usd=None, free_usd=plan.budget_usd)
     return [*lines, *(text for text in (reason, balance) if text is not None)]
 
 
-def guard_facts(plan: Plan, one: Estimate) -> dict[str, Any]:
+def guard_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
     """The same for a program."""
-    profile = profile_of(plan, one)
+    profile = profile_of(plan, estimate)
     return {
         "cloud": profile.name,
         "killers": profile.killers,
         "kill_latency_seconds": profile.kill_latency_seconds,
         "ttl": profile.ttl.value,
         "unguarded_seconds": profile.arm_seconds,
-        "unguarded_usd": unguarded_usd(profile, one),
+        "unguarded_usd": unguarded_usd(profile, estimate),
         "balance_only": profile.balance_only,
-        "refusal": None if plan.emulation is not None else refusal_of(one.offer),
+        "refusal": None if plan.emulation is not None else refusal_of(estimate.offer),
     }
 
 

@@ -182,12 +182,14 @@ def options_without_recipe(
 
 def guarded(plan: Plan) -> Plan:
     """The plan without what may not be rented, which stands among the rejected with the reason, and in `unguarded`."""
-    refused = {one.offer.cloud: reason for one in plan.ranked if (reason := refusal_of(one.offer)) is not None}
-    unguarded = tuple(one for one in plan.ranked if one.offer.cloud in refused)
+    refused = {
+        estimate.offer.cloud: reason for estimate in plan.ranked if (reason := refusal_of(estimate.offer)) is not None
+    }
+    unguarded = tuple(estimate for estimate in plan.ranked if estimate.offer.cloud in refused)
     return replace(
         plan,
-        ranked=tuple(one for one in plan.ranked if one.offer.cloud not in refused),
-        rejected=(*plan.rejected, *(Rejected(one.offer, refused[one.offer.cloud]) for one in unguarded)),
+        ranked=tuple(estimate for estimate in plan.ranked if estimate.offer.cloud not in refused),
+        rejected=(*plan.rejected, *(Rejected(estimate.offer, refused[estimate.offer.cloud]) for estimate in unguarded)),
         unguarded=unguarded,
     )
 
@@ -254,7 +256,11 @@ def measured_here(home: Home, recipe: Recipe) -> float | None:
 def explained(planned: Planned, best: Estimate) -> tuple[Explanation, ...]:
     """Every number of an estimate with formula, inputs and source; no loss where its law does not hold."""
     numbers = explain(planned.plan, best, planned.hazards.of(best.offer))
-    return numbers if known_loss(best) is not None else tuple(one for one in numbers if one.name != "predicted_loss")
+    return (
+        numbers
+        if known_loss(best) is not None
+        else tuple(number for number in numbers if number.name != "predicted_loss")
+    )
 
 
 def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tuple[Rejected, ...]]:
@@ -273,7 +279,7 @@ def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tupl
 
 def precisions_of(name: str | None) -> tuple[ConcretePrecision, ...]:
     """What the planner may choose from; nothing where the workload's own stays."""
-    return PRECISIONS if name == AUTO else tuple(one for one in PRECISIONS if one == name)
+    return PRECISIONS if name == AUTO else tuple(precision for precision in PRECISIONS if precision == name)
 
 
 def fixed(recipe: Recipe, plan: Plan) -> tuple[Recipe, list[Offer]]:
@@ -288,8 +294,10 @@ def fixed(recipe: Recipe, plan: Plan) -> tuple[Recipe, list[Offer]]:
     if recipe.precision != AUTO:
         return recipe, offers_in_order(plan)
     precision = winner(plan).layout.precision
-    chosen = next(one for one in PRECISIONS if one == precision)
-    return recipe.in_precision(chosen), [one.offer for one in plan.ranked if one.layout.precision == precision]
+    chosen = next(each_precision for each_precision in PRECISIONS if each_precision == precision)
+    return recipe.in_precision(chosen), [
+        estimate.offer for estimate in plan.ranked if estimate.layout.precision == precision
+    ]
 
 
 def as_begun(home: Home, recipe: Recipe) -> Recipe:
@@ -325,7 +333,7 @@ def scripted_rate(script: schedule.Script, undisturbed: Plan, time_scale: float)
     if best is None:
         return 0.0
     real_seconds = best.hours * SECONDS_PER_HOUR / time_scale
-    losses = [one for one in script.events if one.action != "capacity" and one.at_seconds < real_seconds]
+    losses = [event for event in script.events if event.action != "capacity" and event.at_seconds < real_seconds]
     return len(losses) / (best.num_nodes * best.hours)
 
 
@@ -379,7 +387,7 @@ def known_gpus(names: Collection[str] | None) -> tuple[str, ...] | None:
     known = list(accelerators())
     found: list[str] = []
     for name in names:
-        family = [one for one in known if one.upper().startswith(name.upper() + "-")]
+        family = [entry for entry in known if entry.upper().startswith(name.upper() + "-")]
         single = canonical_name(name)
         if not family and single is None:
             raise UserError(f"no GPU is called {name!r}{nearest(name.upper(), known)} There are {', '.join(known)}.")
@@ -413,7 +421,7 @@ def winner(plan: Plan) -> Estimate:
 
 def rejections(plan: Plan) -> list[tuple[str, int]]:
     """Reasons and how many offers each turned away, the commonest first."""
-    return Counter(short_reason(one.reason) for one in plan.rejected).most_common()
+    return Counter(short_reason(rejection.reason) for rejection in plan.rejected).most_common()
 
 
 def short_reason(reason: str) -> str:

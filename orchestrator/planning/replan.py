@@ -48,20 +48,20 @@ def measured(
 
 def replanned(candidates: Sequence[Candidate], seen: Iterable[Measured]) -> list[Candidate]:
     """The same candidates with corrected costs, cheapest first within each number of nodes; unknown costs stay last."""
-    ratios = {one.accelerator: one.ratio for one in seen}
+    ratios = {entry.accelerator: entry.ratio for entry in seen}
     if not ratios:
         return list(candidates)
 
-    def corrected(one: Candidate) -> Candidate:
-        ratio = ratios.get(one.offer.accelerator)
-        if ratio is None or one.expected_usd is None:
-            return one
-        return replace(one, expected_usd=one.expected_usd / Decimal(ratio))
+    def corrected(candidate: Candidate) -> Candidate:
+        ratio = ratios.get(candidate.offer.accelerator)
+        if ratio is None or candidate.expected_usd is None:
+            return candidate
+        return replace(candidate, expected_usd=candidate.expected_usd / Decimal(ratio))
 
-    found = [corrected(one) for one in candidates]
-    counts = list(dict.fromkeys(one.num_nodes for one in candidates))
+    found = [corrected(candidate) for candidate in candidates]
+    counts = list(dict.fromkeys(candidate.num_nodes for candidate in candidates))
 
-    def order(one: Candidate) -> tuple[int, bool, Decimal]:
-        return counts.index(one.num_nodes), one.expected_usd is None, one.expected_usd or Decimal(0)
+    def order(candidate: Candidate) -> tuple[int, bool, Decimal]:
+        return counts.index(candidate.num_nodes), candidate.expected_usd is None, candidate.expected_usd or Decimal(0)
 
     return sorted(found, key=order)

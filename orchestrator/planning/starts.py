@@ -29,8 +29,8 @@ def typical(path: Path) -> dict[str, float]:
         return {}
     for line in lines:
         try:
-            one = json.loads(line)
-            found[str(one["cloud"])].append(float(one["seconds"]))
+            item = json.loads(line)
+            found[str(item["cloud"])].append(float(item["seconds"]))
         except (ValueError, KeyError, TypeError):
             continue
     return {cloud: median(seconds[-NEWEST:]) for cloud, seconds in sorted(found.items())}

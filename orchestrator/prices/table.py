@@ -109,7 +109,7 @@ def read_cache(path: Path) -> Prices:
         source=str(document["source"]),
         num_skipped=int(document["num_skipped"]),
         read_at=datetime.fromisoformat(document["read_at"]),
-        unread=tuple(Unread(one["cloud"], one["reason"]) for one in document["unread"]),
+        unread=tuple(Unread(item["cloud"], item["reason"]) for item in document["unread"]),
         enabled=None if enabled is None else tuple(enabled),
     )
 
@@ -122,7 +122,7 @@ def write_cache(prices: Prices, path: Path) -> None:
         "read_at": prices.read_at.isoformat(),
         "source": prices.source,
         "num_skipped": prices.num_skipped,
-        "unread": [asdict(one) for one in prices.unread],
+        "unread": [asdict(catalog) for catalog in prices.unread],
         "enabled_clouds": prices.enabled,
         "offers": [_fields(offer) for offer in prices.offers],
     }

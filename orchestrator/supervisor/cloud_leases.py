@@ -31,19 +31,19 @@ def terms_on_clouds(recipe: Recipe) -> TermsOf:
     wish = recipe.cloud
 
     def terms(offer: Offer) -> Terms:
-        one = provider(offer.cloud)
+        item = provider(offer.cloud)
         found = terms_on(
-            one,
+            item,
             startup_seconds=cloud_terms(offer.cloud).startup_seconds,
             drain_seconds=wish.drain_seconds,
-            balance_usd=wish.balance_usd.get(offer.cloud) if one.balance_only else None,
+            balance_usd=wish.balance_usd.get(offer.cloud) if item.balance_only else None,
         )
         ttl = wish.ttl_seconds if wish.ttl_seconds is not None else found.fixed_ttl_seconds
         return replace(
             found,
             term_seconds=wish.lease_seconds,
             poll_seconds=wish.poll_seconds,
-            fixed_ttl_seconds=ttl if one.ttl is Ttl.FIXED else found.fixed_ttl_seconds,
+            fixed_ttl_seconds=ttl if item.ttl is Ttl.FIXED else found.fixed_ttl_seconds,
         )
 
     return terms
@@ -68,13 +68,13 @@ def refused(
     offer: Offer, recipe: Recipe, known: Mapping[str, Arm], *, free_usd: Decimal, allow_unguarded: bool
 ) -> str | None:
     """Why this offer may not be rented by this version."""
-    one = provider(offer.cloud)
-    reason = refusal(armable(one, known), allow_unguarded=allow_unguarded)
+    item = provider(offer.cloud)
+    reason = refusal(armable(item, known), allow_unguarded=allow_unguarded)
     if reason is None:
-        reason = balance_refusal(one, balance_usd=recipe.cloud.balance_usd.get(offer.cloud), free_usd=free_usd)
+        reason = balance_refusal(item, balance_usd=recipe.cloud.balance_usd.get(offer.cloud), free_usd=free_usd)
     if reason is None:
         try:
-            worst_price(offer, one.price_bound)
+            worst_price(offer, item.price_bound)
         except SlmError as error:
             return str(error)
     return reason

@@ -89,30 +89,30 @@ def same_terms(terms: Terms) -> TermsOf:
 
 
 def terms_on(
-    one: Provider, *, startup_seconds: float, drain_seconds: float, balance_usd: Decimal | None = None
+    provider: Provider, *, startup_seconds: float, drain_seconds: float, balance_usd: Decimal | None = None
 ) -> Terms:
     """Terms on a cloud, from its profile and how long our own start and stop take there."""
-    overhead = one.boot_seconds + startup_seconds
+    overhead = provider.boot_seconds + startup_seconds
     return Terms(
         term_seconds=900.0,
-        boot_allowance_seconds=one.boot_seconds,
+        boot_allowance_seconds=provider.boot_seconds,
         startup_seconds=startup_seconds,
-        kill_latency_seconds=one.kill_latency_seconds,
+        kill_latency_seconds=provider.kill_latency_seconds,
         drain_seconds=drain_seconds,
         stop_grace_seconds=2 * drain_seconds,
         stall_seconds=1800.0,
         grow_delay_seconds=60.0,
-        confirm_seconds=one.confirm_seconds,
-        create_seconds=one.create_seconds,
+        confirm_seconds=provider.confirm_seconds,
+        create_seconds=provider.create_seconds,
         call_seconds=30.0,
         price_gap_seconds=300.0,
         poll_seconds=10.0,
         accrue_seconds=60.0,
         store_patience_seconds=1800.0,
-        ttl=one.ttl,
+        ttl=provider.ttl,
         fixed_ttl_seconds=best_ttl_seconds(overhead),
-        price_bound=one.price_bound,
-        minimum_billed_seconds=one.minimum_billed_seconds,
+        price_bound=provider.price_bound,
+        minimum_billed_seconds=provider.minimum_billed_seconds,
         balance_usd=balance_usd,
     )
 

@@ -33,7 +33,7 @@ def learned(options: Mapping[str, Any], accounts: Iterable[LeaseAccount], preemp
     belief = options.get("losses")
     if belief is None:
         return None
-    node_ms = sum(one.num_nodes * max(0, one.accrued_until_ms - one.started_ms) for one in accounts)
+    node_ms = sum(account.num_nodes * max(0, account.accrued_until_ms - account.started_ms) for account in accounts)
     prior = Hazard(belief["losses"], belief["node_hours"], "the plan")
     return Losses(
         per_node_hour=prior.updated(preemptions, node_ms / MS_PER_HOUR).per_node_hour * belief["time_scale"],

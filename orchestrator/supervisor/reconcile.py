@@ -37,13 +37,13 @@ def end_unknown_instances(
     """
     try:
         alive = backend.list_alive()
-        ours = [one for one in alive if is_ours(one.lease_id, owner=owner, run_id=run_id, owners=owners)]
-        strangers = [one for one in ours if one.lease_id not in known_leases]
+        ours = [instance for instance in alive if is_ours(instance.lease_id, owner=owner, run_id=run_id, owners=owners)]
+        strangers = [our for our in ours if our.lease_id not in known_leases]
     except BackendError as error:
         return [f"cannot list what is alive: {error}"]
     messages = []
-    for lease_id in sorted({one.lease_id for one in strangers}):
-        nodes = [one for one in strangers if one.lease_id == lease_id]
+    for lease_id in sorted({stranger.lease_id for stranger in strangers}):
+        nodes = [stranger for stranger in strangers if stranger.lease_id == lease_id]
         try:
             backend.stop(lease_of(nodes[0], len(nodes)))
             messages.append(f"ended {len(nodes)} nodes of {lease_id}, which the books do not know as open")

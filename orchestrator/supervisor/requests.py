@@ -114,7 +114,7 @@ def launch(
                 "checkpoint_interval_seconds": checkpoint_interval_seconds,
                 "losses": losses,
                 "single_supervisor": single_supervisor,
-                "expected_usd": {one: str(usd) for one, usd in (expected_usd or {}).items()},
+                "expected_usd": {name: str(usd) for name, usd in (expected_usd or {}).items()},
             },
         )
         remember_whom_to_tell(home, run.run_id, notify_target)
@@ -286,7 +286,7 @@ def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_
     """
     if not candidates:
         raise UserError("the plan has no offer that can be rented; see why with: slm plan RECIPE --json")
-    smallest = min(one.needed_usd for one in candidates)
+    smallest = min(candidate.needed_usd for candidate in candidates)
     if free_usd < smallest:
         enough = (spent_usd + smallest).quantize(Decimal("0.01"), rounding=ROUND_CEILING)
         raise UserError(
@@ -522,15 +522,15 @@ def signals(switch: StopSwitch) -> Iterator[None]:
     """Ctrl-C and SIGTERM press the switch instead of ending us in the middle of a step."""
     wanted = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = {one: signal.signal(one, lambda *_: switch.press()) for one in wanted}
+        before = {name: signal.signal(name, lambda *_: switch.press()) for name in wanted}
     except ValueError:  # not in the main thread: whoever called us handles signals
         yield
         return
     try:
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def offer_of(content: Mapping[str, Any]) -> Offer:

@@ -349,7 +349,9 @@ class Supervisor:
 
     def _balance_left(self, offer: Offer, terms: Terms) -> Decimal:
         """What is left on the prepaid account of that cloud, from which only this run pays."""
-        spent = sum(one.spent_micro_usd for one in self.ledger.accounts() if one.lease.offer.cloud == offer.cloud)
+        spent = sum(
+            account.spent_micro_usd for account in self.ledger.accounts() if account.lease.offer.cloud == offer.cloud
+        )
         return max(Decimal(0), (terms.balance_usd or Decimal(0)) - usd(spent))
 
     def _leave_out(self, offer: Offer, reason: str) -> None:
@@ -360,28 +362,28 @@ class Supervisor:
     def _candidates(self, remaining_usd: Decimal) -> list[Candidate]:
         """Candidates with all that renting them sets aside: of a prepaid account everything that is left on it."""
         found = []
-        for one in self.candidates(remaining_usd):
-            if one.offer.offer_id in self._left_out:
+        for candidate in self.candidates(remaining_usd):
+            if candidate.offer.offer_id in self._left_out:
                 continue
-            terms = self.terms(one.offer)
+            terms = self.terms(candidate.offer)
             if terms.balance_usd is None:
-                found.append(one)
+                found.append(candidate)
                 continue
-            left = self._balance_left(one.offer, terms)
+            left = self._balance_left(candidate.offer, terms)
             hours = Decimal(terms.first_seconds(terms.kill_latency_seconds) * self.clock.scale) / 3600
-            beyond = worst_price(one.offer, terms.price_bound) * one.num_nodes * hours
-            if left >= one.needed_usd:  # else the account is too empty for a lease that is of use
-                found.append(replace(one, needed_usd=left + beyond))
+            beyond = worst_price(candidate.offer, terms.price_bound) * candidate.num_nodes * hours
+            if left >= candidate.needed_usd:  # else the account is too empty for a lease that is of use
+                found.append(replace(candidate, needed_usd=left + beyond))
         return found
 
     def _cheaper(self, lease: Lease, usd_per_hour: Decimal, share_left: float) -> str | None:
         """Which offer finishes the run for less than this lease at that price."""
         terms = self.terms(lease.offer)
         candidates = self._candidates(self.ledger.balance().free_usd)
-        same_size = [one for one in candidates if one.num_nodes == lease.num_nodes]
-        current = next((one for one in same_size if one.offer == lease.offer), None)
+        same_size = [candidate for candidate in candidates if candidate.num_nodes == lease.num_nodes]
+        current = next((candidate for candidate in same_size if candidate.offer == lease.offer), None)
         now = self.clock.now_ms()
-        free = [one for one in same_size if self._blocked.get(one.key, 0) <= now]
+        free = [candidate for candidate in same_size if self._blocked.get(candidate.key, 0) <= now]
         if current is None:
             return None
         hours = (terms.boot_allowance_seconds + terms.startup_seconds) * self.clock.scale / 3600
@@ -461,7 +463,9 @@ class Supervisor:
             if cause is Cause.PREEMPTED:
                 self.runs.count(run_id, preemptions=1)
                 there = self._candidates(self.ledger.balance().free_usd)
-                self._blocked |= {one.key: until for one in there if same_market(account.lease.offer, one.offer)}
+                self._blocked |= {
+                    candidate.key: until for candidate in there if same_market(account.lease.offer, candidate.offer)
+                }
             if cause in (Cause.BROKEN, Cause.EXPIRED):
                 self._failures += 1
                 self.runs.count(run_id, failures=1)

@@ -175,8 +175,8 @@ def discrepancy(ledger: Ledger) -> str:
     """Where the sum of the entries, line by line, is not what leases and other lines say; empty where it is."""
     spent, held = replay(ledger.entries())
     leases, lines = ledger.accounts(), ledger.lines()
-    spent_there = sum(one.spent_micro_usd for one in leases) + sum(one.spent_micro_usd for one in lines)
-    held_there = sum(one.held_micro_usd for one in leases) + sum(one.held_micro_usd for one in lines)
+    spent_there = sum(lease.spent_micro_usd for lease in leases) + sum(line.spent_micro_usd for line in lines)
+    held_there = sum(lease.held_micro_usd for lease in leases) + sum(line.held_micro_usd for line in lines)
     if (spent, held) == (spent_there, held_there):
         return ""
     return (
@@ -212,8 +212,10 @@ def clouds(ask_skypilot: Callable[[], Enabled]) -> Iterator[Finding]:
 def killers(name: str, about: str) -> Finding:
     """What ends a node of this cloud without us."""
     profile = provider(name)
-    counted = [one for one in profile.killers if one.kind is not KillerKind.SKY]
-    detail = ", ".join(f"{one.name} ({one.kind}, {duration(one.latency_seconds)})" for one in counted)
+    counted = [killer for killer in profile.killers if killer.kind is not KillerKind.SKY]
+    detail = ", ".join(
+        f"{terminator.name} ({terminator.kind}, {duration(terminator.latency_seconds)})" for terminator in counted
+    )
     detail = f"ends a node without us: {detail}" + (f"; {about}" if about else "")
     armed = profile if name == "local" else armable(profile, arms())
     refused = refusal(armed, allow_unguarded=False)
@@ -247,14 +249,15 @@ def storage(home: Home, uri: str | None) -> Iterator[Finding | Store]:
 def probe(store: Store) -> Iterator[Finding]:
     """Every permission and property that a run needs of its store."""
     asked = stores.probe(store)
-    wrong = [one for one in asked if not one.ok]
+    wrong = [finding for finding in asked if not finding.ok]
     if not wrong:
-        yield Finding("store", Level.OK, f"{store.uri}: {', '.join(one.name for one in asked)}: as they should be")
-    for one in wrong:
+        names = ", ".join(finding.name for finding in asked)
+        yield Finding("store", Level.OK, f"{store.uri}: {names}: as they should be")
+    for schedule in wrong:
         way_out = "allow this user to read, write, list and delete there, or use another store"
-        if one.name == "conditional writes":
+        if schedule.name == "conditional writes":
             way_out = "use another store, or launch with --single-supervisor and run only one"
-        yield Finding("store", Level.FAIL, f"{store.uri}: {one.name}: {one.detail}", way_out)
+        yield Finding("store", Level.FAIL, f"{store.uri}: {schedule.name}: {schedule.detail}", way_out)
 
 
 def folder_of(store: Store) -> Path | None:
@@ -273,12 +276,12 @@ def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
         asked.append(clock_skew.of_store(store, folder_of(store)))
     if time_server is not None:
         asked.append(clock_skew.of_time_server(*time_server))
-    seen = [one for one in asked if isinstance(one, clock_skew.Skew)]
-    missing = [one for one in asked if isinstance(one, str)]
-    detail = "; ".join([*(f"{one.seconds:+.1f} s against {one.source}" for one in seen), *missing])
+    seen = [finding for finding in asked if isinstance(finding, clock_skew.Skew)]
+    missing = [finding for finding in asked if isinstance(finding, str)]
+    detail = "; ".join([*(f"{entry.seconds:+.1f} s against {entry.source}" for entry in seen), *missing])
     if not seen:
         return Finding("clock", Level.WARN, f"cannot be compared: {detail}", "look at it yourself")
-    worst = max(abs(one.seconds) - one.uncertain_seconds for one in seen)
+    worst = max(abs(entry.seconds) - entry.uncertain_seconds for entry in seen)
     if worst >= clock_skew.FAIL_SECONDS:
         return Finding("clock", Level.FAIL, f"{detail}: stores refuse requests that are 15 min off", SYNCHRONIZE)
     if worst >= clock_skew.WARN_SECONDS:
@@ -299,13 +302,12 @@ def leaks(home: Home, backends: Sequence[Backend]) -> Iterator[Finding]:
         return
     for problem in found.problems:
         yield Finding("leaks", Level.WARN, problem, "slm reconcile")
-    for one in found.leaked:
-        detail = (
-            f"{plural(one.num_nodes, 'node')} of {one.name} at {one.backend}, {one.verdict}: ${one.usd_per_hour:.2f}/h"
-        )
+    for item in found.leaked:
+        nodes = f"{plural(item.num_nodes, 'node')} of {item.name} at {item.backend}"
+        detail = f"{nodes}, {item.verdict}: ${item.usd_per_hour:.2f}/h"
         yield Finding("leaks", Level.FAIL, detail, "slm reconcile")
     if not found.problems and not found.leaked:
-        alive = [one for one in found.clusters if one.name.startswith(f"slm-{found.owner}-")]
+        alive = [cluster for cluster in found.clusters if cluster.name.startswith(f"slm-{found.owner}-")]
         yield Finding(
             "leaks", Level.OK, f"none; {plural(len(alive), 'cluster')} of ours, all paid for" if alive else "none"
         )

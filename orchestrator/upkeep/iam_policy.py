@@ -94,7 +94,9 @@ def machine_statements() -> list[dict[str, Any]]:
         allow("TimeLimitPass", ("iam:PassRole",), role, to_scheduler),
         allow("SkyPilotLook", ("ec2:Describe*",), "*"),
         allow("SkyPilotCreate", ("ec2:RunInstances",), instances, AS_OURS),
-        allow("SkyPilotCreateWith", ("ec2:RunInstances",), [f"arn:aws:ec2:*:*:{one}/*" for one in CREATED_WITH]),
+        allow(
+            "SkyPilotCreateWith", ("ec2:RunInstances",), [f"arn:aws:ec2:*:*:{resource}/*" for resource in CREATED_WITH]
+        ),
         allow("SkyPilotTagNew", ("ec2:CreateTags",), "arn:aws:ec2:*:*:*", at_create),
         allow("SkyPilotTagOurs", ("ec2:CreateTags",), instances, OURS),
         allow("SkyPilotNetwork", SKY_NETWORK, "arn:aws:ec2:*:*:*"),

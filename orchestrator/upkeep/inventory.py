@@ -89,7 +89,7 @@ class Inventory:
     @property
     def leaked(self) -> tuple[Cluster, ...]:
         """What should not live and does."""
-        return tuple(one for one in self.clusters if one.outcome in (Outcome.WOULD_END, Outcome.LEFT))
+        return tuple(cluster for cluster in self.clusters if cluster.outcome in (Outcome.WOULD_END, Outcome.LEFT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +129,11 @@ def reconcile(
     seen: set[tuple[str, str]] = set()
     for backend in backends:
         try:
-            alive = [one for one in backend.list_alive() if (one.lease_id, one.instance_id) not in seen]
+            alive = [item for item in backend.list_alive() if (item.lease_id, item.instance_id) not in seen]
             listed.append((backend, alive))
-            seen |= {(one.lease_id, one.instance_id) for one in alive}  # a cloud and SkyPilot may both show it
+            seen |= {
+                (instance.lease_id, instance.instance_id) for instance in alive
+            }  # a cloud and SkyPilot may both show it
         except BackendError as error:
             problems.append(f"{backend.name}: cannot list what is alive: {error}")
     known = read_books(home, now_ms or billed_now_ms)
@@ -139,16 +141,16 @@ def reconcile(
         (backend, cluster_of(backend, nodes, known)) for backend, instances in listed for nodes in by_name(instances)
     ]
     clusters = [
-        one if one.verdict not in MUST_END else _end(backend, one, dry_run=dry_run, sleep=sleep)
-        for backend, one in found
+        entry if entry.verdict not in MUST_END else _end(backend, entry, dry_run=dry_run, sleep=sleep)
+        for backend, entry in found
     ]
     return Inventory(known.owner, dry_run, tuple(clusters), tuple(problems))
 
 
 def by_name(instances: Sequence[Instance]) -> list[list[Instance]]:
     """Instances of one cluster together, clusters in the order of their names."""
-    names = sorted({one.lease_id for one in instances})
-    return [[one for one in instances if one.lease_id == name] for name in names]
+    names = sorted({instance.lease_id for instance in instances})
+    return [[instance for instance in instances if instance.lease_id == name] for name in names]
 
 
 def cluster_of(backend: Backend, nodes: Sequence[Instance], known: Known) -> Cluster:
@@ -158,8 +160,8 @@ def cluster_of(backend: Backend, nodes: Sequence[Instance], known: Known) -> Clu
         backend=backend.name,
         run_id=nodes[0].run_id,
         num_nodes=len(nodes),
-        usd_per_hour=sum((one.usd_per_hour for one in nodes), Decimal(0)),
-        started_at=min(one.started_at for one in nodes),
+        usd_per_hour=sum((node.usd_per_hour for node in nodes), Decimal(0)),
+        started_at=min(node.started_at for node in nodes),
         verdict=known.verdict(name),
     )
 
@@ -225,23 +227,23 @@ def billed_now_ms(run: Run, ledger: Ledger) -> int:
     ).now_ms()
 
 
-def _end(backend: Backend, one: Cluster, *, dry_run: bool, sleep: Callable[[float], None]) -> Cluster:
+def _end(backend: Backend, cluster: Cluster, *, dry_run: bool, sleep: Callable[[float], None]) -> Cluster:
     """End it and look again; a few times, since a provider may refuse or lie for a moment."""
     if dry_run:
-        return replace(one, outcome=Outcome.WOULD_END)
+        return replace(cluster, outcome=Outcome.WOULD_END)
     detail = ""
     for attempt in range(TRIES):
         if attempt:
             sleep(PAUSE_SECONDS)
         try:
-            alive = [node for node in backend.list_alive() if node.lease_id == one.name]
+            alive = [node for node in backend.list_alive() if node.lease_id == cluster.name]
             if alive:
                 backend.stop(lease_of(alive[0], len(alive)))
-            alive = [node for node in backend.list_alive() if node.lease_id == one.name]
+            alive = [node for node in backend.list_alive() if node.lease_id == cluster.name]
         except BackendError as error:
             detail = str(error)
             continue
         if not alive:
-            return replace(one, outcome=Outcome.ENDED)
+            return replace(cluster, outcome=Outcome.ENDED)
         detail = f"{len(alive)} nodes are still listed"
-    return replace(one, outcome=Outcome.LEFT, detail=detail)
+    return replace(cluster, outcome=Outcome.LEFT, detail=detail)

@@ -52,22 +52,22 @@ class Comparison:
     @property
     def both_usd(self) -> tuple[Decimal, Decimal]:
         """Ours and SkyPilot's, summed over the leases that both know."""
-        known = [one for one in self.leases if one.skypilot_usd is not None]
-        theirs = sum((one.skypilot_usd or Decimal(0) for one in known), Decimal(0))
-        return sum((one.charged_usd for one in known), Decimal(0)), theirs
+        known = [lease for lease in self.leases if lease.skypilot_usd is not None]
+        theirs = sum((entry.skypilot_usd or Decimal(0) for entry in known), Decimal(0))
+        return sum((entry.charged_usd for entry in known), Decimal(0)), theirs
 
 
 def compare(accounts: Sequence[LeaseAccount], client: Asks) -> Comparison:
     """Every lease of a run; one cluster may have been up several times."""
-    names = {one.lease.lease_id: cluster_name(one.lease.lease_id) for one in accounts}
+    names = {account.lease.lease_id: cluster_name(account.lease.lease_id) for account in accounts}
     problem, theirs = "", dict[str, Decimal]()
     try:
         reply = client.call("costs", seconds=SECONDS, clusters=sorted(names.values()), days=OLDEST_DAYS)
     except BackendError as error:
         problem = str(error)
     else:
-        for one in reply["costs"]:
-            theirs[one["cluster"]] = theirs.get(one["cluster"], Decimal(0)) + Decimal(str(one["usd"]))
+        for item in reply["costs"]:
+            theirs[item["cluster"]] = theirs.get(item["cluster"], Decimal(0)) + Decimal(str(item["usd"]))
     leases = [
         LeaseCost(lease_id, names[lease_id], usd(account.spent_micro_usd), theirs.get(names[lease_id]))
         for account in accounts

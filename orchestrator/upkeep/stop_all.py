@@ -38,8 +38,8 @@ class Ending:
     @property
     def is_left(self) -> bool:
         """Whether anything of ours may still live or cost money."""
-        alive = [one for one in self.inventory.clusters if one.outcome is not Outcome.ENDED]
-        paid = any(one.verdict is not Verdict.FOREIGN for one in alive)
+        alive = [cluster for cluster in self.inventory.clusters if cluster.outcome is not Outcome.ENDED]
+        paid = any(instance.verdict is not Verdict.FOREIGN for instance in alive)
         return bool(self.failures or self.inventory.problems or paid or self.interrupted)
 
 
@@ -59,7 +59,7 @@ def stop_all(
             interrupted = True
             break
     inventory = take_stock(home) if take_stock is not None else reconcile(home, every_backend(home))
-    known = {one.run_id: one for one in status(None, home=home)}
+    known = {statu.run_id: statu for statu in status(None, home=home)}
     return Ending(tuple(known[run_id] for run_id in unfinished), tuple(failures), interrupted, inventory)
 
 

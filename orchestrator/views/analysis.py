@@ -125,7 +125,7 @@ def frontier(
     plot: Path | None,
 ) -> None:
     """The size with the lowest loss, all sizes, and where more parameters stop paying."""
-    best = [one for one in points if one.best]
+    best = [point for point in points if point.best]
     first = best[0]
     predicted = known_loss(first.estimate)
     loss = "an unknown loss" if predicted is None else f"{predicted.nats_per_token:.2f} nats"
@@ -135,9 +135,9 @@ def frontier(
         f"on {render_plan.cluster(first.estimate)} (prices: {age(prices, first.estimate.offer, now)})",
     )
     say(console, "", frontier_table(points), "")
-    notes = [flat(points, one) for one in best]
+    notes = [flat(points, choice) for choice in best]
     notes += [interval_note(points), "each row spends the whole budget on one epoch of new tokens, at the best offer"]
-    if any(one.is_mixture for one in points):
+    if any(point.is_mixture for point in points):
         notes.append(
             "mixtures: 8 experts of which 2 are active; their loss is that of the geometric mean of total and active "
             "weights and their speed three quarters of a dense model of the same FLOPs, both assumed"
@@ -163,23 +163,23 @@ def frontier_table(points: Sequence[Point]) -> Table:
     heads = ("params", "active", "tokens", "tok/param", "loss (nats)", "$/param", "hours", "$", "offer")
     shown = table(*heads, right=[head for head in heads if head != "offer"], gap=1)
     kind = False
-    for one in points:
-        if one.is_mixture != kind:
-            kind = one.is_mixture
+    for point in points:
+        if point.is_mixture != kind:
+            kind = point.is_mixture
             shown.add_section()
             shown.add_row(*[""] * len(heads))
-        predicted = known_loss(one.estimate)
+        predicted = known_loss(point.estimate)
         shown.add_row(
-            count(one.workload.num_params),
-            count(one.workload.active_params),
-            count(one.workload.num_tokens),
-            f"{one.workload.tokens_per_param:.1f}",
+            count(point.workload.num_params),
+            count(point.workload.active_params),
+            count(point.workload.num_tokens),
+            f"{point.workload.tokens_per_param:.1f}",
             UNKNOWN if predicted is None else f"{predicted.nats_per_token:.3f}",
-            usd_per_param(one.estimate.usd_per_param),
-            f"{one.estimate.hours:.0f}",
-            f"{one.estimate.total_usd:.2f}",
-            render_plan.cluster(one.estimate),
-            style="bold" if one.best else "",
+            usd_per_param(point.estimate.usd_per_param),
+            f"{point.estimate.hours:.0f}",
+            f"{point.estimate.total_usd:.2f}",
+            render_plan.cluster(point.estimate),
+            style="bold" if point.best else "",
         )
     return shown
 
@@ -191,10 +191,10 @@ def flat(points: Sequence[Point], best: Point) -> str | None:
         return None
     kind = "mixtures" if best.is_mixture else "dense"
     near = [
-        one.workload.num_params
-        for one in points
-        if one.is_mixture == best.is_mixture
-        and (loss := known_loss(one.estimate)) is not None
+        point.workload.num_params
+        for point in points
+        if point.is_mixture == best.is_mixture
+        and (loss := known_loss(point.estimate)) is not None
         and loss.nats_per_token <= lowest.nats_per_token + FLAT_NATS
     ]
     return (
@@ -205,7 +205,7 @@ def flat(points: Sequence[Point], best: Point) -> str | None:
 
 def interval_note(points: Sequence[Point]) -> str | None:
     """How unsure every loss is: the same for all sizes, since it is the corpus that is unknown."""
-    dense = [known for one in points if not one.is_mixture and (known := known_loss(one.estimate)) is not None]
+    dense = [known for point in points if not point.is_mixture and (known := known_loss(point.estimate)) is not None]
     if not dense:
         return None
     half = (dense[0].high_nats - dense[0].low_nats) / 2
@@ -225,12 +225,12 @@ def frontier_facts(
         "prices": price_facts(prices),
         "points": [
             {
-                "model": model_facts(one.workload),
-                "mixture": one.is_mixture,
-                "lowest_loss": one.best,
-                "estimate": estimate_facts(one.estimate),
+                "model": model_facts(point.workload),
+                "mixture": point.is_mixture,
+                "lowest_loss": point.best,
+                "estimate": estimate_facts(point.estimate),
             }
-            for one in points
+            for point in points
         ],
         "plot": plot,
     }
@@ -275,15 +275,15 @@ def simulation_table(done: Simulated) -> Table:
     """One line for each policy."""
     heads = ("policy", "dollars", "hours", "tokens", "preempt.", "wasted %", "finished")
     shown = table(*heads, right=heads[1:], gap=1)
-    for name, one in done.simulation.policies.items():
+    for name, policy in done.simulation.policies.items():
         shown.add_row(
             name.replace("_", " "),
-            three(one.usd, "{:.3g}".format),
-            three(one.hours, "{:.3g}".format),
-            three(one.tokens, count),
-            three(one.preemptions, "{:.0f}".format),
-            three(one.wasted_share, lambda share: f"{100 * share:.1f}"),
-            f"{100 * one.finished_share:.0f} %",
+            three(policy.usd, "{:.3g}".format),
+            three(policy.hours, "{:.3g}".format),
+            three(policy.tokens, count),
+            three(policy.preemptions, "{:.0f}".format),
+            three(policy.wasted_share, lambda share: f"{100 * share:.1f}"),
+            f"{100 * policy.finished_share:.0f} %",
             style="bold" if name == DEFAULT else "",
         )
     return shown

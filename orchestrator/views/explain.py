@@ -21,10 +21,10 @@ INDENT = "    "
 def explanations(numbers: Sequence[Explanation], console: Console) -> None:
     """All numbers in the order in which they follow from each other."""
     say(console, "", "How each number of the best offer comes about:")
-    for one in numbers:
-        say(console, "", f"  {one.name} = {bare(one.value)} {one.unit}")
-        inputs = ", ".join(f"{name} = {bare(value)}" for name, value in one.inputs.items())
-        for label, text in (("formula", one.formula), ("inputs", inputs), ("source", one.source)):
+    for number in numbers:
+        say(console, "", f"  {number.name} = {bare(number.value)} {number.unit}")
+        inputs = ", ".join(f"{name} = {bare(value)}" for name, value in number.inputs.items())
+        for label, text in (("formula", number.formula), ("inputs", inputs), ("source", number.source)):
             if text:
                 say(console, wrapped(label, text, console.width))
 

@@ -199,8 +199,8 @@ def reasons(plan: Plan) -> list[str]:
         found.append(f"spot costs {share:.0f} % of the same node on demand; {lost}")
     others = [
         ("next offer", next(iter(plan.ranked[1:]), None)),
-        ("best on demand", next((one for one in plan.ranked[1:] if not one.offer.spot), None)),
-        ("fastest", min(plan.ranked, key=lambda one: one.hours)),
+        ("best on demand", next((estimate for estimate in plan.ranked[1:] if not estimate.offer.spot), None)),
+        ("fastest", min(plan.ranked, key=lambda estimate: estimate.hours)),
     ]
     seen = {best.offer.offer_id}
     for name, other in others:
@@ -232,10 +232,10 @@ def footnotes(plan: Plan, prices: Prices, top: int) -> list[str]:
         f"{count(work.num_params)} parameters, {count(work.num_tokens)} tokens, {work.num_steps} steps; ranked by "
         f"{RANKED_BY[plan.objective]}"
     ]
-    shown_over = any(not one.within_budget for one in plan.ranked[:top])
+    shown_over = any(not estimate.within_budget for estimate in plan.ranked[:top])
     if shown_over:
         notes.append(f"! costs more than the budget of {dollars(plan.budget_usd)}; such offers come last")
-    if any(not one.within_deadline for one in plan.ranked[:top]):
+    if any(not estimate.within_deadline for estimate in plan.ranked[:top]):
         notes.append(f"? takes longer than the deadline of {duration((plan.deadline_hours or 0) * SECONDS_PER_HOUR)}")
     played = as_played(plan, winner(plan))
     if played is not None:
@@ -256,7 +256,7 @@ def price_notes(prices: Prices) -> list[str]:
     skipped = f"; {prices.num_skipped} rows were no offers" if prices.num_skipped else ""
     notes = [f"{prices.source}: {len(prices.offers)} offers with prices {span}{undated}{skipped}"]
     if prices.unread:
-        clouds = ", ".join(one.cloud for one in prices.unread)
+        clouds = ", ".join(catalog.cloud for catalog in prices.unread)
         notes.append(f"not read at the last refresh: {clouds}; `slm offers --refresh` tries again and says why")
     if prices.problem is not None:
         notes.append(prices.problem)
@@ -279,16 +279,17 @@ def outlook(plan: Plan, best: Estimate, belief: Belief) -> list[str]:
     band = f"80 %: {predicted.low_nats:.2f} to {predicted.high_nats:.2f}"
     notes.append(f"predicted loss {predicted.nats_per_token:.2f} nats per token ({band}){bits}; law {predicted.law}")
     bands = score_bands(best.workload.with_tokens(best.num_tokens), predicted, belief.corpus)
-    return [*notes, *(score(one) for one in bands)]
+    return [*notes, *(score(band) for band in bands)]
 
 
 def layout(best: Estimate) -> str:
     """How the run is spread over its devices, and in which precision it computes."""
-    one = best.layout
-    recomputed = ", activations recomputed" if one.activation_checkpointing else ""
+    chosen = best.layout
+    recomputed = ", activations recomputed" if chosen.activation_checkpointing else ""
     return (
-        f"layout: {one.sharding}, {plural(one.world_size, 'device')}, micro-batch {one.micro_batch_size}, "
-        f"{one.grad_accumulation} pass{'' if one.grad_accumulation == 1 else 'es'} a step, {one.precision}{recomputed}"
+        f"layout: {chosen.sharding}, {plural(chosen.world_size, 'device')}, micro-batch {chosen.micro_batch_size}, "
+        f"{chosen.grad_accumulation} pass{'' if chosen.grad_accumulation == 1 else 'es'} a step, "
+        f"{chosen.precision}{recomputed}"
     )
 
 

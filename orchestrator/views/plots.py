@@ -67,14 +67,14 @@ def frontier(points: Sequence[Point], budget_usd: float, path: Path) -> None:
     """Loss and hours against parameters, dense and mixtures."""
     figure, (above, below) = _figure(2, (9.0, 7.0), height_ratios=(3, 1.4), sharex=True)
     for is_mixture, colour, name in ((False, DENSE, "dense"), (True, MIXTURE, "8 experts, 2 active")):
-        mine = [one for one in points if one.is_mixture == is_mixture and known_loss(one.estimate) is not None]
+        mine = [point for point in points if point.is_mixture == is_mixture and known_loss(point.estimate) is not None]
         if not mine:
             continue
-        sizes = [one.workload.num_params for one in mine]
-        losses = [one.predicted.nats_per_token for one in mine]
+        sizes = [choice.workload.num_params for choice in mine]
+        losses = [choice.predicted.nats_per_token for choice in mine]
         above.plot(sizes, losses, "o-", color=colour, markersize=4, linewidth=1.8, label=name)
-        below.plot(sizes, [one.estimate.hours for one in mine], "o-", color=colour, markersize=4, linewidth=1.8)
-        best = min(mine, key=lambda one: one.predicted.nats_per_token)
+        below.plot(sizes, [choice.estimate.hours for choice in mine], "o-", color=colour, markersize=4, linewidth=1.8)
+        best = min(mine, key=lambda choice: choice.predicted.nats_per_token)
         _mark(above, best, colour, above_curve=not is_mixture)
     above.set_xscale("log")
     above.set_ylabel("predicted loss (nats per token)")
@@ -95,11 +95,11 @@ def simulation(done: Simulation, budget_usd: float, name: str, path: Path) -> No
     """P10 to P90 of dollars, hours, tokens, preemptions and waste of each policy."""
     names = list(done.policies)[::-1]
     panels: list[tuple[str, Any, float]] = [
-        ("dollars", lambda one: one.usd, 1.0),
-        ("billed hours", lambda one: one.hours, 1.0),
-        ("tokens (billions)", lambda one: one.tokens, 1e-9),
-        ("preemptions", lambda one: one.preemptions, 1.0),
-        ("held hours wasted (%)", lambda one: one.wasted_share, 100.0),
+        ("dollars", lambda item: item.usd, 1.0),
+        ("billed hours", lambda item: item.hours, 1.0),
+        ("tokens (billions)", lambda item: item.tokens, 1e-9),
+        ("preemptions", lambda item: item.preemptions, 1.0),
+        ("held hours wasted (%)", lambda item: item.wasted_share, 100.0),
     ]
     figure, axes = _figure(len(panels), (12.5, 1.4 + 0.45 * len(names)), columns=True)
     for axis, (label, spread, scale) in zip(axes, panels, strict=True):
@@ -161,7 +161,7 @@ def _mark(axis: Any, best: Point, colour: str, *, above_curve: bool) -> None:
 
 
 def _spread_note(points: Sequence[Point]) -> str:
-    known = [loss for one in points if not one.is_mixture and (loss := known_loss(one.estimate)) is not None]
+    known = [loss for point in points if not point.is_mixture and (loss := known_loss(point.estimate)) is not None]
     if not known:
         return ""
     half = (known[0].high_nats - known[0].low_nats) / 2

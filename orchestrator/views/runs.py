@@ -52,7 +52,7 @@ def plain(facts: Any) -> Any:
     if isinstance(facts, dict):
         return {str(key): plain(value) for key, value in facts.items()}
     if isinstance(facts, list | tuple | set | frozenset):
-        return [plain(one) for one in facts]
+        return [plain(fact) for fact in facts]
     if isinstance(facts, Decimal):
         return float(facts)
     if isinstance(facts, datetime):

@@ -101,9 +101,9 @@ def sizes_table(plan: Plan, choice: ModelChoice) -> Table:
     """One line for each size with its best offer; what cannot be paid for is marked."""
     heads = ("params", "tokens", "best offer", "hours", "total $", "$/param", "loss (nats)")
     shown = table(*heads, right=[head for head in heads if head != "best offer"])
-    for one in some_of(choice.plans, plan):
-        best = one.best
-        work = one.workload
+    for item in some_of(choice.plans, plan):
+        best = item.best
+        work = item.workload
         chosen = work.num_params == plan.workload.num_params
         if best is None:
             shown.add_row(count(work.num_params), count(work.num_tokens), "none fits", *[UNKNOWN] * 4)
@@ -125,7 +125,7 @@ def sizes_table(plan: Plan, choice: ModelChoice) -> Table:
 def some_of(plans: Sequence[Plan], chosen: Plan) -> list[Plan]:
     """At most about `MOST_SIZES`, evenly, always with both ends, the chosen one and its neighbour above."""
     stride = max(1, round(len(plans) / MOST_SIZES))
-    place = next(index for index, one in enumerate(plans) if one.workload.num_params == chosen.workload.num_params)
+    place = next(index for index, plan in enumerate(plans) if plan.workload.num_params == chosen.workload.num_params)
     kept = {0, len(plans) - 1, place, min(place + 1, len(plans) - 1), *range(place % stride, len(plans), stride)}
     return [plans[index] for index in sorted(kept)]
 
@@ -158,8 +158,8 @@ def facts(
         "chance": chance,
         "experience": experience_facts(plan.seen),
         "scores": score_facts(best, belief),
-        "sizes": [size_facts(one) for one in choice.plans],
-        "ranked": [estimate_facts(one) for one in plan.ranked[:top]],
+        "sizes": [size_facts(plan) for plan in choice.plans],
+        "ranked": [estimate_facts(estimate) for estimate in plan.ranked[:top]],
         "num_ranked": len(plan.ranked),
         "rejected": rejected_facts(plan),
     }

@@ -29,7 +29,7 @@ WIDEST_DATE = 12
 
 def offers(chosen: Sequence[Offer], prices: Prices, console: Console, *, top: int, now: datetime) -> None:
     """The cheapest GPU-hours, with the day and the source of each price."""
-    ranked = sorted(chosen, key=lambda one: (usd_per_gpu_hour(one), one.offer_id))
+    ranked = sorted(chosen, key=lambda offer: (usd_per_gpu_hour(offer), offer.offer_id))
     if not ranked:
         tell(console, f"No offer is like that (prices: {age(prices, None, now)})")
         following(console, "slm offers")
@@ -42,32 +42,32 @@ def offers(chosen: Sequence[Offer], prices: Prices, console: Console, *, top: in
     )
     heads = ("cloud", "region", "GPUs", "GiB", "kind", "$/GPU-h", "$/h", "on-demand $/h", "as of")
     shown = table(*heads, right=("GiB", "$/GPU-h", "$/h", "on-demand $/h"))
-    for one in ranked[:top]:
-        where, on_demand = place(one), one.on_demand_usd_per_hour
+    for estimate in ranked[:top]:
+        where, on_demand = place(estimate), estimate.on_demand_usd_per_hour
         shown.add_row(
-            one.cloud,
+            estimate.cloud,
             where if len(where) <= WIDEST_PLACE else where[: WIDEST_PLACE - 1] + "…",
-            f"{one.gpus_per_node}x{one.accelerator}",
-            f"{one.gpu_memory_gib:.0f}",
-            kind(one),
-            f"{usd_per_gpu_hour(one):.3f}",
-            f"{one.usd_per_hour:.2f}",
+            f"{estimate.gpus_per_node}x{estimate.accelerator}",
+            f"{estimate.gpu_memory_gib:.0f}",
+            kind(estimate),
+            f"{usd_per_gpu_hour(estimate):.3f}",
+            f"{estimate.usd_per_hour:.2f}",
             UNKNOWN if on_demand is None else f"{on_demand:.2f}",
-            one.as_of if len(one.as_of) <= WIDEST_DATE else one.as_of[: WIDEST_DATE - 1] + "…",
+            estimate.as_of if len(estimate.as_of) <= WIDEST_DATE else estimate.as_of[: WIDEST_DATE - 1] + "…",
         )
     say(console, "", shown, "")
     more = [f"{len(ranked) - top} more; --top {len(ranked)} shows all"] if len(ranked) > top else []
-    sources = ", ".join(sorted({one.source for one in ranked[:top]}))
+    sources = ", ".join(sorted({estimate.source for estimate in ranked[:top]}))
     bullets(console, [*more, f"sources of these: {sources}", *price_notes(prices)])
     following(console, "slm plan --budget 100 --params max")
 
 
 def offers_facts(chosen: Sequence[Offer], prices: Prices) -> dict[str, Any]:
     """What `slm offers --json` prints: all that match, cheapest GPU-hour first."""
-    ranked = sorted(chosen, key=lambda one: (usd_per_gpu_hour(one), one.offer_id))
+    ranked = sorted(chosen, key=lambda offer: (usd_per_gpu_hour(offer), offer.offer_id))
     return {
         "prices": price_facts(prices),
-        "offers": [{**offer_facts(one), "usd_per_gpu_hour": usd_per_gpu_hour(one)} for one in ranked],
+        "offers": [{**offer_facts(estimate), "usd_per_gpu_hour": usd_per_gpu_hour(estimate)} for estimate in ranked],
     }
 
 

@@ -38,15 +38,15 @@ def inventory(found: Inventory, console: Console) -> None:
         shown = table(
             "cluster", "where", "nodes", "$/h", "since", "state", "why", right=("nodes", "$/h"), fold=("why",)
         )
-        for one in found.clusters:
+        for cluster in found.clusters:
             shown.add_row(
-                one.name,
-                one.backend,
-                str(one.num_nodes),
-                f"{one.usd_per_hour:.2f}",
-                f"{one.started_at:%m-%d %H:%M} UTC",
-                one.outcome.value,
-                WHY[one.verdict] + (f"; {one.detail}" if one.detail else ""),
+                cluster.name,
+                cluster.backend,
+                str(cluster.num_nodes),
+                f"{cluster.usd_per_hour:.2f}",
+                f"{cluster.started_at:%m-%d %H:%M} UTC",
+                cluster.outcome.value,
+                WHY[cluster.verdict] + (f"; {cluster.detail}" if cluster.detail else ""),
             )
         say(console, "", shown)
     if found.problems:
@@ -58,7 +58,7 @@ def inventory(found: Inventory, console: Console) -> None:
 
 def answer(found: Inventory) -> str:
     """How much lives and what was done, in one line."""
-    ours = [one for one in found.clusters if one.verdict is not Verdict.FOREIGN]
+    ours = [cluster for cluster in found.clusters if cluster.verdict is not Verdict.FOREIGN]
     if not ours:
         blind = (
             f", as far as could be seen: {plural(len(found.problems), 'place')} did not answer"
@@ -66,10 +66,10 @@ def answer(found: Inventory) -> str:
             else ""
         )
         return f"Nothing of ours (slm-{found.owner}-) lives{blind}."
-    done = Counter(one.outcome for one in ours)
+    done = Counter(our.outcome for our in ours)
     parts = [f"{number} {outcome.value}" for outcome, number in sorted(done.items())]
-    left = [one for one in ours if one.outcome is not Outcome.ENDED]
-    hourly = sum(one.usd_per_hour for one in left)
+    left = [our for our in ours if our.outcome is not Outcome.ENDED]
+    hourly = sum(item.usd_per_hour for item in left)
     cost = f"; what lives costs {dollars(hourly)}/h" if left else ""
     return f"{plural(len(ours), 'cluster')} of ours (slm-{found.owner}-): {', '.join(parts)}{cost}."
 
@@ -79,24 +79,24 @@ def inventory_facts(found: Inventory) -> dict[str, Any]:
     return {
         "owner": found.owner,
         "dry_run": found.dry_run,
-        "clusters": [cluster_facts(one) for one in found.clusters],
+        "clusters": [cluster_facts(cluster) for cluster in found.clusters],
         "problems": found.problems,
         "num_leaked": len(found.leaked),
     }
 
 
-def cluster_facts(one: Cluster) -> dict[str, Any]:
+def cluster_facts(cluster: Cluster) -> dict[str, Any]:
     """One cluster."""
     return {
-        "name": one.name,
-        "backend": one.backend,
-        "run_id": one.run_id,
-        "num_nodes": one.num_nodes,
-        "usd_per_hour": one.usd_per_hour,
-        "started_at": one.started_at,
-        "verdict": one.verdict.value,
-        "outcome": one.outcome.value,
-        "detail": one.detail,
+        "name": cluster.name,
+        "backend": cluster.backend,
+        "run_id": cluster.run_id,
+        "num_nodes": cluster.num_nodes,
+        "usd_per_hour": cluster.usd_per_hour,
+        "started_at": cluster.started_at,
+        "verdict": cluster.verdict.value,
+        "outcome": cluster.outcome.value,
+        "detail": cluster.detail,
     }
 
 
@@ -105,9 +105,9 @@ def ending(done: Ending, console: Console) -> None:
     tell(console, "Something may be left." if done.is_left else "Nothing is left running.")
     if done.runs:
         shown = table("run", "state", "checkpoint", "spent $", "cap $", right=("checkpoint", "spent $", "cap $"))
-        for one in done.runs:
-            saved = UNKNOWN if one.checkpoint_step is None else f"step {one.checkpoint_step}"
-            shown.add_row(one.run_id, state_of(one), saved, f"{one.spent_usd:.2f}", f"{one.cap_usd:.2f}")
+        for run in done.runs:
+            saved = UNKNOWN if run.checkpoint_step is None else f"step {run.checkpoint_step}"
+            shown.add_row(run.run_id, state_of(run), saved, f"{run.spent_usd:.2f}", f"{run.cap_usd:.2f}")
         say(console, "", shown)
     lines = [*done.failures]
     if done.interrupted:
@@ -135,7 +135,7 @@ def ending_facts(done: Ending) -> dict[str, Any]:
 def comparison(run_id: str, found: Comparison, console: Console) -> None:
     """Both sums of what both know, then each lease."""
     ours, theirs = found.both_usd
-    known = [one for one in found.leases if one.skypilot_usd is not None]
+    known = [lease for lease in found.leases if lease.skypilot_usd is not None]
     if found.problem:
         tell(console, f"SkyPilot did not say what {run_id} cost: {found.problem}")
     elif not known:
@@ -147,10 +147,10 @@ def comparison(run_id: str, found: Comparison, console: Console) -> None:
             f"reports {dollars(theirs)}: {dollars(ours - theirs)} more here.",
         )
     shown = table("lease", "cluster", "ours $", "SkyPilot $", "difference $", right=("ours $", "SkyPilot $"))
-    for one in found.leases:
-        other = UNKNOWN if one.skypilot_usd is None else f"{one.skypilot_usd:.4f}"
-        difference = UNKNOWN if one.difference_usd is None else f"{one.difference_usd:+.4f}"
-        shown.add_row(one.lease_id, one.cluster, f"{one.charged_usd:.4f}", other, difference)
+    for lease in found.leases:
+        other = UNKNOWN if lease.skypilot_usd is None else f"{lease.skypilot_usd:.4f}"
+        difference = UNKNOWN if lease.difference_usd is None else f"{lease.difference_usd:+.4f}"
+        shown.add_row(lease.lease_id, lease.cluster, f"{lease.charged_usd:.4f}", other, difference)
     say(console, "", shown)
     following(console, f"slm ledger {run_id}")
 
@@ -159,32 +159,32 @@ def comparison_facts(found: Comparison) -> dict[str, Any]:
     """What `slm ledger --compare --json` prints."""
     leases = [
         {
-            "lease_id": one.lease_id,
-            "cluster": one.cluster,
-            "charged_usd": one.charged_usd,
-            "skypilot_usd": one.skypilot_usd,
-            "difference_usd": one.difference_usd,
+            "lease_id": lease.lease_id,
+            "cluster": lease.cluster,
+            "charged_usd": lease.charged_usd,
+            "skypilot_usd": lease.skypilot_usd,
+            "difference_usd": lease.difference_usd,
         }
-        for one in found.leases
+        for lease in found.leases
     ]
     return {"leases": leases, "problem": found.problem or None}
 
 
-def finding(one: Finding, console: Console) -> None:
+def finding(finding: Finding, console: Console) -> None:
     """One line, and under it the way out."""
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=len(Level.WARN))
-    grid.add_row(one.level.value, f"{one.name}: {one.detail}")
-    if one.way_out:
-        grid.add_row("", f"-> {one.way_out}")
+    grid.add_row(finding.level.value, f"{finding.name}: {finding.detail}")
+    if finding.way_out:
+        grid.add_row("", f"-> {finding.way_out}")
     say(console, grid)
 
 
 def verdict(found: Sequence[Finding], console: Console) -> None:
     """How many of each, in one line."""
-    counts = Counter(one.level for one in found)
+    counts = Counter(entry.level for entry in found)
     parts = [f"{counts[level]} {level.value}" for level in Level if counts[level]]
     say(console, "")
     tell(console, f"{plural(len(found), 'finding')}: {', '.join(parts)}.")
@@ -194,9 +194,9 @@ def examination_facts(found: Sequence[Finding]) -> dict[str, Any]:
     """What `slm doctor --json` prints."""
     return {
         "findings": [
-            {"name": one.name, "level": one.level.value, "detail": one.detail, "way_out": one.way_out or None}
-            for one in found
+            {"name": entry.name, "level": entry.level.value, "detail": entry.detail, "way_out": entry.way_out or None}
+            for entry in found
         ],
-        "num_failed": sum(one.level is Level.FAIL for one in found),
-        "num_warned": sum(one.level is Level.WARN for one in found),
+        "num_failed": sum(entry.level is Level.FAIL for entry in found),
+        "num_warned": sum(entry.level is Level.WARN for entry in found),
     }

@@ -162,7 +162,7 @@ def _index(
     """Its `fingerprint` is of the content, which a resumed run compares; the folder's name is of the request."""
     sources = list(dict.fromkeys(source for _, source in writers))
     raw = data.weights or {source: writers["train", source].num_tokens for source in sources}
-    weights = {source: raw[source] / sum(raw[one] for one in sources) for source in sources}
+    weights = {source: raw[source] / sum(raw[source] for source in sources) for source in sources}
     splits = {
         split: {"sources": [writers[split, source].finish(weights[source]) for source in sources]} for split in SPLITS
     }
@@ -177,8 +177,8 @@ def _index(
         "end_of_text": end_of_text,
         "tokenizer": TOKENIZER_NAME,
         "tokenizer_sha256": tokenizer_sha256,
-        "bytes_per_token": sum(w * one.num_bytes / one.num_tokens for w, one in zip(mix, heldout, strict=True)),
-        "heldout_unigram_entropy_nats": unigram_entropy_nats([one.counts for one in heldout], mix),
+        "bytes_per_token": sum(w * item.num_bytes / item.num_tokens for w, item in zip(mix, heldout, strict=True)),
+        "heldout_unigram_entropy_nats": unigram_entropy_nats([item.counts for item in heldout], mix),
         "splits": splits,
     }
 

@@ -175,7 +175,11 @@ def model_config(found: Mapping[str, Any]) -> ModelConfig:
 
 def recipe_model(config: ModelConfig) -> dict[str, Any]:
     """The fields that a recipe's `model` needs to be this model: those that are not the defaults."""
-    return {one.name: getattr(config, one.name) for one in fields(config) if getattr(config, one.name) != one.default}
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if getattr(config, field.name) != field.default
+    }
 
 
 # -- weights
@@ -320,7 +324,7 @@ def tokenizer_from_json(content: Mapping[str, Any]) -> Tokenizer:
     if model.get("type") != "BPE" or model.get("byte_fallback") or content.get("normalizer") or pattern is None:
         raise UserError("tokenizer.json is not byte-level BPE, so slm cannot encode text with it.")
     vocab: dict[str, int] = model["vocab"]
-    specials = {str(one["content"]): int(one["id"]) for one in content.get("added_tokens", [])}
+    specials = {str(item["content"]): int(item["id"]) for item in content.get("added_tokens", [])}
     plain = sorted((number, text) for text, number in vocab.items() if text not in specials)
     try:
         ranks = tuple(bytes(bytes_of[letter] for letter in text) for _, text in plain)

@@ -103,9 +103,9 @@ class Document:
 
         def absolute(item: Any) -> Any:
             if isinstance(item, list):
-                return [absolute(one) for one in item]
+                return [absolute(each_item) for each_item in item]
             if isinstance(item, dict):
-                return {key: absolute(one) for key, one in item.items()}
+                return {key: absolute(each_item) for key, each_item in item.items()}
             if not isinstance(item, str) or not item or item in keep or "://" in item:
                 return item
             return str(Path(item).expanduser().absolute())
@@ -211,8 +211,8 @@ def leaves(model: type[BaseModel], above: Key = ()) -> Iterator[tuple[Key, Any]]
             yield from leaves(inner, (*above, name))
         elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
             hints = typing.get_type_hints(inner)
-            for one in dataclasses.fields(inner):
-                yield (*above, name, one.name), hints[one.name]
+            for each_field in dataclasses.fields(inner):
+                yield (*above, name, each_field.name), hints[each_field.name]
 
 
 def _key_lines(node: yaml.MappingNode, above: Key) -> Iterator[tuple[Key, int]]:
@@ -248,11 +248,11 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _nearest_key(key: Key, known: dict[Key, Any]) -> str:
-    siblings = [one[-1] for one in known if one[:-1] == key[:-1]]
+    siblings = [entry[-1] for entry in known if entry[:-1] == key[:-1]]
     for cutoff in (0.75, 0.5):
         if close := get_close_matches(key[-1], siblings, n=1, cutoff=cutoff):
             return f"did you mean {'.'.join((*key[:-1], close[0]))}?"
-        elsewhere = {one[-1]: one for one in reversed(list(known))}
+        elsewhere = {entry[-1]: entry for entry in reversed(list(known))}
         if close := get_close_matches(key[-1], list(elsewhere), n=1, cutoff=cutoff):
             return f"did you mean {'.'.join(elsewhere[close[0]])}?"
     where = ".".join(key[:-1]) or "a recipe"
@@ -260,7 +260,7 @@ def _nearest_key(key: Key, known: dict[Key, Any]) -> str:
 
 
 def _nearest_value(given: Any, annotation: Any) -> str:
-    choices = [str(c) for one in (annotation, *typing.get_args(annotation)) for c in _literals(one)]
+    choices = [str(c) for arg in (annotation, *typing.get_args(annotation)) for c in _literals(arg)]
     close = get_close_matches(str(given), choices, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -34,10 +34,10 @@ def test_an_extra_resolves_and_leaves_what_is_installed(extra: str, tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     planned = {
-        canonical(one["metadata"]["name"]): one["metadata"]["version"]
-        for one in json.loads(report.read_text())["install"]
+        canonical(load["metadata"]["name"]): load["metadata"]["version"]
+        for load in json.loads(report.read_text())["install"]
     }
-    installed = {canonical(one.name): one.version for one in distributions()}
+    installed = {canonical(distribution.name): distribution.version for distribution in distributions()}
     moved = {
         name: (installed[name], version)
         for name, version in planned.items()

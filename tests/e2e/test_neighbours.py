@@ -64,9 +64,9 @@ class Neighbour:
 
 @pytest.fixture
 def neighbour() -> Iterator[Neighbour]:
-    one = Neighbour()
-    yield one
-    one.close()
+    neighbour = Neighbour()
+    yield neighbour
+    neighbour.close()
 
 
 @pytest.fixture

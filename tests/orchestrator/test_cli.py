@@ -241,7 +241,7 @@ def test_plan_as_json_says_the_same(slm: Slm) -> None:
     assert facts["version"] == 1
     assert facts["next"] == "slm launch demo --market calm --spot"
     assert len(facts["ranked"]) == 2
-    assert all(one["offer"]["spot"] for one in facts["ranked"])
+    assert all(fact["offer"]["spot"] for fact in facts["ranked"])
     assert facts["best"]["layout"]["num_nodes"] == 2
 
 
@@ -249,9 +249,9 @@ def test_options_narrow_the_plan(slm: Slm) -> None:
     arguments = ["plan", "gpt2-124m", "--json", "--on-demand", "--clouds", "gcp,hyperbolic", "--gpus", "H100"]
     facts = json.loads(slm(*arguments, "--budget", "$1,000").out)
     assert facts["budget_usd"] == 1000
-    assert {one["offer"]["cloud"] for one in facts["ranked"]} <= {"gcp", "hyperbolic"}
-    assert all(one["offer"]["accelerator"].startswith("H100") for one in facts["ranked"])
-    assert not any(one["offer"]["spot"] for one in facts["ranked"])
+    assert {fact["offer"]["cloud"] for fact in facts["ranked"]} <= {"gcp", "hyperbolic"}
+    assert all(fact["offer"]["accelerator"].startswith("H100") for fact in facts["ranked"])
+    assert not any(fact["offer"]["spot"] for fact in facts["ranked"])
 
 
 def test_nodes_are_as_many_as_asked_for(slm: Slm) -> None:

@@ -80,16 +80,18 @@ class AwsCloud:
         """Instances that somebody started by hand."""
         ec2 = boto3.client("ec2", region_name=region)
         image = ec2.describe_images()["Images"][0]["ImageId"]
-        kinds = [{"ResourceType": "instance", "Tags": [{"Key": one, "Value": tags[one]} for one in tags]}]
+        kinds = [{"ResourceType": "instance", "Tags": [{"Key": tag, "Value": tags[tag]} for tag in tags]}]
         made = ec2.run_instances(
             ImageId=image, InstanceType=machine, MinCount=num_nodes, MaxCount=num_nodes, TagSpecifications=kinds
         )
-        return [one["InstanceId"] for one in made["Instances"]]
+        return [item["InstanceId"] for item in made["Instances"]]
 
     def states(self, *instance_ids: str, region: str = REGION) -> list[str]:
         seen = boto3.client("ec2", region_name=region).describe_instances(InstanceIds=list(instance_ids))
-        found = {one["InstanceId"]: one["State"]["Name"] for each in seen["Reservations"] for one in each["Instances"]}
-        return [found[one] for one in instance_ids]
+        found = {
+            item["InstanceId"]: item["State"]["Name"] for each in seen["Reservations"] for item in each["Instances"]
+        }
+        return [found[item] for item in instance_ids]
 
     def clear(self) -> None:
         """As before anything was started."""
@@ -144,8 +146,8 @@ def told(made: AwsCloud) -> Iterator[None]:
         for (kind, zone), changes in made.prices.items():
             if kind not in kinds or (filters and zone != filters):
                 continue
-            before = [one for one in changes if one[0] <= since][-1:]
-            for at, price in before + [one for one in changes if one[0] > since]:
+            before = [change for change in changes if change[0] <= since][-1:]
+            for at, price in before + [change for change in changes if change[0] > since]:
                 found.append(
                     {
                         "InstanceType": kind,
@@ -177,7 +179,7 @@ def allow(cloud: Cloud, document: dict[str, Any]) -> dict[str, str]:
 
     The server knows which actions a key may use, but for most services neither on what nor under which condition.
     """
-    statements = [{"Effect": "Allow", "Action": one["Action"], "Resource": "*"} for one in document["Statement"]]
+    statements = [{"Effect": "Allow", "Action": item["Action"], "Resource": "*"} for item in document["Statement"]]
     iam = cloud.client("iam")
     iam.create_user(UserName="least")
     wide = json.dumps({"Version": document["Version"], "Statement": statements})

@@ -44,14 +44,14 @@ def unknown_fields(schemas: Mapping[str, Any], name: str, value: Mapping[str, An
     """Names in `value` that the schema has not, or not with that type or value."""
     wrong = []
     types = {"string": str, "integer": int, "boolean": bool, "object": dict}
-    for key, one in value.items():
+    for key, setting in value.items():
         known = schemas[name]["properties"].get(key)
         if known is None or "Output only" in known.get("description", ""):
             wrong.append(f"{name}.{key}")
         elif "$ref" in known:
-            wrong += unknown_fields(schemas, known["$ref"], one)
-        elif not isinstance(one, types[known["type"]]) or one not in known.get("enum", [one]):
-            wrong.append(f"{name}.{key}={one!r}")
+            wrong += unknown_fields(schemas, known["$ref"], setting)
+        elif not isinstance(setting, types[known["type"]]) or setting not in known.get("enum", [setting]):
+            wrong.append(f"{name}.{key}={setting!r}")
     return wrong
 
 
@@ -120,11 +120,11 @@ class GcpCloud:
         if path == f"{COMPUTE}/aggregated/instances":
             wanted = re.fullmatch(r'labels\.slm-lease="([^"]*)"', query["filter"])
             assert wanted is not None, query
-            found = [one for one in self.instances.values() if one["labels"]["slm-lease"] == wanted[1]]
+            found = [instance for instance in self.instances.values() if instance["labels"]["slm-lease"] == wanted[1]]
             # A page for each zone, as a large project is answered.
-            zones = sorted({one["zone"].rsplit("/", 1)[-1] for one in self.instances.values()}) or [ZONE]
+            zones = sorted({instance["zone"].rsplit("/", 1)[-1] for instance in self.instances.values()}) or [ZONE]
             at = int(query.get("pageToken", 0))
-            there = [one for one in found if one["zone"].endswith(f"/{zones[at]}")]
+            there = [entry for entry in found if entry["zone"].endswith(f"/{zones[at]}")]
             items = {f"zones/{zones[at]}": {"instances": there}, "zones/elsewhere": {"warning": {"code": "NO_RESULTS"}}}
             more = {"nextPageToken": str(at + 1)} if at + 1 < len(zones) else {}
             return 200, {"items": items, **more}
@@ -158,8 +158,10 @@ class GcpCloud:
             self.jobs[name]["state"] = "ENABLED"
         else:
             fields = query["updateMask"].split(",")
-            self.wrong += [one for one in fields if one not in SCHEDULER["schemas"]["Job"]["properties"]]
-            self.jobs[name].update({one: body[one] for one in fields})
+            self.wrong += [
+                each_field for each_field in fields if each_field not in SCHEDULER["schemas"]["Job"]["properties"]
+            ]
+            self.jobs[name].update({each_field: body[each_field] for each_field in fields})
         return 200, self._told(name)
 
     def _told(self, name: str) -> dict[str, Any]:
@@ -172,7 +174,7 @@ SCHEDULER = described("cloudscheduler")
 
 def next_time(schedule: str, after: datetime) -> datetime:
     """When a schedule of minute, hour, day and month acts next."""
-    minute, hour, day, month = (int(one) for one in schedule.split()[:4])
+    minute, hour, day, month = (int(item) for item in schedule.split()[:4])
     assert schedule.split()[4:] == ["*"]
     found = datetime(after.year, month, day, hour, minute, tzinfo=UTC)
     return found if found > after else found.replace(year=after.year + 1)

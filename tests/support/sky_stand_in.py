@@ -29,21 +29,21 @@ class Cloud:
 
     def alive(self, name: str) -> dict[str, Any]:
         nodes = self.state["clusters"].get(name, {})
-        return {one: node for one, node in nodes.items() if node["alive"] and not self.over(node)}
+        return {name: node for name, node in nodes.items() if node["alive"] and not self.over(node)}
 
     def over(self, node: dict[str, Any]) -> bool:
         return node["until"] is not None and time.time() > node["until"]
 
     def record(self, name: str) -> dict[str, Any]:
         nodes = self.alive(name)
-        order = sorted(nodes, key=lambda one: nodes[one]["ip"])
+        order = sorted(nodes, key=lambda node: nodes[node]["ip"])
         return {
             "cluster": name,
             "name_on_cloud": f"{name}-0123abcd",
             "provider": "example",
             "provider_config": {"module": "example"},
             "usd_per_hour": PRICE,
-            "instances": [[one, nodes[one]["ip"]] for one in order],
+            "instances": [[item, nodes[item]["ip"]] for item in order],
         }
 
     def check(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Cloud:
         facts = json.loads((Path(request["task"]["workdir"]) / "node.json").read_text())
         have = self.alive(name)
         missing = wanted - len(have)
-        running = sum(len(self.alive(one)) for one in self.state["clusters"])
+        running = sum(len(self.alive(item)) for item in self.state["clusters"])
         if running + missing > self.state["capacity"]:
             free = self.state["capacity"] - running
             return {"failure": {"trouble": "capacity", "message": f"{free} nodes free, {missing} asked for"}}
@@ -80,12 +80,12 @@ class Cloud:
         return {"result": self.record(name)}
 
     def query(self, request: dict[str, Any]) -> dict[str, Any]:
-        seen = {one: {"status": "UP", "reason": ""} for one in self.alive(request["cluster"])}
+        seen = {instance: {"status": "UP", "reason": ""} for instance in self.alive(request["cluster"])}
         return {"result": {"instances": seen, "server": True, "record": {}}}
 
     def list(self, _: dict[str, Any]) -> dict[str, Any]:
         found = [{**self.record(name), "seen": sorted(self.alive(name))} for name in self.state["clusters"]]
-        return {"result": {"clusters": [one for one in found if one["seen"]], "problems": []}}
+        return {"result": {"clusters": [entry for entry in found if entry["seen"]], "problems": []}}
 
     def end(self, request: dict[str, Any]) -> dict[str, Any]:
         for node in self.state["clusters"].get(request["cluster"], {}).values():

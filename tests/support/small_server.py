@@ -34,7 +34,7 @@ class Server:
     asked: list[Asked] = field(default_factory=list)
 
     def seen(self, method: str, path: str) -> list[Asked]:
-        return [one for one in self.asked if (one.method, one.path) == (method, path)]
+        return [finding for finding in self.asked if (finding.method, finding.path) == (method, path)]
 
 
 @contextmanager

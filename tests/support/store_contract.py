@@ -102,11 +102,11 @@ class StoreContract:
             store.write(key, b"")
 
     def test_a_scope_sees_only_its_own_keys(self, store: Store) -> None:
-        one, two = scoped(store, "runs/one"), scoped(store, "runs/two")
-        one.write("x", b"1")
+        item, two = scoped(store, "runs/one"), scoped(store, "runs/two")
+        item.write("x", b"1")
         two.write("x", b"2")
-        assert (one.read("x"), one.list(), store.list()) == (b"1", ["x"], ["runs/one/x", "runs/two/x"])
-        assert "/runs/one" in one.uri
+        assert (item.read("x"), item.list(), store.list()) == (b"1", ["x"], ["runs/one/x", "runs/two/x"])
+        assert "/runs/one" in item.uri
 
 
 class ConditionalStoreContract(StoreContract):

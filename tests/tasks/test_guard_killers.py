@@ -38,9 +38,9 @@ def killer(word: str, *options: str) -> Killer:
     return found
 
 
-def fire(one: Killer) -> str:
-    assert one.fire is not None
-    return one.fire()
+def fire(killer: Killer) -> str:
+    assert killer.fire is not None
+    return killer.fire()
 
 
 # -- each provider's API ---------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_terminate_ec2_ends_its_own_instance_with_the_role_of_the_instance(
 
 def states(cloud: Cloud, *instances: str) -> list[str]:
     listed = cloud.client("ec2").describe_instances(InstanceIds=list(instances))["Reservations"]
-    found = {each["InstanceId"]: each["State"]["Name"] for one in listed for each in one["Instances"]}
+    found = {each["InstanceId"]: each["State"]["Name"] for item in listed for each in item["Instances"]}
     return [found[name] for name in instances]
 
 

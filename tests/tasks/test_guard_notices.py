@@ -77,7 +77,7 @@ def test_aws_tells_by_instance_action_and_a_rebalance_recommendation_is_none(nod
         path = "/latest/meta-data/spot/instance-action"
         until(lambda: len(server.seen("GET", path)) >= 2)
         assert not noticed(warned)
-        assert all(one.headers["x-aws-ec2-metadata-token"] == "a-token" for one in server.seen("GET", path))
+        assert all(entry.headers["x-aws-ec2-metadata-token"] == "a-token" for entry in server.seen("GET", path))
         action = {"action": "terminate", "time": "2026-01-01T12:01:40Z"}
         server.routes.update(aws_metadata({"meta-data/spot/instance-action": lambda _: (200, json.dumps(action))}))
         notice = until(lambda: noticed(warned))

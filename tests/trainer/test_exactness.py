@@ -30,8 +30,8 @@ def config(tiny: TrainConfig) -> TrainConfig:
     return replace(tiny, global_batch_size=32, micro_batch_size=4, eval_every_steps=1000)
 
 
-def relative_error(one: Tensor, two: Tensor) -> float:
-    return float((one - two).norm() / two.norm())
+def relative_error(tensor: Tensor, two: Tensor) -> float:
+    return float((tensor - two).norm() / two.norm())
 
 
 def newest_step(store: Path) -> int:

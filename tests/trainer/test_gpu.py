@@ -39,15 +39,15 @@ def test_attention_agrees_with_its_definition_forward_and_backward(
     ids = torch.arange(num_tokens, device="cuda").div(90, rounding_mode="floor").repeat(2, 1)
     where = (document_offsets(ids, 23) if documents else None, num_tokens, window)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    twins = [one.detach().float().requires_grad_() for one in inputs]
+    twins = [item.detach().float().requires_grad_() for item in inputs]
     fast, exact = way(*inputs, *where), attend_dense(*twins, *where)
     torch.testing.assert_close(fast.float(), exact, atol=2e-2, rtol=2e-2)
     fast.float().square().sum().backward()
     exact.square().sum().backward()
-    for one, twin in zip(inputs, twins, strict=True):
-        assert one.grad is not None and twin.grad is not None
+    for item, twin in zip(inputs, twins, strict=True):
+        assert item.grad is not None and twin.grad is not None
         # Of a single token's query and key the gradient is zero: the output is its value.
-        assert (one.grad.float() - twin.grad).norm() < 3e-2 * twin.grad.norm() + 1e-2
+        assert (item.grad.float() - twin.grad).norm() < 3e-2 * twin.grad.norm() + 1e-2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -28,8 +28,8 @@ def job(config: TrainConfig, store: Path, **options: Any) -> dict[str, Any]:
     return {"config": asdict(config), "store": str(store), **options}
 
 
-def relative_error(one: Tensor, two: Tensor) -> float:
-    return float((one - two).norm() / two.norm())
+def relative_error(tensor: Tensor, two: Tensor) -> float:
+    return float((tensor - two).norm() / two.norm())
 
 
 def first_moments(tensors: dict[str, Tensor]) -> Tensor:
@@ -139,10 +139,10 @@ def test_a_checkpoint_goes_from_replicated_to_sharded_and_back_to_one_worker(
         # Nothing was trained: what a sharded group has read is what it saved, bit by bit.
         replicated, sharded = saved_tensors(tmp_path / f"{name}-replicated"), saved_tensors(tmp_path / f"{name}-again")
         assert sharded.keys() == replicated.keys()
-        assert all(torch.equal(sharded[one], replicated[one]) for one in sharded if not one.startswith("random/"))
+        assert all(torch.equal(sharded[item], replicated[item]) for item in sharded if not item.startswith("random/"))
         store = DirectoryStore(tmp_path / f"{name}-again")
         head = read_manifest(store, checkpoints_of_chain(store)[0]).tensors["model/head.weight"]
-        assert [(one["offsets"], one["sizes"], one["part"]) for one in head["chunks"]] == [
+        assert [(item["offsets"], item["sizes"], item["part"]) for item in head["chunks"]] == [
             ([0, 0], [32, 16], 0),
             ([32, 0], [32, 16], 1),
         ]

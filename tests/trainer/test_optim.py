@@ -63,14 +63,14 @@ def test_state_copied_into_a_new_one_makes_the_next_step_the_same(name: str) -> 
     twin_updates = Updates(twin, OptimizerConfig(name=name))
     for key, value in twin_updates.state().items():
         value.copy_(updates.state()[key])
-    for one, two in zip(model.parameters(), with_gradients(seed=1).parameters(), strict=True):
-        one.grad = two.grad
-    for one, two in zip(twin.parameters(), with_gradients(seed=1).parameters(), strict=True):
-        one.grad = two.grad
+    for parameter, two in zip(model.parameters(), with_gradients(seed=1).parameters(), strict=True):
+        parameter.grad = two.grad
+    for parameter, two in zip(twin.parameters(), with_gradients(seed=1).parameters(), strict=True):
+        parameter.grad = two.grad
     updates.step(0.5)
     twin_updates.step(0.5)
-    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(one, two)
+    for parameter, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, two)
 
 
 def test_adamw_moves_by_the_rate_and_decays_matrices_only() -> None:
@@ -89,7 +89,7 @@ def test_a_factor_of_zero_changes_nothing() -> None:
     model = with_gradients()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     Updates(model, OptimizerConfig(name="muon")).step(0.0)
-    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(item, two) for item, two in zip(before, model.parameters(), strict=True))
 
 
 def parameters_with(*gradients: list[float]) -> list[nn.Parameter]:

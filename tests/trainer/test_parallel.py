@@ -33,8 +33,8 @@ def job(config: TrainConfig, store: Path, **options: Any) -> dict[str, Any]:
     return {"config": asdict(config), "store": str(store), **options}
 
 
-def relative_error(one: Tensor, two: Tensor) -> float:
-    return float((one - two).norm() / two.norm())
+def relative_error(tensor: Tensor, two: Tensor) -> float:
+    return float((tensor - two).norm() / two.norm())
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_curves_of_adamw_are_those_of_one_worker(runs: Path, metrics_of: Metrics
     for name in CURVES:
         losses = [[row["loss"] for row in metrics_of(runs / name / which)] for which in (way, "alone")]
         assert len(losses[0]) == len(losses[1]) == CURVE_STEPS
-        drift = max(abs(one - two) / two for one, two in zip(*losses, strict=True))
+        drift = max(abs(loss - two) / two for loss, two in zip(*losses, strict=True))
         if "adamw" in name:
             assert drift < 1e-5, name
         else:

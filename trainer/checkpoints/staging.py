@@ -124,10 +124,10 @@ def read_into(tensors: Mapping[str, Tensor], manifest: Manifest, store: Store, p
     """
     num_bytes = 0
     for run in _runs(_wanted(tensors, manifest)):
-        begin, end = run[0].begin, max(one.end for one in run)
+        begin, end = run[0].begin, max(item.end for item in run)
         content = read_span(store, place.prefix, manifest.parts[run[0].part], begin, end)
-        for one in run:
-            one.put(content[one.begin - begin : one.end - begin])
+        for item in run:
+            item.put(content[item.begin - begin : item.end - begin])
         num_bytes += end - begin
     return num_bytes
 
@@ -179,17 +179,17 @@ def _wanted(tensors: Mapping[str, Tensor], manifest: Manifest) -> list[Wanted]:
         narrowed = list(zip(offsets, lengths, strict=True))
         if end > begin:
             wanted.append(Wanted(chunk["part"], begin, end, dtype, rows, narrowed, target))
-    return sorted(wanted, key=lambda one: (one.part, one.begin))
+    return sorted(wanted, key=lambda name: (name.part, name.begin))
 
 
 def _runs(wanted: list[Wanted]) -> Iterator[list[Wanted]]:
     """Neighbours in one part, to be read together."""
     run: list[Wanted] = []
-    for one in wanted:
-        if run and (one.part != run[0].part or one.begin - run[-1].end > RUN_BYTES / 64 or _length(run) > RUN_BYTES):
+    for name in wanted:
+        if run and (name.part != run[0].part or name.begin - run[-1].end > RUN_BYTES / 64 or _length(run) > RUN_BYTES):
             yield run
             run = []
-        run.append(one)
+        run.append(name)
     if run:
         yield run
 
@@ -199,7 +199,7 @@ def _length(run: list[Wanted]) -> int:
 
 
 def _storage_metadata(where: Mapping[str, Any]) -> TensorStorageMetadata:
-    chunks = [ChunkStorageMetadata(torch.Size(one["offsets"]), torch.Size(one["sizes"])) for one in where["chunks"]]
+    chunks = [ChunkStorageMetadata(torch.Size(item["offsets"]), torch.Size(item["sizes"])) for item in where["chunks"]]
     return TensorStorageMetadata(TensorProperties(dtype=dtype_of(where["dtype"])), torch.Size(where["size"]), chunks)
 
 

@@ -214,9 +214,9 @@ class AwsAccount:
         """Those that this account may use."""
         session = self._made_session()
         configured = session.region_name or FIRST_REGION
-        found = [one["RegionName"] for one in self.ask("ec2", configured, "describe_regions")["Regions"]]
+        found = [item["RegionName"] for item in self.ask("ec2", configured, "describe_regions")["Regions"]]
         partition = session.get_partition_for_region(configured)
-        return sorted(one for one in found if session.get_partition_for_region(one) == partition)
+        return sorted(entry for entry in found if session.get_partition_for_region(entry) == partition)
 
     def instances(self, regions: Iterable[str] | None = None) -> list[Ec2Instance]:
         """Everything of ours that is not terminated, in all regions unless some are named.
@@ -227,10 +227,10 @@ class AwsAccount:
         places = sorted(self.regions() if regions is None else set(regions))
         with ThreadPoolExecutor(MOST_REGIONS_AT_ONCE) as pool:
             seen = list(pool.map(self._alive_in, places))
-        closed = [one for one in seen if isinstance(one, AwsRefused)]
+        closed = [entry for entry in seen if isinstance(entry, AwsRefused)]
         if closed and len(closed) == len(seen):
             raise closed[0]
-        return [one for several in seen if not isinstance(several, AwsRefused) for one in several]
+        return [item for several in seen if not isinstance(several, AwsRefused) for item in several]
 
     def _alive_in(self, region: str) -> list[Ec2Instance] | AwsRefused:
         """A region that this user may not even look at holds nothing of his; organisations close those they shun."""
@@ -244,7 +244,7 @@ class AwsAccount:
     def of_cluster(self, region: str, *names: str) -> list[Ec2Instance]:
         """Instances in any state whose lease or cluster's name is one of `names`."""
         wanted = {USER_HASH.sub("", name) for name in names} | set(names)
-        return [one for one in self._in_region(region) if one.lease in wanted or one.lease.lower() in wanted]
+        return [item for item in self._in_region(region) if item.lease in wanted or item.lease.lower() in wanted]
 
     def look_at(self, region: str, instance_ids: Sequence[str]) -> dict[str, Ec2Instance]:
         """By id; one that AWS no longer knows is missing."""
@@ -290,13 +290,13 @@ class AwsAccount:
                 if refused.trouble is AwsTrouble.MISSING:
                     return
                 raise
-            for one in instance_ids:
-                self._terminate_each(region, [one])
+            for item in instance_ids:
+                self._terminate_each(region, [item])
 
     def _living(self, region: str, instance_ids: Sequence[str]) -> list[str]:
         """Those that still run or may run again; one that is shutting down is billed no more, and is not waited for."""
         seen = self.look_at(region, instance_ids)
-        return [one for one, what in seen.items() if what.state not in ("terminated", "shutting-down")]
+        return [name for name, what in seen.items() if what.state not in ("terminated", "shutting-down")]
 
 
 class translated:  # noqa: N801 - read as a statement
@@ -346,7 +346,7 @@ def _by_status(status: int) -> AwsTrouble:
 
 def tags_of(raw: Mapping[str, Any]) -> dict[str, str]:
     """Of an instance as DescribeInstances has it."""
-    return {one["Key"]: one["Value"] for one in raw.get("Tags", ())}
+    return {item["Key"]: item["Value"] for item in raw.get("Tags", ())}
 
 
 def _instance_of(raw: Mapping[str, Any], region: str, tags: Mapping[str, str]) -> Ec2Instance:

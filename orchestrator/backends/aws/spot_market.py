@@ -55,10 +55,10 @@ class Ec2Market:
             StartTime=moment,
             EndTime=moment,
         ):
-            for one in page["SpotPriceHistory"]:
-                is_this = one["InstanceType"] == instance_type and one["AvailabilityZone"] == zone
-                if is_this and (newest is None or one["Timestamp"] > newest[0]):
-                    newest = (one["Timestamp"], Decimal(one["SpotPrice"]))
+            for item in page["SpotPriceHistory"]:
+                is_this = item["InstanceType"] == instance_type and item["AvailabilityZone"] == zone
+                if is_this and (newest is None or item["Timestamp"] > newest[0]):
+                    newest = (item["Timestamp"], Decimal(item["SpotPrice"]))
         return None if newest is None else newest[1]
 
     def vcpus(self, region: str, instance_type: str) -> int:

@@ -53,7 +53,7 @@ class AwsArm:
         Raises:
             BackendError: Not all of them are armed.
         """
-        living = [one for one in self.instances(record, lease) if one.state in ("pending", "running")]
+        living = [instance for instance in self.instances(record, lease) if instance.state in ("pending", "running")]
         self.limits.arm(region_of(record, lease), living, seconds)
 
     def usd_per_hour(self, record: Record, lease: Lease) -> Decimal | None:
@@ -81,15 +81,19 @@ class AwsArm:
     def why_gone(self, record: Record, lease: Lease) -> str:
         """What AWS says became of the nodes; empty where it no longer says."""
         try:
-            ended = [one for one in self.instances(record, lease) if one.state in ("shutting-down", "terminated")]
+            ended = [
+                instance
+                for instance in self.instances(record, lease)
+                if instance.state in ("shutting-down", "terminated")
+            ]
         except BackendError:
             return ""
-        return "; ".join(f"{one.instance_id} {reason_of(one)}" for one in ended)
+        return "; ".join(f"{instance.instance_id} {reason_of(instance)}" for instance in ended)
 
     def release(self, record: Record, lease: Lease) -> None:
         """Delete the schedules of nodes that are gone; what cannot be deleted deletes itself once it has acted."""
         with contextlib.suppress(BackendError):
-            ids = [one.instance_id for one in self.instances(record, lease)] or ids_of(record)
+            ids = [instance.instance_id for instance in self.instances(record, lease)] or ids_of(record)
             self.limits.release(region_of(record, lease), ids)
 
     def instances(self, record: Record, lease: Lease) -> list[Ec2Instance]:
@@ -136,26 +140,26 @@ class AwsInstances:
         alive = self._of(lease.lease_id)
         if not alive:
             return LeaseState(LeasePhase.GONE)
-        phase = LeasePhase.RUNNING if all(one.state == "running" for one in alive) else LeasePhase.STARTING
+        phase = LeasePhase.RUNNING if all(instance.state == "running" for instance in alive) else LeasePhase.STARTING
         return LeaseState(phase, tuple(range(len(alive))))
 
     def list_alive(self) -> Sequence[Instance]:
         found = self._found()
-        leases = {label_of(one): one for one in self._known_leases()}
+        leases = {label_of(lease): lease for lease in self._known_leases()}
         by_name: dict[str, list[Ec2Instance]] = {}
-        for one in found:
-            by_name.setdefault(leases.get(one.lease, one.lease), []).append(one)
+        for entry in found:
+            by_name.setdefault(leases.get(entry.lease, entry.lease), []).append(entry)
         return [
-            Instance(one.instance_id, name, run_of(name), rank, self._usd_per_hour(one), one.launched_at)
+            Instance(item.instance_id, name, run_of(name), rank, self._usd_per_hour(item), item.launched_at)
             for name, several in sorted(by_name.items())
-            for rank, one in enumerate(sorted(several, key=lambda each: (each.launched_at, each.instance_id)))
+            for rank, item in enumerate(sorted(several, key=lambda each: (each.launched_at, each.instance_id)))
         ]
 
     def stop(self, lease: Lease) -> None:
         alive = self._of(lease.lease_id)
         left: list[str] = []
-        for region in sorted({one.region for one in alive}):
-            ids = [one.instance_id for one in alive if one.region == region]
+        for region in sorted({instance.region for instance in alive}):
+            ids = [instance.instance_id for instance in alive if instance.region == region]
             left += self._account.terminate(region, ids)
             with contextlib.suppress(BackendError):
                 self._arm.limits.release(region, ids)
@@ -169,7 +173,7 @@ class AwsInstances:
             AwsRefused: AWS could not be looked at, and something of ours may be there.
         """
         try:
-            return [one for one in self._account.instances() if one.state != "shutting-down"]
+            return [instance for instance in self._account.instances() if instance.state != "shutting-down"]
         except AwsRefused:
             if self._is_expected():
                 raise
@@ -177,30 +181,32 @@ class AwsInstances:
 
     def _of(self, lease_id: str) -> list[Ec2Instance]:
         names = {lease_id, label_of(lease_id)}
-        return [one for one in self._found() if one.lease in names]
+        return [item for item in self._found() if item.lease in names]
 
-    def _usd_per_hour(self, one: Ec2Instance) -> Decimal:
+    def _usd_per_hour(self, instance: Ec2Instance) -> Decimal:
         """As it is now; 0 where AWS does not say, since what must end is not decided by it."""
-        if not one.is_spot:
+        if not instance.is_spot:
             return Decimal(0)
         try:
-            return self._arm.market.spot_usd_per_hour(one.region, one.zone, one.instance_type) or Decimal(0)
+            return self._arm.market.spot_usd_per_hour(
+                instance.region, instance.zone, instance.instance_type
+            ) or Decimal(0)
         except AwsRefused:
             return Decimal(0)
 
 
-def reason_of(one: Ec2Instance) -> str:
+def reason_of(instance: Ec2Instance) -> str:
     """Why an instance ended, in words."""
-    if one.why in TAKEN_BACK:
-        return f"was taken back by AWS ({one.why})"
-    if one.why == "Client.InstanceInitiatedShutdown":
-        return f"was powered off from inside ({one.why})"
-    return f"was terminated ({one.why or 'AWS gives no reason'})"
+    if instance.why in TAKEN_BACK:
+        return f"was taken back by AWS ({instance.why})"
+    if instance.why == "Client.InstanceInitiatedShutdown":
+        return f"was powered off from inside ({instance.why})"
+    return f"was terminated ({instance.why or 'AWS gives no reason'})"
 
 
-def was_taken_back(one: Ec2Instance) -> bool:
+def was_taken_back(instance: Ec2Instance) -> bool:
     """Whether AWS interrupted it."""
-    return one.why in TAKEN_BACK
+    return instance.why in TAKEN_BACK
 
 
 def region_of(record: Record, lease: Lease) -> str:
@@ -209,7 +215,7 @@ def region_of(record: Record, lease: Lease) -> str:
 
 def ids_of(record: Record) -> list[str]:
     """Instance ids that the record has."""
-    return [str(one[0]) for one in record.get("instances") or () if str(one[0]).startswith("i-")]
+    return [str(entry[0]) for entry in record.get("instances") or () if str(entry[0]).startswith("i-")]
 
 
 def run_of(lease_id: str) -> str:

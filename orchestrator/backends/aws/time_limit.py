@@ -47,10 +47,10 @@ class Ec2Limit:
             BackendError: Some may not be armed; the message names what is missing.
         """
         there = list(instances)
-        for one in there:
-            self.schedule(region, one.instance_id, seconds)
-        for one in there:
-            self.end_on_shutdown(region, one)
+        for candidate in there:
+            self.schedule(region, candidate.instance_id, seconds)
+        for candidate in there:
+            self.end_on_shutdown(region, candidate)
 
     # -- the schedule ------------------------------------------------------------------------------
 
@@ -107,9 +107,9 @@ class Ec2Limit:
 
     def release(self, region: str, instance_ids: Sequence[str]) -> None:
         """Delete the schedules of instances that are gone; quiet where there are none."""
-        for one in instance_ids:
+        for item in instance_ids:
             try:
-                self._account.ask("scheduler", region, "delete_schedule", Name=SCHEDULE_PREFIX + one)
+                self._account.ask("scheduler", region, "delete_schedule", Name=SCHEDULE_PREFIX + item)
             except AwsRefused as refused:
                 if refused.trouble is not AwsTrouble.MISSING:
                     raise
@@ -136,36 +136,37 @@ class Ec2Limit:
 
     # -- power-off ---------------------------------------------------------------------------------
 
-    def end_on_shutdown(self, region: str, one: Ec2Instance) -> None:
+    def end_on_shutdown(self, region: str, instance: Ec2Instance) -> None:
         """Let a power-off of the guest terminate the instance.
 
         Raises:
             BackendError: AWS still says that it would only stop.
         """
-        if one.instance_id in self._powers_off:
+        if instance.instance_id in self._powers_off:
             return
-        if self.shutdown_behaviour(region, one.instance_id) != TERMINATE:
+        if self.shutdown_behaviour(region, instance.instance_id) != TERMINATE:
             try:
                 self._account.ask(
                     "ec2",
                     region,
                     "modify_instance_attribute",
-                    InstanceId=one.instance_id,
+                    InstanceId=instance.instance_id,
                     Attribute="instanceInitiatedShutdownBehavior",
                     Value=TERMINATE,
                 )
             except AwsRefused as refused:
                 # A one-time spot request knows no stop, and some attributes of it cannot be modified.
-                if not (one.is_spot and refused.trouble is AwsTrouble.UNSUPPORTED):
+                if not (instance.is_spot and refused.trouble is AwsTrouble.UNSUPPORTED):
                     raise
             else:
-                said = self.shutdown_behaviour(region, one.instance_id)
+                said = self.shutdown_behaviour(region, instance.instance_id)
                 if said != TERMINATE:
                     raise BackendError(
-                        f"{one.instance_id} in {region} would {said} when it powers off, and go on being billed for "
+                        f"{instance.instance_id} in {region} would {said} when it powers off, and "
+                        "go on being billed for "
                         "its disk; it is ended by its schedule, or now with: slm stop"
                     )
-        self._powers_off.add(one.instance_id)
+        self._powers_off.add(instance.instance_id)
 
     def shutdown_behaviour(self, region: str, instance_id: str) -> str:
         """What AWS says that it does when the guest powers off: stop or terminate."""

@@ -159,7 +159,7 @@ class GcpAccount:
             lambda client, token: client.instances().aggregatedList(project=project, filter=wanted, pageToken=token),
         )
         places = (place for page in pages for place in page.get("items", {}).values())
-        return [instance_of(one) for place in places for one in place.get("instances", ())]
+        return [instance_of(item) for place in places for item in place.get("instances", ())]
 
     def _require_credentials(self, operation: str) -> None:
         with self._lock:
@@ -204,14 +204,14 @@ class GcpAccount:
             self._ahead = parsedate_to_datetime(said) - self._clock()
 
 
-def instance_of(one: Mapping[str, Any]) -> GcpInstance:
-    accounts = one.get("serviceAccounts") or ()
+def instance_of(item: Mapping[str, Any]) -> GcpInstance:
+    accounts = item.get("serviceAccounts") or ()
     return GcpInstance(
-        number=str(one["id"]),
-        name=str(one["name"]),
-        zone=str(one["zone"]).rsplit("/", maxsplit=1)[-1],
+        number=str(item["id"]),
+        name=str(item["name"]),
+        zone=str(item["zone"]).rsplit("/", maxsplit=1)[-1],
         service_account=str(accounts[0]["email"]) if accounts else "",
-        lease=str((one.get("labels") or {}).get("slm-lease", "")),
+        lease=str((item.get("labels") or {}).get("slm-lease", "")),
     )
 
 
@@ -225,7 +225,7 @@ def trouble_of(status: int, content: str) -> GcpTrouble:
         return GcpTrouble.OTHER
     try:
         details = json.loads(content)["error"].get("details") or ()
-        reasons = {one.get("reason") for one in details}
+        reasons = {detail.get("reason") for detail in details}
     except (ValueError, KeyError, AttributeError, TypeError):
         reasons = set()
     return GcpTrouble.DISABLED if "SERVICE_DISABLED" in reasons else GcpTrouble.DENIED

@@ -74,8 +74,8 @@ class GcpArm:
             BackendError: Not all of them are armed.
         """
         project = self._project(record)
-        for one in self.instances(record, lease):
-            self.schedule(project, one, seconds)
+        for instance in self.instances(record, lease):
+            self.schedule(project, instance, seconds)
 
     def usd_per_hour(self, record: Record, lease: Lease) -> Decimal | None:  # noqa: ARG002
         """None: Compute Engine does not say what a machine costs."""
@@ -86,7 +86,7 @@ class GcpArm:
         try:
             project = self._project(record)
             there = self.instances(record, lease)
-            taken = [one.name for one in there if self._was_taken_back(project, one)]
+            taken = [candidate.name for candidate in there if self._was_taken_back(project, candidate)]
         except BackendError:
             return ""
         return "; ".join(f"{name} was taken back by GCP (compute.instances.preempted)" for name in taken)
@@ -106,17 +106,19 @@ class GcpArm:
 
     # -- the job -----------------------------------------------------------------------------------
 
-    def schedule(self, project: str, one: GcpInstance, seconds: float) -> None:
+    def schedule(self, project: str, instance: GcpInstance, seconds: float) -> None:
         """Make the job, or move the one that stands, and read when it will act.
 
         Raises:
             BackendError: The machine has no service account, or the job would not act in time.
         """
-        if not one.service_account:
-            raise BackendError(f"{one.name} in {one.zone} has no service account that could end it; end it: slm stop")
+        if not instance.service_account:
+            raise BackendError(
+                f"{instance.name} in {instance.zone} has no service account that could end it; end it: slm stop"
+            )
         at = ends_at(self.account.now(), seconds)
-        job = job_of(project, one, self._name(project, one), at)
-        fields = ",".join(one for one in job if one != "name")
+        job = job_of(project, instance, self._name(project, instance), at)
+        fields = ",".join(item for item in job if item != "name")
         try:
             said = self._jobs("patch", lambda jobs: jobs.patch(name=job["name"], updateMask=fields, body=job))
         except GcpRefused as refused:
@@ -129,18 +131,19 @@ class GcpArm:
         if said.get("state") != "ENABLED" or not acts or datetime.fromisoformat(acts) > at + LATE:
             told = f"{said.get('state')}, acts at {acts or 'no time'}"
             raise BackendError(
-                f"{one.name} in {one.zone}: Cloud Scheduler does not end it at {at:%H:%M} UTC as asked ({told})"
+                f"{instance.name} in {instance.zone}: Cloud Scheduler does not end it at {at:%H:%M} UTC "
+                f"as asked ({told})"
             )
 
-    def _name(self, project: str, one: GcpInstance) -> str:
-        return f"{self._parent(project)}/jobs/{JOB_PREFIX}{one.lease}-{one.number}"
+    def _name(self, project: str, instance: GcpInstance) -> str:
+        return f"{self._parent(project)}/jobs/{JOB_PREFIX}{instance.lease}-{instance.number}"
 
     def _all_jobs(self, parent: str) -> list[str]:
         def request(client: Any, token: str | None) -> Any:
             return client.projects().locations().jobs().list(parent=parent, pageSize=500, pageToken=token)
 
         pages = self.account.pages("cloudscheduler.jobs.list", request)
-        return [str(one["name"]) for page in pages for one in page.get("jobs", ())]
+        return [str(item["name"]) for page in pages for item in page.get("jobs", ())]
 
     def _jobs(self, what: str, request: Any) -> dict[str, Any]:
         return self.account.ask(
@@ -176,11 +179,11 @@ class GcpArm:
                 )
         return None
 
-    def _was_taken_back(self, project: str, one: GcpInstance) -> bool:
-        wanted = f'(operationType="compute.instances.preempted") AND (targetId={one.number})'
+    def _was_taken_back(self, project: str, instance: GcpInstance) -> bool:
+        wanted = f'(operationType="compute.instances.preempted") AND (targetId={instance.number})'
         found = self.account.ask(
             "compute.zoneOperations.list",
-            lambda client: client.zoneOperations().list(project=project, zone=one.zone, filter=wanted),
+            lambda client: client.zoneOperations().list(project=project, zone=instance.zone, filter=wanted),
         )
         return bool(found.get("items"))
 
@@ -191,7 +194,7 @@ def ends_at(now: datetime, seconds: float) -> datetime:
     return datetime.fromtimestamp(math.ceil(wanted / SECONDS_PER_MINUTE) * SECONDS_PER_MINUTE, UTC)
 
 
-def job_of(project: str, one: GcpInstance, name: str, at: datetime) -> dict[str, Any]:
+def job_of(project: str, instance: GcpInstance, name: str, at: datetime) -> dict[str, Any]:
     """The job as Cloud Scheduler takes it (cloudscheduler v1, Job). It would act again a year later, on nothing."""
     return {
         "name": name,
@@ -201,8 +204,8 @@ def job_of(project: str, one: GcpInstance, name: str, at: datetime) -> dict[str,
         "attemptDeadline": "60s",
         "retryConfig": {"retryCount": MOST_RETRIES, "minBackoffDuration": "5s", "maxBackoffDuration": "60s"},
         "httpTarget": {
-            "uri": f"{COMPUTE}/projects/{project}/zones/{one.zone}/instances/{one.number}",
+            "uri": f"{COMPUTE}/projects/{project}/zones/{instance.zone}/instances/{instance.number}",
             "httpMethod": "DELETE",
-            "oauthToken": {"serviceAccountEmail": one.service_account, "scope": SCOPE},
+            "oauthToken": {"serviceAccountEmail": instance.service_account, "scope": SCOPE},
         },
     }

@@ -119,7 +119,7 @@ class SkyBackend:
             return
         self._require_skypilot(lease)
         before = self._record(lease) if alive else {}
-        ranks = {ip: rank for rank, (one, ip) in enumerate(before.get("instances") or ()) if one in alive}
+        ranks = {ip: rank for rank, (item, ip) in enumerate(before.get("instances") or ()) if item in alive}
         if alive and 0 not in ranks.values():
             raise NoCapacity(f"{lease.lease_id}: its first node is gone or unknown, so it does not grow back.")
         self._remember(lease, {**before, "cluster": cluster_name(lease.lease_id), "state": "asked"})
@@ -154,7 +154,7 @@ class SkyBackend:
             cluster=cluster_name(lease.lease_id),
             record=record,
         )
-        live = {one for one, what in seen["instances"].items() if what["status"] in LIVE}
+        live = {name for name, what in seen["instances"].items() if what["status"] in LIVE}
         if not live:
             arm = self._arms.get(lease.offer.cloud)
             why = "" if arm is None else arm.why_gone(record, lease)
@@ -205,13 +205,13 @@ class SkyBackend:
         for cluster in result["clusters"]:
             lease_id = leases.get(cluster["cluster"], cluster["cluster"])
             record = self._records.setdefault(lease_id, cluster)
-            order = [one for one, _ in record.get("instances") or ()]
+            order = [entry for entry, _ in record.get("instances") or ()]
             started = datetime.fromtimestamp(float(cluster.get("started") or time.time()), UTC)
             price = Decimal(cluster.get("usd_per_hour") or 0)
             run_id = record.get("run_id") or run_of(lease_id)
             found += [
-                Instance(one, lease_id, run_id, order.index(one) if one in order else rank, price, started)
-                for rank, one in enumerate(cluster["seen"])
+                Instance(item, lease_id, run_id, order.index(item) if item in order else rank, price, started)
+                for rank, item in enumerate(cluster["seen"])
             ]
         return found
 
@@ -257,7 +257,7 @@ class SkyBackend:
         seen = self._client.call(
             "query", seconds=CALL_SECONDS, cluster=cluster_name(lease.lease_id), record=self._record(lease)
         )
-        return [one for one, what in seen["instances"].items() if what["status"] in LIVE]
+        return [name for name, what in seen["instances"].items() if what["status"] in LIVE]
 
     def _on_event(self, lease: Lease, event: Mapping[str, Any]) -> None:
         if event["event"] == "record":
@@ -327,9 +327,9 @@ class SkyBackend:
 
 def ranks_of(live: set[str], instances: Sequence[Sequence[str]], num_nodes: int) -> tuple[int, ...]:
     """Ranks of the living instances; by their number alone while SkyPilot has not said which is which."""
-    order = [one for one, _ in instances]
+    order = [instance for instance, _ in instances]
     if set(order) >= live and len(order) == num_nodes:
-        return tuple(rank for rank, one in enumerate(order) if one in live)
+        return tuple(rank for rank, item in enumerate(order) if item in live)
     return tuple(range(min(len(live), num_nodes)))
 
 
@@ -337,7 +337,7 @@ def in_order(record: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, A
     """The record with its instances by rank, as the nodes themselves work it out."""
     instances = record.get("instances") or ()
     ranks = node_ranks([ip for _, ip in instances], known)
-    return {**record, "instances": sorted(instances, key=lambda one: ranks[one[1]])}
+    return {**record, "instances": sorted(instances, key=lambda instance: ranks[instance[1]])}
 
 
 def run_of(lease_id: str) -> str:

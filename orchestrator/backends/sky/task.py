@@ -81,7 +81,7 @@ def sky_accelerator(name: str) -> str:
 
 def label(text: str) -> str:
     """As the strictest cloud (GCP) takes values: small letters, digits, - and _, at most 63."""
-    return "".join(one if one.isalnum() or one in "-_" else "-" for one in text.lower())[:63]
+    return "".join(character if character.isalnum() or character in "-_" else "-" for character in text.lower())[:63]
 
 
 def task_of(lease: Lease, terms: NodeTerms, *, workdir: str, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -114,16 +114,16 @@ def autodown_minutes(cloud: str, seconds: float) -> int | None:
     return math.ceil(seconds / SECONDS_PER_MINUTE) + AUTODOWN_SLACK_MINUTES
 
 
-def armable(one: Provider, arms: Mapping[str, Arm]) -> Provider:
+def armable(each_provider: Provider, arms: Mapping[str, Arm]) -> Provider:
     """The profile with only those killers that this version arms: what `cost.market.providers.refusal` is asked
     about."""
-    arm = arms.get(one.name)
+    arm = arms.get(each_provider.name)
     beside = frozenset() if arm is None else arm.killers
 
     def works(name: str, kind: KillerKind, armed: Armed) -> bool:
         if kind is not KillerKind.PROVIDER:
             return True
-        return one.name in AT_CREATE if armed is Armed.AT_CREATE else name in beside
+        return each_provider.name in AT_CREATE if armed is Armed.AT_CREATE else name in beside
 
-    kept = tuple(killer for killer in one.killers if works(killer.name, killer.kind, killer.armed))
-    return replace(one, killers=kept or provider("*").killers)
+    kept = tuple(killer for killer in each_provider.killers if works(killer.name, killer.kind, killer.armed))
+    return replace(each_provider, killers=kept or provider("*").killers)

@@ -144,7 +144,7 @@ def _record(name: str) -> dict[str, Any]:
     }
     info = handle.cached_cluster_info
     if info is not None:
-        by_ip = {one.internal_ip: one.instance_id for several in info.instances.values() for one in several}
+        by_ip = {item.internal_ip: item.instance_id for several in info.instances.values() for item in several}
         ips = [ips[0] for ips in handle.stable_internal_external_ips or ()]
         found["instances"] = [[by_ip.get(ip, ""), ip] for ip in ips]
     with contextlib.suppress(Exception):
@@ -156,7 +156,7 @@ def _waits_in_queue(record: Mapping[str, Any]) -> str:
     """Why a Slurm job has no nodes yet; empty when it has them, or is not there."""
     with contextlib.suppress(Exception):
         seen = _query(record)
-        if seen and all(one["status"] == "INIT" for one in seen.values()):
+        if seen and all(entry["status"] == "INIT" for entry in seen.values()):
             return next(iter(seen.values()))["reason"] or "the job is pending"
     return ""
 
@@ -181,9 +181,9 @@ def _with_config(request: Mapping[str, Any]) -> dict[str, Any]:
     found = _record(request["cluster"])
     if found:
         return {**record, **found}
-    for one in _slurm_jobs():
-        if one["cluster"] == request["cluster"]:
-            return {**record, **one}
+    for job in _slurm_jobs():
+        if job["cluster"] == request["cluster"]:
+            return {**record, **job}
     return record
 
 
@@ -211,9 +211,9 @@ def _by_status(name: str) -> dict[str, dict[str, str]]:
 
     found = sdk.get(sdk.status([name], refresh=common.StatusRefreshMode.FORCE))
     return {
-        f"{one['name']}-{rank}": {"status": one["status"].name, "reason": ""}
-        for one in found
-        for rank in range(one["handle"].launched_nodes if one.get("handle") is not None else 1)
+        f"{entry['name']}-{rank}": {"status": entry["status"].name, "reason": ""}
+        for entry in found
+        for rank in range(entry["handle"].launched_nodes if entry.get("handle") is not None else 1)
     }
 
 
@@ -223,13 +223,13 @@ def listed(_: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
 
     found: dict[str, dict[str, Any]] = {}
     with contextlib.suppress(Exception):
-        for one in global_user_state.get_clusters():
-            if one["name"].startswith(PREFIX):
-                record = _record(one["name"])
+        for job in global_user_state.get_clusters():
+            if job["name"].startswith(PREFIX):
+                record = _record(job["name"])
                 if record.get("provider_config"):
-                    found[record["name_on_cloud"]] = {**record, "started": one.get("launched_at")}
-    for one in _slurm_jobs():
-        found.setdefault(one["name_on_cloud"], one)
+                    found[record["name_on_cloud"]] = {**record, "started": job.get("launched_at")}
+    for job in _slurm_jobs():
+        found.setdefault(job["name_on_cloud"], job)
     problems = []
     clusters = []
     for record in found.values():
@@ -416,12 +416,14 @@ def costs(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
 
     wanted = set(request["clusters"])
     found = [
-        one for one in core.cost_report(days=request["days"], cluster_names=sorted(wanted)) if one["name"] in wanted
+        report
+        for report in core.cost_report(days=request["days"], cluster_names=sorted(wanted))
+        if report["name"] in wanted
     ]
     return {
         "costs": [
-            {"cluster": one["name"], "usd": float(one["total_cost"]), "seconds": float(one["duration"] or 0)}
-            for one in found
+            {"cluster": entry["name"], "usd": float(entry["total_cost"]), "seconds": float(entry["duration"] or 0)}
+            for entry in found
         ]
     }
 
@@ -441,7 +443,7 @@ def failure_of(error: BaseException) -> Failure:
     """What a person is told of an exception of SkyPilot's."""
     if isinstance(error, Refused):
         return error.failure
-    history = [f"{type(one).__name__}: {one}" for one in getattr(error, "failover_history", ())]
+    history = [f"{type(item).__name__}: {item}" for item in getattr(error, "failover_history", ())]
     return classify(type(error).__name__, str(error) or type(error).__name__, history)
 
 

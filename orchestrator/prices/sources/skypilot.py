@@ -70,14 +70,14 @@ def collect(clouds: Sequence[str], read: Read, *, source: str, enabled: Sequence
 
 def with_kept(prices: Prices, path: Path, asked: Sequence[str]) -> Prices:
     """What was read now, and the offers of other clouds, or of clouds that failed now, from the cache before."""
-    failed = {one.cloud for one in prices.unread}
+    failed = {each_catalog.cloud for each_catalog in prices.unread}
     read = {cloud for cloud in asked if cloud not in failed}
     try:
         before = read_cache(path)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError):
         return prices
     kept = tuple(offer for offer in before.offers if offer.cloud not in read)
-    named = tuple(one for one in before.unread if one.cloud not in read | failed)
+    named = tuple(each_catalog for each_catalog in before.unread if each_catalog.cloud not in read | failed)
     return replace(prices, offers=(*prices.offers, *kept), unread=(*prices.unread, *named))
 
 
@@ -196,9 +196,9 @@ def refresh(path: Path, clouds: Sequence[str]) -> int:
     except ImportError as error:
         print(f"SkyPilot cannot be imported: {error}", file=sys.stderr)  # noqa: T201
         return NO_SKYPILOT
-    for kind in sorted({one.reason.partition(":")[0] for one in prices.unread}):
-        alike = [one for one in prices.unread if one.reason.partition(":")[0] == kind]
-        print(f"not read: {', '.join(one.cloud for one in alike)} ({alike[0].reason})")  # noqa: T201
+    for kind in sorted({each_catalog.reason.partition(":")[0] for each_catalog in prices.unread}):
+        alike = [each_catalog for each_catalog in prices.unread if each_catalog.reason.partition(":")[0] == kind]
+        print(f"not read: {', '.join(entry.cloud for entry in alike)} ({alike[0].reason})")  # noqa: T201
     if not prices.offers:
         print("no cloud could be read; the prices stay as they were.", file=sys.stderr)  # noqa: T201
         return NOTHING_READ

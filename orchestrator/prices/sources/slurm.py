@@ -90,8 +90,8 @@ def with_on_demand(offers: list[Offer]) -> Iterator[Offer]:
     def kind(offer: Offer) -> tuple[str, str | None]:
         return offer.region, offer.instance_type
 
-    firm = sorted((one for one in offers if not one.spot), key=lambda one: one.usd_per_hour, reverse=True)
-    prices = {kind(one): one.usd_per_hour for one in firm}
+    firm = sorted((offer for offer in offers if not offer.spot), key=lambda offer: offer.usd_per_hour, reverse=True)
+    prices = {kind(offer): offer.usd_per_hour for offer in firm}
     for offer in offers:
         yield replace(offer, on_demand_usd_per_hour=prices.get(kind(offer))) if offer.spot else offer
 

@@ -57,7 +57,7 @@ def plan_facts(
         "chance": chance,
         "experience": experience_facts(plan.seen),
         "scores": score_facts(best, belief or Belief()),
-        "ranked": [estimate_facts(one) for one in plan.ranked[:top]],
+        "ranked": [estimate_facts(estimate) for estimate in plan.ranked[:top]],
         "num_ranked": len(plan.ranked),
         "rejected": rejected_facts(plan),
         "next": next_command,
@@ -93,7 +93,7 @@ def experience_facts(seen: Seen) -> dict[str, Any]:
 
 def rejected_facts(plan: Plan) -> list[dict[str, Any]]:
     """Every offer that was not ranked."""
-    return [{"offer": one.offer.offer_id, "reason": one.reason} for one in plan.rejected]
+    return [{"offer": rejection.offer.offer_id, "reason": rejection.reason} for rejection in plan.rejected]
 
 
 def model_facts(work: Workload) -> dict[str, Any]:

@@ -75,6 +75,6 @@ def test_spellings_of_price_lists(spelling: str, memory_gib: float | None, hint:
 
 
 def test_the_local_processor_scales_with_its_cores() -> None:
-    one, two = local_cpu(1), local_cpu(2)
-    assert one.peak_flops("fp32") == pytest.approx(100.5e9)
-    assert two.peak_flops("bf16") == 2 * (one.peak_flops("bf16") or 0.0)
+    item, two = local_cpu(1), local_cpu(2)
+    assert item.peak_flops("fp32") == pytest.approx(100.5e9)
+    assert two.peak_flops("bf16") == 2 * (item.peak_flops("bf16") or 0.0)

@@ -45,20 +45,20 @@ def test_no_killer_stands_under_a_cloud_without_a_profile() -> None:
 
 @pytest.mark.parametrize("name", sorted(providers()))
 def test_a_profile_does_not_contradict_itself(name: str) -> None:
-    one = provider(name)
-    limits = [killer for killer in one.killers if killer.kind is KillerKind.PROVIDER]
-    assert (one.ttl is Ttl.NONE) == (not limits), "a time limit is a killer of the provider's"
+    item = provider(name)
+    limits = [killer for killer in item.killers if killer.kind is KillerKind.PROVIDER]
+    assert (item.ttl is Ttl.NONE) == (not limits), "a time limit is a killer of the provider's"
     assert all(killer.survives_hung_guest for killer in limits)
     assert not any(
         killer.survives_hung_guest
-        for killer in one.killers
+        for killer in item.killers
         if killer.kind in (KillerKind.GUEST, KillerKind.KERNEL, KillerKind.SKY)
     )
     armed_later = any(killer.armed is Armed.AFTER_CREATE for killer in limits)
-    assert (one.arm_seconds > 0) == armed_later, "the unguarded window is that of a limit armed after the create"
-    if not one.guest_shutdown_stops_billing:
-        assert all(killer.kind is not KillerKind.KERNEL for killer in one.killers)
-    assert one.kill_latency_seconds > 0
+    assert (item.arm_seconds > 0) == armed_later, "the unguarded window is that of a limit armed after the create"
+    if not item.guest_shutdown_stops_billing:
+        assert all(killer.kind is not KillerKind.KERNEL for killer in item.killers)
+    assert item.kill_latency_seconds > 0
 
 
 def test_notice_and_minimum_are_those_of_the_clouds_table() -> None:
@@ -68,13 +68,15 @@ def test_notice_and_minimum_are_those_of_the_clouds_table() -> None:
 
 def test_the_latency_is_that_of_the_slowest_killer_that_needs_no_guest() -> None:
     aws = provider("aws")
-    slowest = max(one.latency_seconds for one in aws.killers if one.survives_hung_guest)
+    slowest = max(killer.latency_seconds for killer in aws.killers if killer.survives_hung_guest)
     assert aws.kill_latency_seconds == slowest == 120
     assert provider("lambda").kill_latency_seconds == 120, "with nothing else the guard itself is relied on"
 
 
 def test_these_clouds_may_be_rented_from() -> None:
-    assert {name for name, one in providers().items() if refusal(one, allow_unguarded=False) is None} == GUARDED
+    assert {
+        name for name, each_provider in providers().items() if refusal(each_provider, allow_unguarded=False) is None
+    } == GUARDED
 
 
 def test_a_cloud_where_nothing_ends_a_hung_node_is_refused_with_the_way_out() -> None:
@@ -88,7 +90,7 @@ def test_a_cloud_where_nothing_ends_a_hung_node_is_refused_with_the_way_out() ->
 
 def test_one_kind_of_killer_is_too_few_even_if_it_needs_no_guest() -> None:
     aws = provider("aws")
-    limit_only = replace(aws, killers=tuple(one for one in aws.killers if one.kind is KillerKind.PROVIDER))
+    limit_only = replace(aws, killers=tuple(killer for killer in aws.killers if killer.kind is KillerKind.PROVIDER))
     reason = refusal(limit_only, allow_unguarded=False)
     assert reason is not None
     assert "fewer than 2 kinds" in reason
@@ -97,7 +99,7 @@ def test_one_kind_of_killer_is_too_few_even_if_it_needs_no_guest() -> None:
 def test_skypilots_daemon_never_counts() -> None:
     aws = provider("aws")
     kept = (KillerKind.PROVIDER, KillerKind.SKY)
-    two = replace(aws, killers=tuple(one for one in aws.killers if one.kind in kept))
+    two = replace(aws, killers=tuple(killer for killer in aws.killers if killer.kind in kept))
     assert refusal(two, allow_unguarded=False) is not None
 
 

@@ -96,8 +96,8 @@ def test_sharding_divides_what_it_says():
 
 def test_muon_keeps_one_moment_of_the_matrices():
     both = peak(SHAPE, H100, ONE, software=PLAIN).optimizer
-    one = peak(SHAPE, H100, ONE, software=dataclasses.replace(PLAIN, optimizer="muon")).optimizer
-    assert both - one == 4 * (SHAPE.matrix_params - 512_000)
+    item = peak(SHAPE, H100, ONE, software=dataclasses.replace(PLAIN, optimizer="muon")).optimizer
+    assert both - item == 4 * (SHAPE.matrix_params - 512_000)
 
 
 def test_what_is_recomputed_fused_or_never_made_is_not_kept():

@@ -18,19 +18,19 @@ OFFERS = load_reference_offers().offers
 def test_explanations_agree_with_the_estimate(cloud: str) -> None:
     market = Market()
     plan = make_plan(shape_of(5e8), OFFERS, budget_usd=Decimal(100), clouds=[cloud], max_nodes=2, market=market)
-    for one in (plan.ranked[0], plan.ranked[-1]):
-        found = {entry.name: entry for entry in explain(plan, one, market.hazards.of(one.offer))}
-        for line in one.lines:
+    for item in (plan.ranked[0], plan.ranked[-1]):
+        found = {entry.name: entry for entry in explain(plan, item, market.hazards.of(item.offer))}
+        for line in item.lines:
             assert found[line.name].value == pytest.approx(float(line.usd), abs=2e-6), line.name
-        assert found["total"].value == pytest.approx(float(one.total_usd))
-        assert found["hours"].value == pytest.approx(one.hours)
-        assert found["train_hours"].value == pytest.approx(one.train_hours)
-        assert found["expected_preemptions"].value == pytest.approx(one.expected_preemptions)
-        assert found["checkpoint_interval"].value == pytest.approx(one.checkpoint_interval_seconds)
-        assert found["peak_memory_gib"].value == pytest.approx(one.peak_memory_gib)
-        assert found["usd_per_param"].value == pytest.approx(float(one.usd_per_param), rel=1e-5)
+        assert found["total"].value == pytest.approx(float(item.total_usd))
+        assert found["hours"].value == pytest.approx(item.hours)
+        assert found["train_hours"].value == pytest.approx(item.train_hours)
+        assert found["expected_preemptions"].value == pytest.approx(item.expected_preemptions)
+        assert found["checkpoint_interval"].value == pytest.approx(item.checkpoint_interval_seconds)
+        assert found["peak_memory_gib"].value == pytest.approx(item.peak_memory_gib)
+        assert found["usd_per_param"].value == pytest.approx(float(item.usd_per_param), rel=1e-5)
         seconds = sum(found["tokens_per_second"].inputs.values())
-        assert plan.workload.tokens_per_step / seconds == pytest.approx(one.tokens_per_second)
+        assert plan.workload.tokens_per_step / seconds == pytest.approx(item.tokens_per_second)
         assert found["flops_per_token"].value == pytest.approx(plan.workload.flops_per_token)
 
 

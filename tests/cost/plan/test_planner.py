@@ -102,30 +102,30 @@ def test_the_worst_price_is_on_demand_or_a_multiple() -> None:
 
 def test_the_cheaper_of_two_equal_machines_wins() -> None:
     found = plan(offer("3", region="dear"), offer("2", region="cheap"))
-    assert [one.offer.region for one in found.ranked] == ["cheap", "dear"]
+    assert [estimate.offer.region for estimate in found.ranked] == ["cheap", "dear"]
 
 
 def test_hours_and_dollars_may_disagree() -> None:
-    one, eight = offer("2", region="one"), offer("20", region="eight", gpus=8)
-    assert plan(one, eight, objective="dollars").best.offer is one  # type: ignore[union-attr]
-    assert plan(one, eight, objective="hours").best.offer is eight  # type: ignore[union-attr]
+    item, eight = offer("2", region="one"), offer("20", region="eight", gpus=8)
+    assert plan(item, eight, objective="dollars").best.offer is item  # type: ignore[union-attr]
+    assert plan(item, eight, objective="hours").best.offer is eight  # type: ignore[union-attr]
 
 
 def test_every_offer_is_ranked_or_rejected_with_a_reason() -> None:
     offers = load_reference_offers().offers
     found = make_plan(small(), offers, budget_usd=HUNDRED, clouds=["verda", "aws", "runpod"], spot=True, max_nodes=2)
     assert len(found.ranked) + len(found.rejected) == len(offers)
-    assert {id(one.offer) for one in (*found.ranked, *found.rejected)} == {id(one) for one in offers}
-    assert all(one.reason for one in found.rejected)
-    reasons = {one.reason for one in found.rejected}
+    assert {id(estimate.offer) for estimate in (*found.ranked, *found.rejected)} == {id(offer) for offer in offers}
+    assert all(rejection.reason for rejection in found.rejected)
+    reasons = {rejection.reason for rejection in found.rejected}
     assert {"cloud gcp was not asked for", "on-demand was not asked for", "V100 has no bf16 units"} <= reasons
 
 
 def test_dollars_are_the_sum_of_the_lines_shown() -> None:
     found = make_plan(small(), load_reference_offers().offers, budget_usd=HUNDRED)
     assert len(found.ranked) > 100
-    for one in found.ranked:
-        assert sum((line.usd for line in one.lines), Decimal(0)) == one.total_usd
+    for estimate in found.ranked:
+        assert sum((line.usd for line in estimate.lines), Decimal(0)) == estimate.total_usd
 
 
 def test_a_model_too_large_for_a_device_is_refused_with_the_numbers() -> None:
@@ -136,8 +136,8 @@ def test_a_model_too_large_for_a_device_is_refused_with_the_numbers() -> None:
 
 
 def test_a_layout_never_needs_more_memory_than_the_device_has() -> None:
-    for one in make_plan(small(), load_reference_offers().offers, budget_usd=HUNDRED, max_nodes=4).ranked:
-        assert one.peak_memory_gib <= one.offer.gpu_memory_gib
+    for estimate in make_plan(small(), load_reference_offers().offers, budget_usd=HUNDRED, max_nodes=4).ranked:
+        assert estimate.peak_memory_gib <= estimate.offer.gpu_memory_gib
 
 
 def test_more_devices_than_sequences_is_refused() -> None:
@@ -148,7 +148,7 @@ def test_more_devices_than_sequences_is_refused() -> None:
 def test_every_card_computes_in_fp32_but_not_every_one_in_bf16() -> None:
     cards = (offer("2", accelerator="L40S", memory=48.0), offer("2", accelerator="V100", memory=16.0))
     assert len(plan(*cards, work=small(precision="fp32")).ranked) == 2
-    assert [one.reason for one in plan(*cards).rejected] == ["V100 has no bf16 units"]
+    assert [rejection.reason for rejection in plan(*cards).rejected] == ["V100 has no bf16 units"]
 
 
 def test_over_budget_says_how_many_tokens_the_budget_buys() -> None:
@@ -162,13 +162,13 @@ def test_over_budget_says_how_many_tokens_the_budget_buys() -> None:
 
 
 def test_a_deadline_prefers_what_meets_it() -> None:
-    one, eight = offer("2", region="one"), offer("30", region="eight", gpus=8)
-    assert plan(one, eight).best.offer is one  # type: ignore[union-attr]
-    hours = plan(one).best.hours  # type: ignore[union-attr]
-    found = plan(one, eight, deadline_hours=hours / 2)
+    item, eight = offer("2", region="one"), offer("30", region="eight", gpus=8)
+    assert plan(item, eight).best.offer is item  # type: ignore[union-attr]
+    hours = plan(item).best.hours  # type: ignore[union-attr]
+    found = plan(item, eight, deadline_hours=hours / 2)
     assert found.best is not None
     assert found.best.offer is eight
-    assert [one.within_deadline for one in found.ranked] == [True, False]
+    assert [estimate.within_deadline for estimate in found.ranked] == [True, False]
 
 
 def test_emulated_nodes_bill_real_time_by_the_scale() -> None:
@@ -186,8 +186,8 @@ def test_emulated_nodes_bill_real_time_by_the_scale() -> None:
 
 def test_emulated_speed_is_that_of_this_machine_for_every_offer() -> None:
     found = plan(offer("2"), offer("3", accelerator="V100", memory=16.0), emulation=Emulation(2, 60.0, 4))
-    assert len({one.tokens_per_second for one in found.ranked}) == 1
-    assert [one.offer.accelerator for one in found.ranked] == ["H100-SXM", "V100"]
+    assert len({estimate.tokens_per_second for estimate in found.ranked}) == 1
+    assert [estimate.offer.accelerator for estimate in found.ranked] == ["H100-SXM", "V100"]
 
 
 def test_requests_that_make_no_sense_are_named() -> None:
@@ -215,12 +215,12 @@ def test_each_offer_gets_the_faster_precision_that_its_card_has() -> None:
     both = Market(precisions=("bf16", "fp32"))
     new, old = offer("2"), offer("0.3", accelerator="V100", memory=16.0)
     found = plan(new, old, market=both)
-    chosen = {one.offer.accelerator: one for one in found.ranked}
-    assert {name: one.layout.precision for name, one in chosen.items()} == {"H100-SXM": "bf16", "V100": "fp32"}
-    for one in found.ranked:
-        (alone,) = plan(one.offer, work=small(precision=one.layout.precision)).ranked
-        assert (alone.total_usd, alone.placement) == (one.total_usd, one.placement)
-        assert one.workload.precision == one.layout.precision
+    chosen = {estimate.offer.accelerator: estimate for estimate in found.ranked}
+    assert {name: offer.layout.precision for name, offer in chosen.items()} == {"H100-SXM": "bf16", "V100": "fp32"}
+    for estimate in found.ranked:
+        (alone,) = plan(estimate.offer, work=small(precision=estimate.layout.precision)).ranked
+        assert (alone.total_usd, alone.placement) == (estimate.total_usd, estimate.placement)
+        assert estimate.workload.precision == estimate.layout.precision
     assert found.workload is found.ranked[0].workload
 
 

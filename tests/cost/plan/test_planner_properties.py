@@ -27,7 +27,7 @@ def plan(offers: list[Offer], budget: Decimal, objective: Objective = "dollars",
 
 
 def place(found: Plan, offer_id: str) -> int | None:
-    ids = [one.offer.offer_id for one in found.ranked]
+    ids = [estimate.offer.offer_id for estimate in found.ranked]
     return ids.index(offer_id) if offer_id in ids else None
 
 
@@ -39,7 +39,7 @@ def test_a_cheaper_price_never_ranks_worse(
     chosen = offers[index % len(offers)]
     cheaper = dataclasses.replace(chosen, usd_per_hour=chosen.usd_per_hour * Decimal(str(factor)))
     before = place(plan(offers, budget, objective), chosen.offer_id)
-    after = place(plan([cheaper if one is chosen else one for one in offers], budget, objective), chosen.offer_id)
+    after = place(plan([cheaper if offer is chosen else offer for offer in offers], budget, objective), chosen.offer_id)
     assert (before is None) == (after is None)
     if before is not None and after is not None:
         assert after <= before
@@ -56,7 +56,7 @@ def test_more_budget_never_buys_less(offers: list[Offer], budget: Decimal, more:
     assert rich.predicted.nats_per_token <= poor.predicted.nats_per_token
     assert rich.within_budget >= poor.within_budget
     if poor.within_budget:
-        measure = {"hours": lambda one: one.hours}.get(objective, lambda one: one.total_usd)
+        measure = {"hours": lambda item: item.hours}.get(objective, lambda item: item.total_usd)
         assert measure(rich) <= measure(poor)
 
 
@@ -64,37 +64,39 @@ def test_more_budget_never_buys_less(offers: list[Offer], budget: Decimal, more:
 @given(few_offers, budgets, st.sampled_from([WORK, LARGE]))
 def test_no_offer_is_silently_dropped(offers: list[Offer], budget: Decimal, work: Workload) -> None:
     found = plan(offers, budget, work=work)
-    ranked, rejected = [one.offer for one in found.ranked], [one.offer for one in found.rejected]
-    assert sorted(one.offer_id for one in (*ranked, *rejected)) == sorted(one.offer_id for one in offers)
-    assert all(one.reason for one in found.rejected)
+    ranked, rejected = [estimate.offer for estimate in found.ranked], [rejection.offer for rejection in found.rejected]
+    assert sorted(estimate.offer_id for estimate in (*ranked, *rejected)) == sorted(offer.offer_id for offer in offers)
+    assert all(rejection.reason for rejection in found.rejected)
 
 
 @quick
 @given(few_offers, budgets)
 def test_dollars_are_the_sum_of_the_lines_to_the_last_digit(offers: list[Offer], budget: Decimal) -> None:
-    for one in plan(offers, budget).ranked:
-        assert sum((line.usd for line in one.lines), Decimal(0)) == one.total_usd
-        assert all(line.usd >= 0 for line in one.lines)
-        assert one.worst_case_usd >= one.lines[0].usd
+    for estimate in plan(offers, budget).ranked:
+        assert sum((line.usd for line in estimate.lines), Decimal(0)) == estimate.total_usd
+        assert all(line.usd >= 0 for line in estimate.lines)
+        assert estimate.worst_case_usd >= estimate.lines[0].usd
 
 
 @quick
 @given(few_offers, budgets)
 def test_units_round_trip(offers: list[Offer], budget: Decimal) -> None:
     """Hours back to tokens, dollars per parameter back to dollars, GiB back to bytes, tokens per second back to MFU."""
-    for one in plan(offers, budget).ranked:
-        assert one.train_hours * 3600 * one.tokens_per_second == pytest.approx(WORK.num_tokens)
-        assert one.usd_per_param * WORK.num_params == pytest.approx(one.total_usd)
-        assert one.peak_memory_gib * 2**30 == pytest.approx(sum(one.memory.by_kind.values()))
-        seconds = one.hours * 3600 - one.bill.pace.startup_seconds
-        assert seconds == pytest.approx(one.train_hours * 3600 * (1 + one.bill.waste.total))
-        assert one.layout.global_batch_size >= WORK.global_batch_size
-        low, high = one.tokens_per_second_interval
-        assert low < one.tokens_per_second < high
+    for estimate in plan(offers, budget).ranked:
+        assert estimate.train_hours * 3600 * estimate.tokens_per_second == pytest.approx(WORK.num_tokens)
+        assert estimate.usd_per_param * WORK.num_params == pytest.approx(estimate.total_usd)
+        assert estimate.peak_memory_gib * 2**30 == pytest.approx(sum(estimate.memory.by_kind.values()))
+        seconds = estimate.hours * 3600 - estimate.bill.pace.startup_seconds
+        assert seconds == pytest.approx(estimate.train_hours * 3600 * (1 + estimate.bill.waste.total))
+        assert estimate.layout.global_batch_size >= WORK.global_batch_size
+        low, high = estimate.tokens_per_second_interval
+        assert low < estimate.tokens_per_second < high
 
 
 @quick
 @given(few_offers, budgets, st.sampled_from(OBJECTIVES))
 def test_the_order_of_the_offers_does_not_matter(offers: list[Offer], budget: Decimal, objective: Objective) -> None:
     forward, backward = plan(offers, budget, objective), plan(offers[::-1], budget, objective)
-    assert [one.offer.offer_id for one in forward.ranked] == [one.offer.offer_id for one in backward.ranked]
+    assert [estimate.offer.offer_id for estimate in forward.ranked] == [
+        estimate.offer.offer_id for estimate in backward.ranked
+    ]

@@ -27,27 +27,27 @@ def estimate(rate: float, *, on_demand: str | None = "3", spot: bool = True) -> 
 
 
 def test_without_preemptions_the_median_is_the_plan() -> None:
-    one = estimate(0.0)
-    found = simulate(one, num_tokens=WORK.num_tokens, hazard=NEVER, budget_usd=100.0, runs=201)
+    each_estimate = estimate(0.0)
+    found = simulate(each_estimate, num_tokens=WORK.num_tokens, hazard=NEVER, budget_usd=100.0, runs=201)
     default = found.policies["default"]
-    assert default.usd.p50 == pytest.approx(float(one.total_usd), rel=0.08)
+    assert default.usd.p50 == pytest.approx(float(each_estimate.total_usd), rel=0.08)
     assert default.usd.p10 < default.usd.p50 < default.usd.p90
     assert (default.preemptions.p90, default.finished_share) == (0, 1.0)
     assert default.tokens.p50 == pytest.approx(WORK.num_tokens)
 
 
 def test_preemptions_come_at_the_rate_that_was_given() -> None:
-    one = estimate(0.5)
+    each_estimate = estimate(0.5)
     sure = Hazard(0.5 * 1e6, 1e6, "sure")
-    found = simulate(one, num_tokens=WORK.num_tokens, hazard=sure, budget_usd=100.0, runs=300, num_zones=3)
-    assert found.policies["spot"].preemptions.p50 == pytest.approx(one.expected_preemptions, abs=2)
+    found = simulate(each_estimate, num_tokens=WORK.num_tokens, hazard=sure, budget_usd=100.0, runs=300, num_zones=3)
+    assert found.policies["spot"].preemptions.p50 == pytest.approx(each_estimate.expected_preemptions, abs=2)
     assert found.policies["spot"].wasted_share.p50 > 0.03
 
 
 def test_the_same_seed_gives_the_same_dollars_and_another_one_does_not() -> None:
-    one, hazard = estimate(0.2), Hazard(1, 4.8, "prior")
+    item, hazard = estimate(0.2), Hazard(1, 4.8, "prior")
     first, again, other = (
-        simulate(one, num_tokens=WORK.num_tokens, hazard=hazard, budget_usd=100.0, runs=20, seed=seed)
+        simulate(item, num_tokens=WORK.num_tokens, hazard=hazard, budget_usd=100.0, runs=20, seed=seed)
         for seed in (1, 1, 2)
     )
     assert first == again
@@ -68,8 +68,8 @@ def test_real_traces_take_the_place_of_the_hazard() -> None:
 
 
 def test_policies_that_need_another_price_are_left_out() -> None:
-    def names(one: Estimate) -> set[str]:
-        return set(simulate(one, num_tokens=WORK.num_tokens, hazard=NEVER, budget_usd=100.0, runs=2).policies)
+    def names(estimate: Estimate) -> set[str]:
+        return set(simulate(estimate, num_tokens=WORK.num_tokens, hazard=NEVER, budget_usd=100.0, runs=2).policies)
 
     assert names(estimate(0.0, on_demand=None)) == {"default", "spot", "steady_spot"}
     assert names(estimate(0.0, spot=False)) == {"on_demand"}

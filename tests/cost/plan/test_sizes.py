@@ -12,7 +12,7 @@ from cost.plan.frontier import choose_model, shape_of
 from cost.plan.planner import make_plan
 from cost.plan.sizes import largest_range
 
-OFFERS: tuple[Offer, ...] = tuple(one for one in load_reference_offers().offers if one.accelerator == "H100-SXM")
+OFFERS: tuple[Offer, ...] = tuple(offer for offer in load_reference_offers().offers if offer.accelerator == "H100-SXM")
 
 
 @pytest.mark.parametrize("budget", [10, 1000])

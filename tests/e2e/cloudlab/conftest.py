@@ -16,28 +16,28 @@ SCENARIO_SECONDS = 900
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     try:
-        with lab_on_this_machine() as one:
-            yield one
+        with lab_on_this_machine() as item:
+            yield item
     except NoLab as refusal:
         pytest.skip(f"no lab on this machine: {refusal}")
 
 
 @pytest.fixture(scope="session")
 def bucket(lab: Lab) -> Iterator[Bucket]:
-    with bucket_on_the_bridge() as one:
-        yield one
+    with bucket_on_the_bridge() as item:
+        yield item
 
 
 @pytest.fixture(scope="session")
 def sky_user(lab: Lab, bucket: Bucket) -> Iterator[User]:
-    with first_user(lab, bucket) as one:
-        yield one
+    with first_user(lab, bucket) as item:
+        yield item
 
 
 @pytest.fixture
 def user(sky_user: User, request: pytest.FixtureRequest) -> Iterator[User]:
-    with one_more(sky_user, request.node.name.removeprefix("test_")[:24].strip("_").replace("_", "-")) as one:
-        yield one
+    with one_more(sky_user, request.node.name.removeprefix("test_")[:24].strip("_").replace("_", "-")) as item:
+        yield item
 
 
 @pytest.fixture(autouse=True)

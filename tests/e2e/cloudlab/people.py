@@ -53,7 +53,7 @@ class Bucket:
 
     def keys(self, prefix: str) -> list[str]:
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-        return [one["Key"] for page in pages for one in page.get("Contents", [])]
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
         return bytes(self.client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
@@ -88,9 +88,9 @@ def bucket_on_the_bridge() -> Iterator[Bucket]:
 
 
 def free_port(host: str) -> int:
-    with socket.socket() as one:
-        one.bind((host, 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as item:
+        item.bind((host, 0))
+        return int(item.getsockname()[1])
 
 
 def answers(host: str, port: int) -> bool:
@@ -166,7 +166,7 @@ class User:
         """Run slm in a session of its own; what it prints is kept in `log`."""
         self.slm_home.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as log:
-            one = subprocess.Popen(
+            popen = subprocess.Popen(
                 [str(BIN / "slm"), *arguments],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
@@ -175,12 +175,12 @@ class User:
                 text=True,
                 start_new_session=True,
             )
-        self.supervisors.append(one)
-        return one
+        self.supervisors.append(popen)
+        return popen
 
     def launch(self, *settings: str, budget: str = "5") -> subprocess.Popen[str]:
         """The lab's recipe with these fields set, on SkyPilot, into the bucket."""
-        options = [word for one in settings for word in ("--set", one)]
+        options = [word for setting in settings for word in ("--set", setting)]
         command = ("launch", str(RECIPE), "--backend", "sky", "--store", self.store, "--budget", budget, "--yes")
         return self.start(*command, *options)
 
@@ -199,7 +199,7 @@ class User:
     def run_id(self) -> str:
         """The only run of this home; empty before it is there."""
         runs = self.slm_home / "runs"
-        names = sorted(one.name for one in runs.iterdir()) if runs.is_dir() else []
+        names = sorted(item.name for item in runs.iterdir()) if runs.is_dir() else []
         return names[0] if names else ""
 
     def status(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class User:
         path = self.slm_home / "runs" / self.run_id() / "events.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if self.run_id() and path.exists() else []
         events = [json.loads(line) for line in lines if line.endswith("}")]
-        return [one for one in events if not kinds or one["kind"] in kinds]
+        return [event for event in events if not kinds or event["kind"] in kinds]
 
     def store_prefix(self) -> str:
         """Where in the bucket the run keeps everything; empty before anything is there."""
@@ -244,7 +244,7 @@ class User:
         """Each start of the workers, and the checkpoint it came from."""
         prefix = f"{self.store_prefix()}/epochs/"
         found = [self.bucket.json(key) for key in self.bucket.keys(prefix)]
-        return sorted(found, key=lambda one: int(one["epoch"]))
+        return sorted(found, key=lambda entry: int(entry["epoch"]))
 
     def trains(self) -> bool:
         """Whether a step was made that a whole checkpoint holds."""
@@ -255,11 +255,11 @@ class User:
 
     def kill_supervisors(self) -> None:
         """SIGKILL what this user started."""
-        for one in self.supervisors:
-            if one.poll() is None:
+        for supervisor in self.supervisors:
+            if supervisor.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(one.pid, signal.SIGKILL)
-                one.wait(10)
+                    os.killpg(supervisor.pid, signal.SIGKILL)
+                supervisor.wait(10)
 
     def end(self) -> None:
         """With all that runs in this home, SkyPilot's API server too."""

@@ -59,17 +59,17 @@ class Tunnel(socketserver.BaseRequestHandler):
         return head + b"\r\n\r\n", rest
 
 
-def pump(one: socket.socket, other: socket.socket) -> None:
+def pump(each_socket: socket.socket, other: socket.socket) -> None:
     """Pass bytes both ways until one side closes or both are silent."""
     while True:
-        ready, _, _ = select.select([one, other], [], [], IDLE_SECONDS)
+        ready, _, _ = select.select([each_socket, other], [], [], IDLE_SECONDS)
         if not ready:
             return
         for source in ready:
             data = source.recv(CHUNK_BYTES)
             if not data:
                 return
-            (other if source is one else one).sendall(data)
+            (other if source is each_socket else each_socket).sendall(data)
 
 
 class Proxy(socketserver.ThreadingTCPServer):

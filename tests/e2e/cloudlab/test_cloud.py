@@ -26,7 +26,7 @@ def settled(lab: Lab, user: User, before: int, *, state: str = "SUCCEEDED") -> l
 
 def resumed_from(user: User) -> list[int]:
     """The saved steps at which workers began anew."""
-    return [int(one["parent"]["step"]) for one in user.epochs() if one["parent"] is not None]
+    return [int(epoch["parent"]["step"]) for epoch in user.epochs() if epoch["parent"] is not None]
 
 
 def node_that_trains(lab: Lab, user: User) -> str:
@@ -122,7 +122,7 @@ def test_a_full_offer_is_passed_over_and_where_all_are_full_the_run_waits_at_no_
     lab.slurm("sbatch", "-p", "ondemand", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 900")
     until("a full cloud", lambda: set(lab.slurm("sinfo", "-h", "-N", "-o", "%t").split()) == {"alloc"})
     supervisor = user.launch("offers.spot=null", "training.num_steps=300", "cloud.capacity_seconds=10")
-    until("a wait", lambda: [one for one in user.events("relaunch") if "waiting" in one["message"]])
+    until("a wait", lambda: [event for event in user.events("relaunch") if "waiting" in event["message"]])
     until("both offers tried", lambda: len({*places_tried(user)}) == 2)
     assert user.spent_usd() == 0
     lab.slurm("scontrol", "update", "PartitionName=spot", "State=DOWN")
@@ -150,7 +150,7 @@ def test_a_fixed_limit_is_rolled_over_though_the_api_server_was_killed(lab: Lab,
 
     def asked_to_end() -> bool:
         crawl(held)
-        return any("the provider's time limit is near" in one["message"] for one in user.events("warning"))
+        return any("the provider's time limit is near" in event["message"] for event in user.events("warning"))
 
     until("the end of the limit", asked_to_end)
     assert let_go(held) == 1, user.said()
@@ -159,7 +159,7 @@ def test_a_fixed_limit_is_rolled_over_though_the_api_server_was_killed(lab: Lab,
     assert len(jobs) >= 2
     status = user.status()
     assert (user.step(), status["preemptions"], status["failures"]) == (2000, 0, 0)
-    causes = [one["cause"] for one in user.events("settled")]
+    causes = [event["cause"] for event in user.events("settled")]
     assert causes == ["ttl"] * (len(jobs) - 1) + ["finished"]
 
 

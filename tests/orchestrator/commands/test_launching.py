@@ -173,7 +173,7 @@ def test_launch_is_planned_by_the_same_objective_and_deadline(capsys: pytest.Cap
     facts = json.loads(capsys.readouterr().out)
     assert facts["next"] == "slm launch 350m --budget 60 --objective hours --deadline 30h"
     slm("launch", "350m", *wishes, "--backend", "sky", "--yes", actions=actions)
-    assert [one["offer_id"] for one in facts["ranked"]] == [offer.offer_id for offer in actions.called["offers"]]
+    assert [fact["offer_id"] for fact in facts["ranked"]] == [offer.offer_id for offer in actions.called["offers"]]
     assert "Fastest: " in capsys.readouterr().out
 
 
@@ -377,7 +377,7 @@ def test_a_launch_fixes_the_precision_that_the_plan_left_open(gpus: str, precisi
 
 def test_a_launch_after_a_crash_goes_on_in_the_precision_that_its_run_began_with(home: Home) -> None:
     auto = load_recipe("350m", ["backend=sky", "precision=auto"])
-    (v100,) = [one for one in load_reference_offers().offers if one.accelerator == "V100"][:1]
+    (v100,) = [offer for offer in load_reference_offers().offers if offer.accelerator == "V100"][:1]
     ran_on(home, v100, recipe=auto.in_precision("fp32"))
     actions = FakeActions()
     wishes = ("--precision", "auto", "--gpus", "H100-SXM", "--backend", "sky", "--budget", "100", "--yes")

@@ -68,7 +68,7 @@ def cached(home: Home) -> Prices:
     """A cache as a refresh writes it, of the shipped offers at half their price."""
     from dataclasses import replace
 
-    offers = tuple(replace(one, usd_per_hour=one.usd_per_hour / 2) for one in load_reference_offers().offers)
+    offers = tuple(replace(offer, usd_per_hour=offer.usd_per_hour / 2) for offer in load_reference_offers().offers)
     found = Prices(offers, "SkyPilot 0.14.1 catalogs", read_at=datetime.now(UTC), enabled=("aws", "gcp"))
     prices.write_cache(found, home.create().offers)
     return found
@@ -132,7 +132,7 @@ def test_the_largest_model_is_the_answer_of_a_range(slm: Slm) -> None:
     assert "$/param, predicted loss 2." in shown.out.splitlines()[0]
     assert "(prices: reference table, " in shown.out.splitlines()[0]
     found = facts(slm, *asked)
-    affordable = [one["num_params"] for one in found["sizes"] if one["affordable"]]
+    affordable = [entry["num_params"] for entry in found["sizes"] if entry["affordable"]]
     assert found["model"]["num_params"] == max(affordable)
     assert found["best"]["total_usd"] <= 100
     assert found["model"]["tokens_per_param"] == pytest.approx(20, rel=1e-3)
@@ -158,7 +158,7 @@ def test_an_unguarded_offer_is_refused_with_what_would_have_been(slm: Slm) -> No
     plain, admitted = facts(slm, "plan", "1.5b", "--spot"), facts(slm, "plan", "1.5b", "--spot", "--allow-unguarded")
     assert plain["guard"]["refusal"] is None
     assert admitted["best"]["total_usd"] < plain["best"]["total_usd"]
-    reasons = {one["offer"]: one["reason"] for one in plain["rejected"]}
+    reasons = {item["offer"]: item["reason"] for item in plain["rejected"]}
     assert "nothing ends a node whose guest hangs" in reasons[admitted["best"]["offer_id"]]
     assert plain["num_ranked"] + len(plain["rejected"]) == admitted["num_ranked"] + len(admitted["rejected"])
     text = " ".join(slm("plan", "1.5b", "--spot").out.split())
@@ -185,7 +185,7 @@ def test_the_next_command_plans_the_very_same_model(slm: Slm) -> None:
 
 def test_max_finds_the_range_by_itself(slm: Slm) -> None:
     found = facts(slm, "plan", "--params", "max", "--gpus", "H100-SXM", "--budget", "50")
-    sizes = [one["num_params"] for one in found["sizes"]]
+    sizes = [entry["num_params"] for entry in found["sizes"]]
     assert sizes[-1] / sizes[0] == pytest.approx(2, rel=0.05)
     assert found["sizes"][0]["affordable"]
     assert not found["sizes"][-1]["affordable"]
@@ -194,7 +194,7 @@ def test_max_finds_the_range_by_itself(slm: Slm) -> None:
 @pytest.mark.parametrize(("objective", "key"), [("hours", "hours"), ("dollars", "total_usd")])
 def test_the_objective_decides_what_comes_first(slm: Slm, objective: str, key: str) -> None:
     found = facts(slm, "plan", "350m", "--objective", objective, "--top", "50")
-    within = [one[key] for one in found["ranked"] if one["within_budget"]]
+    within = [entry[key] for entry in found["ranked"] if entry["within_budget"]]
     assert within == sorted(within)
     assert found["objective"] == objective
 
@@ -205,11 +205,11 @@ def test_explain_shows_formula_inputs_and_source_of_every_number(slm: Slm) -> No
         assert f"\n  {name} = " in shown
     assert shown.count("formula:") == shown.count("inputs:") == shown.count("source:") > 15
     found = facts(slm, "plan", "1.5b", "--explain")
-    by_name = {one["name"]: one for one in found["explanations"]}
+    by_name = {entry["name"]: entry for entry in found["explanations"]}
     assert by_name["total"]["value"] == pytest.approx(found["best"]["total_usd"])
-    assert all(one["formula"] and one["source"] for one in found["explanations"])
+    assert all(entry["formula"] and entry["source"] for entry in found["explanations"])
     assert facts(slm, "plan", "1.5b")["explanations"] is None
-    assert "predicted_loss" not in {one["name"] for one in facts(slm, "plan", "demo", "--explain")["explanations"]}
+    assert "predicted_loss" not in {fact["name"] for fact in facts(slm, "plan", "demo", "--explain")["explanations"]}
 
 
 def test_a_cache_is_read_first_and_only_enabled_clouds_rank(slm: Slm, home: Home) -> None:
@@ -218,7 +218,7 @@ def test_a_cache_is_read_first_and_only_enabled_clouds_rank(slm: Slm, home: Home
     assert "(prices: SkyPilot 0.14.1 catalogs, read just now)" in shown.out.splitlines()[0]
     assert "--all-clouds ranks it too" in " ".join(shown.out.split())
     found = facts(slm, "plan", "1.5b", "--top", "400")
-    assert {one["offer"]["cloud"] for one in found["ranked"]} <= {"aws", "gcp"}
+    assert {entry["offer"]["cloud"] for entry in found["ranked"]} <= {"aws", "gcp"}
     everywhere = facts(slm, "plan", "1.5b", "--top", "400", "--all-clouds")
     assert len(everywhere["ranked"]) > len(found["ranked"])
     assert found["num_ranked"] + len(found["rejected"]) == len(cached(home).offers)
@@ -265,10 +265,10 @@ def test_estimate_answers_speed_utilization_memory_and_bound(slm: Slm) -> None:
 
 
 def test_estimate_takes_sizes_overrides_and_nodes(slm: Slm) -> None:
-    one = facts(slm, "estimate", "--model", "1e9", "--gpu", "A100-80GB-SXM", "--gpus", "8", "--tokens-per-param", "10")
+    item = facts(slm, "estimate", "--model", "1e9", "--gpu", "A100-80GB-SXM", "--gpus", "8", "--tokens-per-param", "10")
     two = facts(slm, "estimate", "--model", "1e9", "--gpu", "A100-80GB-SXM", "--gpus", "8", "--nodes", "2")
-    assert one["model"]["num_params"] == pytest.approx(1e9, rel=0.05)
-    assert one["model"]["tokens_per_param"] == pytest.approx(10, rel=1e-3)
+    assert item["model"]["num_params"] == pytest.approx(1e9, rel=0.05)
+    assert item["model"]["tokens_per_param"] == pytest.approx(10, rel=1e-3)
     assert two["layout"]["num_nodes"] == 2
     shorter = facts(slm, "estimate", "--model", "350m", "--gpu", "RTX4090", "--set", "model.sequence_length=1024")
     assert shorter["model"]["sequence_length"] == 1024
@@ -283,13 +283,13 @@ def test_the_frontier_names_the_size_with_the_lowest_loss(slm: Slm) -> None:
     assert "dense: more parameters stop paying at" in shown.out
     found = facts(slm, *QUICK_FRONTIER)
     for mixture in (False, True):
-        mine = [one for one in found["points"] if one["mixture"] is mixture]
-        losses = [one["estimate"]["predicted_loss_nats"] for one in mine]
-        (best,) = [one for one in mine if one["lowest_loss"]]
+        mine = [entry for entry in found["points"] if entry["mixture"] is mixture]
+        losses = [choice["estimate"]["predicted_loss_nats"] for choice in mine]
+        (best,) = [choice for choice in mine if choice["lowest_loss"]]
         assert best["estimate"]["predicted_loss_nats"] == min(losses)
-        assert all(one["estimate"]["total_usd"] <= 100 for one in mine)
-        assert all((one["model"]["active_params"] < one["model"]["num_params"]) is mixture for one in mine)
-    assert not any(one["mixture"] for one in facts(slm, *QUICK_FRONTIER, "--dense")["points"])
+        assert all(choice["estimate"]["total_usd"] <= 100 for choice in mine)
+        assert all((choice["model"]["active_params"] < choice["model"]["num_params"]) is mixture for choice in mine)
+    assert not any(fact["mixture"] for fact in facts(slm, *QUICK_FRONTIER, "--dense")["points"])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "html"])
@@ -358,10 +358,10 @@ def test_an_on_demand_plan_has_one_policy(slm: Slm) -> None:
 
 def test_offers_are_sorted_by_gpu_hour_with_date_and_source(slm: Slm) -> None:
     found = facts(slm, "offers", "--gpu", "H100", "--spot")["offers"]
-    prices_per_gpu = [one["usd_per_gpu_hour"] for one in found]
+    prices_per_gpu = [entry["usd_per_gpu_hour"] for entry in found]
     assert prices_per_gpu == sorted(prices_per_gpu)
-    assert all(one["accelerator"].startswith("H100") and one["spot"] for one in found)
-    assert all(one["as_of"] and one["source"] for one in found)
+    assert all(entry["accelerator"].startswith("H100") and entry["spot"] for entry in found)
+    assert all(entry["as_of"] and entry["source"] for entry in found)
     assert slm("offers", "--cloud", "aws", "--top", "3").out.count("\naws ") == 3
     assert slm("offers", "--cloud", "lambda", "--spot").out.startswith("No offer is like that (prices: ")
 
@@ -371,12 +371,12 @@ def test_gpus_show_their_sources_and_the_cheapest_price(slm: Slm) -> None:
     assert shown.startswith("2 GPUs; dense tensor-core peaks")
     assert "- H100-SXM: " in shown
     found = facts(slm, "gpus")["gpus"]
-    h100 = next(one for one in found if one["name"] == "H100-SXM")
+    h100 = next(entry for entry in found if entry["name"] == "H100-SXM")
     assert h100["bf16_flops"] == pytest.approx(989e12, rel=0.01)
     cheapest = facts(slm, "offers", "--gpu", "H100-SXM", "--spot")["offers"][0]
     assert h100["spot_usd_per_gpu_hour"] == cheapest["usd_per_gpu_hour"]
-    assert next(one for one in found if one["name"] == "V100")["bf16_flops"] is None
-    assert all(one["sources"] for one in found)
+    assert next(entry for entry in found if entry["name"] == "V100")["bf16_flops"] is None
+    assert all(entry["sources"] for entry in found)
 
 
 def test_refresh_without_skypilot_says_what_to_install(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,8 @@ def test_a_measured_speed_beats_the_model_and_narrows_the_interval(home: Home) -
     low, high = modelled.tokens_per_second_interval
     closer, nearer = measured.tokens_per_second_interval
     assert nearer / closer < high / low
-    (one,) = known.measurements
-    assert (one.run_id, one.tokens_per_second) == (run.run_id, 8 * SPEED)
+    (item,) = known.measurements
+    assert (item.run_id, item.tokens_per_second) == (run.run_id, 8 * SPEED)
     assert planned(known).plan.seen.measured_by == {"H100-SXM": run.run_id}
 
 
@@ -99,9 +99,9 @@ def test_the_model_corrected_by_a_run_gives_what_that_run_did(home: Home) -> Non
     ran_on(home, SPOT, tokens_per_second=50_000.0)
     ran_on(home, SPOT, tokens_per_second=70_000.0)
     known = experience_of(home)
-    one = known.measurements[-1]
-    layout = own_layout(one.work, one.cluster, one.micro_batch_size)
-    said = placed(one.work, one.cluster, layout, known.calibrated(), one.software)
+    item = known.measurements[-1]
+    layout = own_layout(item.work, item.cluster, item.micro_batch_size)
+    said = placed(item.work, item.cluster, layout, known.calibrated(), item.software)
     assert said.tokens_per_second == pytest.approx(70_000.0)  # the newest of both
 
 

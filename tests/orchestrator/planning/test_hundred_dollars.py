@@ -58,5 +58,5 @@ def test_the_commands_of_the_page_are_commands(made: str) -> None:
 
     commands = made.partition("## Commands")[2].strip().strip("`").strip().splitlines()
     assert len(commands) == 13
-    known = {one.callback.__name__ for one in cli.app.registered_commands if one.callback is not None}
+    known = {command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None}
     assert {shlex.split(line)[1] for line in commands} <= known

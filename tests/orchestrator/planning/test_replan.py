@@ -28,7 +28,7 @@ CANDIDATES = [
 
 def test_a_gpu_that_is_slower_than_planned_moves_behind_a_cheaper_one() -> None:
     found = replanned(CANDIDATES, [Measured("H100-SXM", 0.5)])
-    assert [(one.offer.accelerator, one.num_nodes) for one in found] == [
+    assert [(entry.offer.accelerator, entry.num_nodes) for entry in found] == [
         ("L4", 2),
         ("H100-SXM", 2),
         ("L4", 1),

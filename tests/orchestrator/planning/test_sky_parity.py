@@ -53,7 +53,7 @@ def test_prices_and_order_agree_with_skypilots_optimizer(tmp_path: Path) -> None
     done = run(command, tmp_path)
     assert done.stdout, done.stderr[-2000:]
     document: Any = json.loads(done.stdout)
-    wrong = [one for one in document["answers"] if not one["agrees"]]
+    wrong = [item for item in document["answers"] if not item["agrees"]]
     assert document["requests"] == REQUESTS
     assert document["agree"] == REQUESTS, wrong
     assert done.returncode == 0
@@ -91,26 +91,26 @@ def test_a_refresh_reads_the_prices_of_the_files(refreshed: tuple[Path, str], cl
         ours = read_catalog(list(csv.DictReader(lines)), cloud, "undated", "file").offers
     key = "{0.region}/{0.instance_type}/{0.accelerator}x{0.gpus_per_node}/{0.spot}".format
     cheapest: dict[str, Any] = {}
-    for one in ours:
-        cheapest[key(one)] = min(one.usd_per_hour, cheapest.get(key(one), one.usd_per_hour))
-    theirs = {key(one): one.usd_per_hour for one in read_cache(refreshed[0]).offers if one.cloud == cloud}
+    for our in ours:
+        cheapest[key(our)] = min(our.usd_per_hour, cheapest.get(key(our), our.usd_per_hour))
+    theirs = {key(offer): offer.usd_per_hour for offer in read_cache(refreshed[0]).offers if offer.cloud == cloud}
     assert theirs == cheapest
 
 
 def test_a_cloud_without_a_file_and_a_network_is_named_and_skipped(refreshed: tuple[Path, str]) -> None:
     cache, said = refreshed
     prices = read_cache(cache)
-    assert [one.cloud for one in prices.unread] == ["paperspace"]
+    assert [catalog.cloud for catalog in prices.unread] == ["paperspace"]
     assert said.startswith("not read: paperspace (")
     assert prices.source.startswith("SkyPilot ")
     assert prices.enabled is None
-    assert {one.cloud for one in prices.offers} <= set(CLOUDS)
+    assert {offer.cloud for offer in prices.offers} <= set(CLOUDS)
 
 
 def test_prices_are_dated_by_the_file_that_was_read(refreshed: tuple[Path, str]) -> None:
     prices = read_cache(refreshed[0])
     assert prices.read_at is not None
-    assert {one.as_of for one in prices.offers} == {prices.read_at.date().isoformat()}
+    assert {offer.as_of for offer in prices.offers} == {prices.read_at.date().isoformat()}
 
 
 def test_clouds_with_credentials_are_those_that_sky_check_found(tmp_path: Path) -> None:

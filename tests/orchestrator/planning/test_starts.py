@@ -27,7 +27,9 @@ def test_the_middle_of_the_newest_starts_counts(tmp_path: Path) -> None:
 def test_a_plan_charges_the_start_that_was_measured(tmp_path: Path) -> None:
     home, prices = Home(tmp_path / "slm"), reference_prices()
     recipe = load_recipe("gpt2-124m", ["backend=sky"])
-    offer = next(one for one in prices.offers if one.cloud == "verda" and one.accelerator == "H100-SXM" and one.spot)
+    offer = next(
+        offer for offer in prices.offers if offer.cloud == "verda" and offer.accelerator == "H100-SXM" and offer.spot
+    )
     ran_on(home, offer)
     only = {"clouds": ["verda"], "gpus": ["H100-SXM"], "allow_unguarded": True, "budget_usd": Decimal(100)}
     before = planning.make_plan_for(recipe, prices, experience=experience_of(home), **only)

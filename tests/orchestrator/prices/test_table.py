@@ -172,7 +172,7 @@ def test_a_cloud_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
         return quotes_of(cloud)
 
     found = collected(["gcp", "aws"], hang)
-    assert [one.cloud for one in found.unread] == ["gcp"]
+    assert [each_catalog.cloud for each_catalog in found.unread] == ["gcp"]
     assert "no answer within 1 s" in found.unread[0].reason
     assert [offer.cloud for offer in found.offers] == ["aws"]
 

@@ -114,8 +114,8 @@ def reserve(ledger: Ledger, attempt: int = 1, *, hours: int = 1) -> None:
 def adds_up(ledger: Ledger) -> None:
     spent, held = replay(ledger.entries())
     accounts, lines = ledger.accounts(), ledger.lines()
-    assert spent == sum(one.spent_micro_usd for one in [*accounts, *lines])
-    assert held == sum(one.held_micro_usd for one in [*accounts, *lines])
+    assert spent == sum(account.spent_micro_usd for account in [*accounts, *lines])
+    assert held == sum(account.held_micro_usd for account in [*accounts, *lines])
 
 
 def test_a_reservation_stands_in_the_store_before_it_counts(laptop: Machine, store: FlakyStore) -> None:
@@ -136,7 +136,7 @@ def test_a_reservation_whose_reply_was_lost_counts_from_the_next_look(laptop: Ma
         reserve(ledger)
     with pytest.raises(BudgetExceeded):  # $1 of the first is set aside by now: the journal was read first
         reserve(ledger, 2, hours=100)
-    assert [one.lease.attempt for one in ledger.open_accounts()] == [1]
+    assert [account.lease.attempt for account in ledger.open_accounts()] == [1]
     assert ledger.balance().held_usd == 1
     adds_up(ledger)
 
@@ -173,7 +173,7 @@ def test_a_full_disk_after_the_store_took_the_record_loses_nothing(laptop: Machi
     db.execute("DROP TRIGGER full")
     assert ledger.accounts() == []
     ledger.require_mine()
-    assert [one.lease.attempt for one in ledger.open_accounts()] == [1]
+    assert [account.lease.attempt for account in ledger.open_accounts()] == [1]
     adds_up(ledger)
 
 
@@ -185,7 +185,7 @@ def test_another_machine_rebuilds_the_books_and_takes_the_run(laptop: Machine, d
     run = recover(desktop.runs, desktop.store)
     theirs = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch, journal=StoreJournal(desktop.store))
     assert theirs.balance() == ledger.balance() and run.cap_usd == 100
-    assert [(one.expires_ms, one.state) for one in theirs.accounts()] == [(START_MS + 2 * HOUR_MS, "open")]
+    assert [(account.expires_ms, account.state) for account in theirs.accounts()] == [(START_MS + 2 * HOUR_MS, "open")]
     assert run.options["owners"] == ["aaaaaa"] and run.options["store"] == desktop.store.uri
     for act in (
         lambda: reserve(ledger, 2),
@@ -221,7 +221,7 @@ def test_the_first_machine_can_take_the_run_back(laptop: Machine, desktop: Machi
     old.accrue(lease_id, at_ms=START_MS + HOUR_MS // 4, usd_per_hour=Decimal("1.00"))
     back = laptop.enter(run_id)
     assert back.epoch > run.epoch
-    assert [one.state for one in back.accounts()] == ["settled"]
+    assert [account.state for account in back.accounts()] == ["settled"]
     assert back.balance() == theirs.balance()
     adds_up(back)
 

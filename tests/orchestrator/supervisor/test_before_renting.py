@@ -123,7 +123,7 @@ def test_a_cloud_without_enough_killers_is_told(tmp_path: Path) -> None:
 def test_doctor_says_the_same_of_clouds_and_of_the_store(
     aws: AwsCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (found,) = [one for one in clouds(lambda: Enabled()) if one.name == "skypilot"]
+    (found,) = [cloud for cloud in clouds(lambda: Enabled()) if cloud.name == "skypilot"]
     assert (found.level, found.detail, found.way_out) == (Level.WARN, "has credentials for no cloud", "sky check")
     home = Home(tmp_path / "home").create()
     (store,) = storage(home, "s3://no-such-bucket/runs")

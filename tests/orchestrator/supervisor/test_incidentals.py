@@ -40,7 +40,7 @@ def extras(ledger: Ledger) -> Extras:
 
 def held_and_spent(ledger: Ledger) -> dict[str, tuple[Decimal, Decimal]]:
     micro = Decimal(1_000_000)
-    return {one.name: (one.held_micro_usd / micro, one.spent_micro_usd / micro) for one in ledger.lines()}
+    return {line.name: (line.held_micro_usd / micro, line.spent_micro_usd / micro) for line in ledger.lines()}
 
 
 def test_what_a_lease_can_come_to_is_set_aside_before_it_is_rented(ledger: Ledger, extras: Extras) -> None:

@@ -116,7 +116,7 @@ def test_a_server_that_goes_on_failing_is_given_up_and_said(web: Web) -> None:
     web.statuses = [503] * 9
     seen = told(web.url, WARNING)
     assert len(web.received) == notify.TRIES
-    assert [one.kind for one in seen] == ["warning", "notify"]
+    assert [entry.kind for entry in seen] == ["warning", "notify"]
     assert "http://127.0.0.1 could not be told (status 503): slm demo-1: 80 %" in seen[1].message
 
 
@@ -144,15 +144,15 @@ def test_a_server_that_hangs_holds_nobody_up(web: Web) -> None:
     notifier.close()
     assert handed_on < web.delay, "handing an event on waits for no server"
     assert time.monotonic() - began < web.delay, "nor does the end of a supervisor, beyond its limit"
-    assert sum(one.kind == "warning" for one in seen) == notify.MOST_WAITING + 10
-    assert any("messages wait already" in one.message for one in seen)
-    assert any("no time was left" in one.message for one in seen)
+    assert sum(entry.kind == "warning" for entry in seen) == notify.MOST_WAITING + 10
+    assert any("messages wait already" in entry.message for entry in seen)
+    assert any("no time was left" in entry.message for entry in seen)
 
 
 @pytest.mark.parametrize("status", [404, 503])
 def test_what_may_be_a_secret_stands_in_no_event(web: Web, status: int) -> None:
     web.statuses = [status] * 9
-    assert not [one for one in told(web.url, WARNING) if SECRET in one.message or SECRET in str(one.data)]
+    assert not [item for item in told(web.url, WARNING) if SECRET in item.message or SECRET in str(item.data)]
 
 
 # ---------------------------------------------------------------- a command

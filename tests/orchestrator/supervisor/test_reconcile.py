@@ -21,7 +21,7 @@ def test_only_strangers_of_ours_are_ended() -> None:
     backend = a_cloud("slm-me-run-1-1", "slm-me-run-2-1", "slm-you-run-1-1", "web-server")
     messages = end_unknown_instances(backend, {"slm-me-run-1-1"}, owner="me")
     assert messages == ["ended 2 nodes of slm-me-run-2-1, which the books do not know as open"]
-    assert {one.lease_id for one in backend.list_alive()} == {"slm-me-run-1-1", "slm-you-run-1-1", "web-server"}
+    assert {item.lease_id for item in backend.list_alive()} == {"slm-me-run-1-1", "slm-you-run-1-1", "web-server"}
 
 
 def test_an_interface_that_does_not_answer_is_told() -> None:

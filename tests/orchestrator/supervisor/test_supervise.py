@@ -64,7 +64,7 @@ class AgendaClock(ManualClock):
 
     def sleep(self, seconds: float) -> None:
         until = self.real_seconds() + seconds
-        while due := sorted((one for one in self.agenda if one[0] <= until), key=lambda one: one[0]):
+        while due := sorted((item for item in self.agenda if item[0] <= until), key=lambda item: item[0]):
             self.agenda.remove(due[0])
             super().sleep(max(0.0, due[0][0] - self.real_seconds()))
             due[0][1]()
@@ -130,7 +130,7 @@ class World:
         """One step, then the next in a second, as long as the head lives and nobody started anew."""
         if not self.store.root.exists():
             return
-        ranks = {one.rank for one in self.backend.list_alive() if one.lease_id == lease.lease_id}
+        ranks = {item.rank for item in self.backend.list_alive() if item.lease_id == lease.lease_id}
         if epoch != self.epoch or 0 not in ranks:
             return
         if self.store_has(f"control/{lease.lease_id}.json") and not self.deaf:
@@ -623,13 +623,13 @@ def test_a_price_that_rose_moves_the_run_where_the_rest_costs_less(world: World)
     )[0]
     assert supervisor.run() is RunState.SUCCEEDED
     assert [lease.offer.region for lease in world.backend.starts] == ["zone-0", "zone-1"]
-    assert [one.outcome for one in world.ledger.accounts()] == ["dearer", "finished"]
+    assert [account.outcome for account in world.ledger.accounts()] == ["dearer", "finished"]
 
 
 def test_a_limit_that_cannot_be_moved_is_rolled_over_and_is_no_preemption(world: World) -> None:
     terms = Terms(ttl=Ttl.FIXED, fixed_ttl_seconds=40.0)
     assert world.supervisor(terms=terms).run() is RunState.SUCCEEDED
-    outcomes = [one.outcome for one in world.ledger.accounts()]
+    outcomes = [account.outcome for account in world.ledger.accounts()]
     assert outcomes[-1] == "finished" and set(outcomes[:-1]) == {"ttl"} and len(outcomes) > 1
     assert {lease.offer.region for lease in world.backend.starts} == {"zone-0"}
     assert world.runs.get(world.run.run_id).preemptions == 0

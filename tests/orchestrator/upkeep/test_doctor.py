@@ -36,7 +36,7 @@ def no_clouds() -> Enabled:
 
 
 def by_name(findings: Iterator[Finding]) -> dict[str, Finding]:
-    return {one.name: one for one in findings}
+    return {finding.name: finding for finding in findings}
 
 
 def examined(home: Home, *names: str) -> dict[str, Finding]:
@@ -61,9 +61,9 @@ def test_every_finding_that_is_not_well_has_a_way_out(home: Home) -> None:
             ask_skypilot=lambda: Enabled(("aws", "lambda", "runpod")),
         )
     )
-    unwell = [one for one in found.values() if one.level is not Level.OK]
-    assert {"leaks", "store", "clock", "cloud lambda", "cloud runpod"} <= {one.name for one in unwell}
-    assert all(one.way_out for one in unwell)
+    unwell = [entry for entry in found.values() if entry.level is not Level.OK]
+    assert {"leaks", "store", "clock", "cloud lambda", "cloud runpod"} <= {item.name for item in unwell}
+    assert all(item.way_out for item in unwell)
 
 
 def test_a_home_that_others_can_read_is_told(home: Home) -> None:
@@ -286,5 +286,5 @@ def test_the_command_fails_when_a_finding_does(
     assert slm("doctor", "--store", str(file), "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["num_failed"] == 1
-    assert [one["name"] for one in found["findings"] if one["level"] == "fail"] == ["store"]
-    assert all(one["way_out"] for one in found["findings"] if one["level"] != "ok")
+    assert [entry["name"] for entry in found["findings"] if entry["level"] == "fail"] == ["store"]
+    assert all(entry["way_out"] for entry in found["findings"] if entry["level"] != "ok")

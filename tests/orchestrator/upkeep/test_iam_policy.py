@@ -51,11 +51,11 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 
 def actions_of(document: dict[str, Any]) -> set[str]:
-    return {action for one in document["Statement"] for action in one["Action"]}
+    return {action for item in document["Statement"] for action in item["Action"]}
 
 
 def is_allowed(action: str, document: dict[str, Any]) -> bool:
-    return any(re.fullmatch(one.replace("*", ".*"), action) for one in actions_of(document))
+    return any(re.fullmatch(item.replace("*", ".*"), action) for item in actions_of(document))
 
 
 def recorded(session: Any) -> set[str]:
@@ -72,7 +72,7 @@ def recorded(session: Any) -> set[str]:
 
 def everything_that_we_ask(account: AwsAccount) -> None:
     """Look, price, quota, arm, move, read back, tell, release, end."""
-    (node,) = (one.instance_id for one in account.instances())
+    (node,) = (instance.instance_id for instance in account.instances())
     arm, lease, record = AwsArm(account), a_lease(), record_of(node)
     assert arm.usd_per_hour(record, lease) is not None
     assert arm.refusal(lease) is None
@@ -96,7 +96,7 @@ def test_each_call_of_ours_has_its_permission(aws: AwsCloud, capsys: pytest.Capt
     assert AwsArm(account).limits.ends_at(REGION, "i-none") is None
     assert {"ec2:TerminateInstances", "scheduler:UpdateSchedule", "servicequotas:GetServiceQuota"} <= calls
     document = printed(capsys, "--store", URI)
-    assert not [one for one in calls if not is_allowed(one, document)]
+    assert not [call for call in calls if not is_allowed(call, document)]
 
 
 def test_the_run_store_and_both_ways_to_rent_work_under_it(
@@ -113,28 +113,28 @@ def test_the_run_store_and_both_ways_to_rent_work_under_it(
         everything_that_we_ask(AwsAccount())
         store = open_store(URI)
         assert isinstance(store, S3Store)
-        assert [one.detail for one in probe(store) if not one.ok] == []
+        assert [item.detail for item in probe(store) if not item.ok] == []
         store.write("large", os.urandom(20 * 2**20))  # in parts
 
 
 def test_objects_are_limited_to_the_prefix_and_machines_to_our_label() -> None:
-    by_name = {one["Sid"]: one for one in policy("s3://my-bucket/some/prefix/")["Statement"]}
+    by_name = {item["Sid"]: item for item in policy("s3://my-bucket/some/prefix/")["Statement"]}
     assert by_name["RunStore"]["Resource"] == "arn:aws:s3:::my-bucket/some/prefix/*"
     assert policy("s3://my-bucket")["Statement"][0]["Resource"] == "arn:aws:s3:::my-bucket/*"
     ours = {"StringLike": {"aws:ResourceTag/slm-lease": "slm-*"}}
-    for one in policy(None)["Statement"]:
-        if "ec2:TerminateInstances" in one["Action"]:
-            assert one["Condition"] == ours
-        if "ec2:RunInstances" in one["Action"] and "instance/*" in one["Resource"]:
-            assert one["Condition"] == {"StringLike": {"aws:RequestTag/slm-lease": "slm-*"}}
-        if "iam:PassRole" in one["Action"]:
-            assert one["Resource"] != "*"
-            assert "iam:PassedToService" in one["Condition"]["StringEquals"]
+    for item in policy(None)["Statement"]:
+        if "ec2:TerminateInstances" in item["Action"]:
+            assert item["Condition"] == ours
+        if "ec2:RunInstances" in item["Action"] and "instance/*" in item["Resource"]:
+            assert item["Condition"] == {"StringLike": {"aws:RequestTag/slm-lease": "slm-*"}}
+        if "iam:PassRole" in item["Action"]:
+            assert item["Resource"] != "*"
+            assert "iam:PassedToService" in item["Condition"]["StringEquals"]
     assert by_name["TimeLimit"]["Resource"].endswith(":schedule/default/slm-end-*")
 
 
 def test_without_a_store_it_is_about_machines_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not [one for one in actions_of(printed(capsys)) if one.startswith("s3:")]
+    assert not [item for item in actions_of(printed(capsys)) if item.startswith("s3:")]
 
 
 def test_a_folder_has_no_policy(capsys: pytest.CaptureFixture[str]) -> None:

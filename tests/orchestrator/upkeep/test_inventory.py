@@ -78,19 +78,19 @@ def seconds_later(seconds: float) -> Callable[[Run, Ledger], int]:
 
 def verdicts(home: Home, backend: FakeBackend, *, after: float = 0.0) -> dict[str, Verdict]:
     found = reconcile(home, [backend], dry_run=True, now_ms=seconds_later(after))
-    return {one.name: one.verdict for one in found.clusters}
+    return {cluster.name: cluster.verdict for cluster in found.clusters}
 
 
 def test_with_empty_books_all_that_carries_our_name_is_unknown_and_ended(home: Home) -> None:
     ours, theirs = f"slm-{home.owner_id()}-demo-1-1", "slm-ffffff-demo-1-1"
     backend = a_cloud(ours, theirs, "web-server")
     found = reconcile(home, [backend])
-    assert {one.name: (one.verdict, one.outcome) for one in found.clusters} == {
+    assert {cluster.name: (cluster.verdict, cluster.outcome) for cluster in found.clusters} == {
         ours: (Verdict.UNKNOWN, Outcome.ENDED),
         theirs: (Verdict.FOREIGN, Outcome.KEPT),
         "web-server": (Verdict.FOREIGN, Outcome.KEPT),
     }
-    assert {one.lease_id for one in backend.list_alive()} == {theirs, "web-server"}
+    assert {item.lease_id for item in backend.list_alive()} == {theirs, "web-server"}
     assert not home.database.exists(), "looking makes no books"
 
 
@@ -128,7 +128,7 @@ def test_a_run_that_another_machine_has_taken_over_is_not_ours_to_end(home: Home
         recover(runs, store)
     assert verdicts(home, backend, after=1e6) == {name: Verdict.ELSEWHERE}
     found = reconcile(home, [backend], now_ms=seconds_later(1e6))
-    assert [one.outcome for one in found.clusters] == [Outcome.KEPT]
+    assert [cluster.outcome for cluster in found.clusters] == [Outcome.KEPT]
     assert verdicts(other, backend, after=1) == {name: Verdict.PAID}, "and there it is, under its former name"
     unknown = a_cloud(f"slm-{home.owner_id()}-demo-1-2")
     assert set(verdicts(other, unknown).values()) == {Verdict.UNKNOWN}
@@ -141,14 +141,14 @@ def test_a_node_that_lives_though_the_books_have_settled_it_is_ended(home: Home)
     in_the_books(home, run_id, name, settled=True)
     backend = a_cloud(name)
     found = reconcile(home, [backend], now_ms=seconds_later(1))
-    assert [(one.verdict, one.outcome) for one in found.clusters] == [(Verdict.SETTLED, Outcome.ENDED)]
+    assert [(cluster.verdict, cluster.outcome) for cluster in found.clusters] == [(Verdict.SETTLED, Outcome.ENDED)]
     assert not backend.list_alive()
 
 
 def test_a_dry_run_ends_nothing(home: Home) -> None:
     backend = a_cloud(f"slm-{home.owner_id()}-demo-1-1")
     found = reconcile(home, [backend], dry_run=True)
-    assert [one.outcome for one in found.clusters] == [Outcome.WOULD_END]
+    assert [cluster.outcome for cluster in found.clusters] == [Outcome.WOULD_END]
     assert found.leaked == found.clusters
     assert len(backend.list_alive()) == 2
 
@@ -159,14 +159,16 @@ def test_what_does_not_end_is_tried_again_and_then_told(home: Home) -> None:
     pauses: list[float] = []
     found = reconcile(home, [backend], sleep=pauses.append)
     assert len(pauses) == 2
-    assert [(one.outcome, one.detail) for one in found.clusters] == [(Outcome.LEFT, "2 nodes are still listed")]
+    assert [(cluster.outcome, cluster.detail) for cluster in found.clusters] == [
+        (Outcome.LEFT, "2 nodes are still listed")
+    ]
 
 
 def test_an_interface_that_fails_once_does_not_keep_a_node_alive(home: Home) -> None:
     backend = a_cloud(f"slm-{home.owner_id()}-demo-1-1")
     backend.fail_next = 1
     found = reconcile(home, [backend], sleep=lambda _: None)
-    assert [one.outcome for one in found.clusters] == [Outcome.ENDED]
+    assert [cluster.outcome for cluster in found.clusters] == [Outcome.ENDED]
 
 
 class Deaf(FakeBackend):
@@ -180,7 +182,7 @@ def test_a_place_that_does_not_answer_hides_no_other(home: Home) -> None:
     name = f"slm-{home.owner_id()}-demo-1-1"
     found = reconcile(home, [Deaf(ManualClock()), a_cloud(name)])
     assert found.problems == ("fake: cannot list what is alive: no route to the cloud",)
-    assert [one.outcome for one in found.clusters] == [Outcome.ENDED]
+    assert [cluster.outcome for cluster in found.clusters] == [Outcome.ENDED]
 
 
 # ---------------------------------------------------------------- the local cloud, for real
@@ -232,7 +234,10 @@ def test_the_command_ends_real_nodes_of_a_run_that_no_books_know(
 
     assert slm("reconcile", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert {one["name"]: one["outcome"] for one in found["clusters"]} == {ours: "ended", "slm-ffffff-lost-1-1": "kept"}
+    assert {entry["name"]: entry["outcome"] for entry in found["clusters"]} == {
+        ours: "ended",
+        "slm-ffffff-lost-1-1": "kept",
+    }
     assert {node.lease_id for node in market.list_alive()} == {"slm-ffffff-lost-1-1"}
 
     assert slm("reconcile") == 0

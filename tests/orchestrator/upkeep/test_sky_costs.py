@@ -32,7 +32,7 @@ class Said:
 
     def call(self, name: str, *, seconds: float, **arguments: Any) -> Any:
         assert (name, seconds > 0) == ("costs", True)
-        wanted = [one for one in self._costs if one[0] in arguments["clusters"]]
+        wanted = [cost for cost in self._costs if cost[0] in arguments["clusters"]]
         return {"costs": [{"cluster": cluster, "usd": usd, "seconds": 1.0} for cluster, usd in wanted]}
 
 
@@ -52,10 +52,10 @@ def test_each_lease_is_compared_with_all_times_that_its_cluster_was_up(home: Hom
     in_the_books(home, run_id, first, settled=True)
     in_the_books(home, run_id, second, attempt=2, settled=True)
     accounts = report.ledger(run_id, home=home).leases
-    charged = {one.lease.lease_id: Decimal(one.spent_micro_usd) / 10**6 for one in accounts}
+    charged = {account.lease.lease_id: Decimal(account.spent_micro_usd) / 10**6 for account in accounts}
     name = cluster_name(first)
     found = compare(accounts, Said((name, 0.0001), (name, 0.0002), ("somebody-elses", 9.0)))
-    by_lease = {one.lease_id: one for one in found.leases}
+    by_lease = {lease.lease_id: lease for lease in found.leases}
     assert by_lease[first].skypilot_usd == Decimal("0.0003")
     assert by_lease[first].difference_usd == charged[first] - Decimal("0.0003")
     assert (by_lease[second].skypilot_usd, by_lease[second].difference_usd) == (None, None)
@@ -67,7 +67,7 @@ def test_a_skypilot_that_does_not_answer_is_told_and_hides_nothing(home: Home) -
     in_the_books(home, run_id, f"slm-{home.owner_id()}-{run_id}-1", settled=True)
     found = compare(report.ledger(run_id, home=home).leases, Silent())
     assert "took longer than 60 s" in found.problem
-    assert [one.skypilot_usd for one in found.leases] == [None]
+    assert [lease.skypilot_usd for lease in found.leases] == [None]
 
 
 @pytest.mark.skipif(find_spec("sky") is None, reason="SkyPilot is not installed (the extra cloud)")

@@ -40,12 +40,12 @@ def add_runs(home: Home, *, number: int = 2) -> list[str]:
     created = [
         Runs(db).create(
             recipe_name="demo",
-            recipe_digest=str(one),
+            recipe_digest=str(item),
             recipe_json=recipe.model_dump_json(),
             options={"backend": "local", "offers": [asdict(OFFER)]},
             cap_usd=Decimal(5),
         )
-        for one in range(number)
+        for item in range(number)
     ]
     db.close()
     return [run.run_id for run in created]

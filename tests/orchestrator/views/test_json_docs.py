@@ -86,13 +86,13 @@ class Checker:
         elif isinstance(value, dict):
             wild = f"{path}.*"
             named = any(key == wild or key.startswith(f"{wild}.") for key in keys)
-            for name, one in value.items():
-                self.check(one, section, wild if named else f"{path}.{name}".lstrip("."))
+            for name, setting in value.items():
+                self.check(setting, section, wild if named else f"{path}.{name}".lstrip("."))
         elif isinstance(value, list):
             inside = f"{path}[]"
             assert any(key.startswith(inside) for key in keys), f"{section}: {path} is not documented"
-            for one in value:
-                self.check(one, section, inside)
+            for setting in value:
+                self.check(setting, section, inside)
         else:
             pytest.fail(f"{section}: {path} is printed and not documented")
 
@@ -105,8 +105,8 @@ class Checker:
         kind, listed, _ = kind.partition(" list")
         if listed:
             assert isinstance(value, list), f"{where} is no list"
-            for one in value:
-                self.check_type(one, kind, where)
+            for setting in value:
+                self.check_type(setting, kind, where)
         elif kind.startswith("*"):
             self.check(value, kind.strip("*"))
         else:
@@ -132,7 +132,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
         lease_id=f"slm-abc123-{run.run_id}-1",
         run_id=run.run_id,
         attempt=1,
-        offer=next(one for one in offers if one.cloud == "lambda"),  # an open lease on AWS is looked for there
+        offer=next(offer for offer in offers if offer.cloud == "lambda"),  # an open lease on AWS is looked for there
         num_nodes=2,
         worst_usd_per_hour=Decimal(60),
         first_grant_seconds=60.0,
@@ -143,7 +143,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     ledger.reserve(lease, expires_ms=1_800_000_060_000, latency_ms=0, at_ms=1_800_000_000_000)
     db.close()
     said = {"source_epochs": {"text": 0.5}, "start_seconds": {"load": 1.5, "first_step": 2.0}}
-    ran_on(home, next(one for one in offers if one.spot and one.accelerator == "H100-SXM"), **said)
+    ran_on(home, next(offer for offer in offers if offer.spot and offer.accelerator == "H100-SXM"), **said)
     starts.remember(home.starts, cloud="aws", seconds=90.0, parts={})
     return home
 

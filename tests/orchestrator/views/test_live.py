@@ -33,15 +33,15 @@ def lines_of(*events: Event) -> list[str]:
     """What a pipe gets, without the time of day."""
     stream = io.StringIO()
     with PlainLines(Console(file=stream, width=100), "demo-1") as lines:
-        for one in events:
-            lines(one)
+        for event in events:
+            lines(event)
     return [line.partition("  ")[2] for line in stream.getvalue().splitlines()]
 
 
 def test_events_become_figures() -> None:
     view = RunView("demo-1")
-    for one in (event("state", "running", state="RUNNING"), progress(100), event("grown", num_nodes=3)):
-        view.take(one)
+    for item in (event("state", "running", state="RUNNING"), progress(100), event("grown", num_nodes=3)):
+        view.take(item)
     assert (view.state, view.step, view.tokens, view.num_nodes) == ("running", 100, 409_600, 3)
     assert view.share_done == 0.25
     assert view.eta_seconds == pytest.approx(300 * 4096 / 20480)

@@ -163,7 +163,7 @@ def test_many_reasons_are_cut_short() -> None:
     cards = ("V100", "T4", "P100", "M60", "K80")
     many = Prices(tuple(replace(SPOT, zone=str(n), accelerator="V100") for n, _ in enumerate(cards)), "test table")
     plan = plan_of(prices=Prices((SPOT, *many.offers), "test table"))
-    reasons = tuple(replace(one, reason=f"reason {n}") for n, one in enumerate(plan.rejected))
+    reasons = tuple(replace(rejection, reason=f"reason {n}") for n, rejection in enumerate(plan.rejected))
     note = render_plan.footnotes(replace(plan, rejected=reasons), PRICES, 10)
     assert any(line.endswith("reason 3 (1); 1 other reasons") for line in note)
 
@@ -202,10 +202,10 @@ def test_the_answer_says_by_what_it_was_chosen(objective: str, word: str) -> Non
 def test_offers_without_credentials_are_left_out_unless_asked_for() -> None:
     prices = replace(PRICES, offers=(SPOT, UNDATED), enabled=("aws",))
     plan = plan_of(prices=prices)
-    assert [one.offer.cloud for one in plan.ranked] == ["aws"]
-    assert [one.reason for one in plan.rejected] == ["no credentials for vast; --all-clouds ranks it too"]
+    assert [estimate.offer.cloud for estimate in plan.ranked] == ["aws"]
+    assert [rejection.reason for rejection in plan.rejected] == ["no credentials for vast; --all-clouds ranks it too"]
     assert len(plan_of(prices=prices, all_clouds=True).ranked) == 2
-    assert [one.offer.cloud for one in plan_of(prices=prices, clouds=["vast"]).ranked] == ["vast"]
+    assert [estimate.offer.cloud for estimate in plan_of(prices=prices, clouds=["vast"]).ranked] == ["vast"]
     assert len(plan_of("backend=local", prices=prices).ranked) == 2
 
 
@@ -299,8 +299,8 @@ def test_a_plan_names_the_run_that_measured_its_speed(tmp_path: Path) -> None:
         load_recipe("gpt2-124m"), prices, budget_usd=Decimal(100), experience=experience_of(home)
     )
     best = planning.winner(found.plan)
-    low, high = (render_plan.count(one) for one in best.tokens_per_second_interval)
+    low, high = (render_plan.count(item) for item in best.tokens_per_second_interval)
     shown = render_plan.outlook(found.plan, best, planning.Belief())[0]
     assert shown.endswith(f"({low} to {high}); this program was measured on this GPU, by run {run.run_id}")
-    speed = next(one for one in planning.explained(found, best) if one.name == "tokens_per_second")
+    speed = next(item for item in planning.explained(found, best) if item.name == "tokens_per_second")
     assert speed.source.endswith(f"basis: measured, all scaled to what run {run.run_id} measured on H100-SXM")

@@ -22,7 +22,7 @@ def texts(path: Path | str, source: str = "text") -> list[str]:
 
 
 def rows(path: Path, *objects: object) -> Path:
-    content = "".join(json.dumps(one) + "\n" for one in objects).encode()
+    content = "".join(json.dumps(item) + "\n" for item in objects).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 

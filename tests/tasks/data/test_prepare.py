@@ -59,7 +59,7 @@ def documents(folder: Path, split: str, source: str) -> list[str]:
     """Decoded documents of one split, as the shards have them."""
     index = read_index(folder)
     assert index is not None
-    entry = next(one for one in index["splits"][split]["sources"] if one["name"] == source)
+    entry = next(item for item in index["splits"][split]["sources"] if item["name"] == source)
     tokens = np.concatenate([np.fromfile(folder / shard["file"], dtype="<u2") for shard in entry["shards"]])
     starts = np.load(folder / entry["documents"])
     ends = [*starts[1:].tolist(), len(tokens)]
@@ -131,7 +131,7 @@ def test_max_bytes_bounds_the_text_by_weight(corpus: Path, tmp_path: Path) -> No
     assert index is not None
     sizes = {
         name: sum(
-            one["num_bytes"] for split in index["splits"].values() for one in split["sources"] if one["name"] == name
+            item["num_bytes"] for split in index["splits"].values() for item in split["sources"] if item["name"] == name
         )
         for name in ("text", "code")
     }
@@ -148,11 +148,11 @@ def test_the_index_says_what_the_shards_are(corpus: Path, tmp_path: Path) -> Non
     assert index["vocab_size"] == 300
     assert hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest() == index["tokenizer_sha256"]
     for split in index["splits"].values():
-        assert {one["name"]: one["weight"] for one in split["sources"]} == {"code": 0.3, "text": 0.7}
-        for shard in (shard for one in split["sources"] for shard in one["shards"]):
+        assert {item["name"]: item["weight"] for item in split["sources"]} == {"code": 0.3, "text": 0.7}
+        for shard in (shard for item in split["sources"] for shard in item["shards"]):
             assert hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
-    heldout = {one["name"]: one for one in index["splits"]["heldout"]["sources"]}
-    ratio = {name: one["num_bytes"] / one["num_tokens"] for name, one in heldout.items()}
+    heldout = {item["name"]: item for item in index["splits"]["heldout"]["sources"]}
+    ratio = {name: item["num_bytes"] / item["num_tokens"] for name, item in heldout.items()}
     assert index["bytes_per_token"] == pytest.approx(0.7 * ratio["text"] + 0.3 * ratio["code"])
 
 
@@ -160,9 +160,9 @@ def test_without_weights_each_source_counts_by_its_tokens(corpus: Path, tmp_path
     index = read_index(prepare(make_recipe(corpus, "data.weights=null"), tmp_path / "data"))
     assert index is not None
     sources = index["splits"]["train"]["sources"]
-    total = sum(one["num_tokens"] for one in sources)
-    assert {one["name"]: one["weight"] for one in sources} == {
-        one["name"]: one["num_tokens"] / total for one in sources
+    total = sum(source["num_tokens"] for source in sources)
+    assert {source["name"]: source["weight"] for source in sources} == {
+        source["name"]: source["num_tokens"] / total for source in sources
     }
 
 
@@ -207,9 +207,9 @@ def test_the_same_input_gives_the_same_bytes_anywhere(corpus: Path, tmp_path: Pa
 def test_two_processes_encode_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.data.encode.BATCH_CHARACTERS", 5_000)
     recipe = make_recipe(make_corpus(tmp_path / "corpus"))
-    one = prepare(recipe, tmp_path / "one", num_workers=1)
+    item = prepare(recipe, tmp_path / "one", num_workers=1)
     two = prepare(recipe, tmp_path / "two", num_workers=2)
-    assert content(one) == content(two)
+    assert content(item) == content(two)
 
 
 def test_a_run_can_go_on_with_a_copy_of_its_corpus_but_not_with_another(corpus: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_two_at_once_make_the_data_once(tmp_path: Path) -> None:
     folder = tmp_path / "data" / fingerprint(recipe)
     lines = [[json.loads(line) for line in out.splitlines()] for out, _ in results]
     assert [line[-1] for line in lines] == [{"data_dir": str(folder)}] * 2
-    trained = [any(line.get("stage") == "tokenizer" for line in one) for one in lines]
+    trained = [any(line.get("stage") == "tokenizer" for line in each_line) for each_line in lines]
     assert sorted(trained) == [False, True]
     assert faults(folder, verify=True) == []
 

@@ -104,8 +104,8 @@ def test_packages_are_asked_for_in_the_versions_of_the_lock_file() -> None:
     lock = Path(__file__).parents[3] / "constraints.txt"
     wanted = rented.wanted_packages(str(lock))
     assert len(wanted) == len(rented.PACKAGES)
-    assert all("==" in one for one in wanted)
-    assert next(one for one in wanted if one.startswith("ray")) == "ray[train]==2.60.0"
+    assert all("==" in name for name in wanted)
+    assert next(name for name in wanted if name.startswith("ray")) == "ray[train]==2.60.0"
 
 
 # -- data
@@ -225,9 +225,9 @@ def spec_for(lease_id: str, store: DirectoryStore) -> RunSpec:
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     store = DirectoryStore(tmp_path / "store")
-    one = Node(tmp_path, store, spec_for("slm-1f2e3d-demo-1-2", store))
-    yield one
-    one.close()
+    node = Node(tmp_path, store, spec_for("slm-1f2e3d-demo-1-2", store))
+    yield node
+    node.close()
 
 
 def test_the_guard_comes_first_tells_how_the_node_ended_and_outlives_skypilot_s_process(node: Node) -> None:

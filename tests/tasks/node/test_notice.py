@@ -33,11 +33,11 @@ def test_what_a_notice_leaves_time_for(left: float, save: float, step: float, ex
 @given(left=st.floats(-10, 1000), save=st.floats(0, 500), step=st.floats(0, 60))
 def test_no_save_is_begun_that_is_not_expected_to_end_in_time(left: float, save: float, step: float) -> None:
     decided = plan(left, save, step)
-    one = SAVE_SAFETY * save + step
+    item = SAVE_SAFETY * save + step
     if decided.leave_in_seconds is None:
-        assert left < one + MARGIN_SECONDS
+        assert left < item + MARGIN_SECONDS
         assert not decided.save_now
     else:
-        assert decided.leave_in_seconds + one + MARGIN_SECONDS <= left + 1e-9
-        assert not decided.save_now or one <= decided.leave_in_seconds
-        assert left - decided.leave_in_seconds <= max(LEAVE_SECONDS, one + MARGIN_SECONDS) + 1e-9
+        assert decided.leave_in_seconds + item + MARGIN_SECONDS <= left + 1e-9
+        assert not decided.save_now or item <= decided.leave_in_seconds
+        assert left - decided.leave_in_seconds <= max(LEAVE_SECONDS, item + MARGIN_SECONDS) + 1e-9

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from cost.errors import UserError
+from tasks.data.corpus import fingerprint
 from tasks.recipe.schema import (
     RECIPE_FOLDER,
     Recipe,
     RecipeSummary,
-    fingerprint,
     list_recipes,
     load_recipe,
     recipe_from_json,

@@ -67,8 +67,8 @@ def test_resumed_at_every_step_in_turn_it_is_still_the_same(
 
 
 def test_other_data_or_another_seed_ends_elsewhere(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
-    one = run_single(tiny, tmp_path / "one")
-    assert run_single(replace(tiny, seed=6), tmp_path / "two").weights_sha256 != one.weights_sha256
+    item = run_single(tiny, tmp_path / "one")
+    assert run_single(replace(tiny, seed=6), tmp_path / "two").weights_sha256 != item.weights_sha256
 
 
 def test_the_random_state_goes_on_where_it_was(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:

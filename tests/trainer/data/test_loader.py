@@ -35,15 +35,15 @@ def test_the_permutation_meets_every_index_once(size: int, key: int) -> None:
 
 def test_the_permutation_depends_on_its_key_and_looks_random() -> None:
     size = 20_000
-    one, two = np.array(permutation_of(size, 1)), np.array(permutation_of(size, 2))
+    item, two = np.array(permutation_of(size, 1)), np.array(permutation_of(size, 2))
     # Fixed points of a random permutation: one expected, more than ten in one case of 10^8.
-    assert (one == np.arange(size)).sum() <= 10
-    assert (one == two).sum() <= 10
+    assert (item == np.arange(size)).sum() <= 10
+    assert (item == two).sum() <= 10
     # Correlation with the identity: standard deviation 1/sqrt(size) = 0.007.
-    assert abs(np.corrcoef(one, np.arange(size))[0, 1]) < 0.04
-    assert abs(np.corrcoef(one, two)[0, 1]) < 0.04
+    assert abs(np.corrcoef(item, np.arange(size))[0, 1]) < 0.04
+    assert abs(np.corrcoef(item, two)[0, 1]) < 0.04
     # Neighbours land a third of the range apart on average.
-    assert np.abs(np.diff(one)).mean() == pytest.approx(size / 3, rel=0.03)
+    assert np.abs(np.diff(item)).mean() == pytest.approx(size / 3, rel=0.03)
 
 
 @given(

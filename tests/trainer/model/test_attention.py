@@ -78,9 +78,9 @@ def test_both_ways_of_attention_agree_in_output_and_gradients(T: int) -> None:
             out = function(*inputs, cu_seqlens, T, window)
             (out.float() ** 2).sum().backward()
             results.append([out, *(each.grad for each in inputs)])
-        for one, two in zip(*results, strict=True):
-            assert one is not None and two is not None
-            error = (one.float() - two.float()).norm() / two.float().norm()
+        for result, two in zip(*results, strict=True):
+            assert result is not None and two is not None
+            error = (result.float() - two.float()).norm() / two.float().norm()
             assert error < 0.01
 
 

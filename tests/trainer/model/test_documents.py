@@ -92,10 +92,10 @@ def test_each_row_tells_its_documents_and_predicts_none_across(folder: Path) -> 
 
 def test_documents_beyond_the_bound_belong_to_the_last(folder: Path) -> None:
     shards = TokenShards(folder, "train", 16, with_documents=True)
-    one = Loader(shards, 7, seed=0, max_documents=1).batch(0)
-    assert one.documents is not None
-    assert (one.documents == 0).all()
-    assert torch.equal(one.targets, Loader(shards, 7, seed=0).batch(0).targets)
+    item = Loader(shards, 7, seed=0, max_documents=1).batch(0)
+    assert item.documents is not None
+    assert (item.documents == 0).all()
+    assert torch.equal(item.targets, Loader(shards, 7, seed=0).batch(0).targets)
 
 
 def test_documents_of_shards_opened_without_are_refused(folder: Path) -> None:

@@ -81,6 +81,6 @@ def test_in_bf16_loss_and_gradients_differ_by_rounding_only() -> None:
     expected = plain(x, weight, targets, 0.0)
     assert float(fused.detach()) == pytest.approx(float(expected.detach()), rel=0.01)
     found, wanted = torch.autograd.grad(fused, (x, weight)), torch.autograd.grad(expected, (x, weight))
-    for one, two in zip(found, wanted, strict=True):
-        assert one.dtype is torch.float32
-        assert (one - two).norm() / two.norm() < 0.02
+    for entry, two in zip(found, wanted, strict=True):
+        assert entry.dtype is torch.float32
+        assert (entry - two).norm() / two.norm() < 0.02

@@ -147,7 +147,7 @@ def test_activation_checkpointing_changes_no_gradient(name: str) -> None:
         model.zero_grad()
         model(tokens_BT, tokens_BT).backward()
         found.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert all(torch.equal(entry, two) for entry, two in zip(*found, strict=True))
 
 
 def test_in_bf16_the_model_is_the_same_up_to_rounding() -> None:
@@ -190,21 +190,21 @@ def test_a_fresh_model_guesses_uniformly() -> None:
 def test_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one = weights_sha256(build_model(SHAPE, seed=0))
+    item = weights_sha256(build_model(SHAPE, seed=0))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(9)
-    assert weights_sha256(build_model(SHAPE, seed=0)) == one
-    assert weights_sha256(build_model(SHAPE, seed=1)) != one
+    assert weights_sha256(build_model(SHAPE, seed=0)) == item
+    assert weights_sha256(build_model(SHAPE, seed=1)) != item
 
 
 def test_the_digest_of_weights_sees_one_bit_and_one_name() -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False)})
     renamed = torch.nn.ModuleDict({"b": model["a"]})
-    one = weights_sha256(model)
-    assert weights_sha256(renamed) != one
+    item = weights_sha256(model)
+    assert weights_sha256(renamed) != item
     with torch.no_grad():
         model["a"].weight[0, 0] = torch.nextafter(model["a"].weight[0, 0], torch.tensor(9.0))
-    assert weights_sha256(model) != one
+    assert weights_sha256(model) != item
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -62,7 +62,12 @@ def an_account(**options: Any) -> AwsAccount:
 
 def record_of(*instance_ids: str) -> dict[str, Any]:
     """As the backend keeps it in the run store."""
-    return {"region": REGION, "zone": ZONE, "instance_type": MACHINE, "instances": [[one, ""] for one in instance_ids]}
+    return {
+        "region": REGION,
+        "zone": ZONE,
+        "instance_type": MACHINE,
+        "instances": [[item, ""] for item in instance_ids],
+    }
 
 
 # -- a spot request by SkyPilot, found and ended ---------------------------------------------------------
@@ -73,17 +78,17 @@ def test_what_skypilot_requests_as_spot_is_found_priced_armed_and_ended(aws: Aws
     aws.prices[MACHINE, ZONE] = [(NOW - timedelta(days=2), "9.5"), (NOW - timedelta(hours=1), "11.25")]
     lease, arm = a_lease(num_nodes=2), AwsArm(an_account())
     found = arm.instances({"region": REGION}, lease)
-    assert {(one.instance_id, one.is_spot, one.zone, one.lease) for one in found} == {
-        (one, True, ZONE, LEASE) for one in ids
+    assert {(entry.instance_id, entry.is_spot, entry.zone, entry.lease) for entry in found} == {
+        (item, True, ZONE, LEASE) for item in ids
     }
     assert arm.usd_per_hour({"region": REGION}, lease) == Decimal("11.25")
     arm.limit(record_of(*ids), lease, 900.0)
-    assert [arm.limits.shutdown_behaviour(REGION, one) for one in ids] == ["terminate", "terminate"]
-    ends = [arm.limits.ends_at(REGION, one) for one in ids]
+    assert [arm.limits.shutdown_behaviour(REGION, item) for item in ids] == ["terminate", "terminate"]
+    ends = [arm.limits.ends_at(REGION, item) for item in ids]
     assert all(end and abs((end - datetime.now(UTC)).total_seconds() - 900) < 30 for end in ends)
     AwsInstances(an_account()).stop(lease)
     assert aws.states(*ids) == ["terminated", "terminated"]
-    assert [arm.limits.ends_at(REGION, one) for one in ids] == [None, None]
+    assert [arm.limits.ends_at(REGION, item) for item in ids] == [None, None]
 
 
 # -- prices -------------------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ def test_the_schedules_role_may_end_our_machines_and_nothing_else(aws: AwsCloud)
     assert Ec2Limit(an_account()).role_arn() == Ec2Limit(an_account()).role_arn()  # made once, found again
     iam = boto3.client("iam")
     trust = iam.get_role(RoleName=ROLE_NAME)["Role"]["AssumeRolePolicyDocument"]
-    assert [one["Principal"] for one in trust["Statement"]] == [{"Service": "scheduler.amazonaws.com"}]
+    assert [item["Principal"] for item in trust["Statement"]] == [{"Service": "scheduler.amazonaws.com"}]
     (statement,) = iam.get_role_policy(RoleName=ROLE_NAME, PolicyName="end")["PolicyDocument"]["Statement"]
     assert statement["Action"] == "ec2:TerminateInstances"
     assert statement["Condition"] == {"StringLike": {"aws:ResourceTag/slm-lease": "slm-*"}}
@@ -188,7 +193,9 @@ def test_an_interruption_is_told_from_an_end_that_somebody_asked_for(aws: AwsClo
     assert f"{taken} was taken back by AWS (Server.SpotInstanceTermination)" in told
     assert f"{ended} was terminated (Client.UserInitiatedShutdown)" in told
     assert lives not in told
-    assert {one.instance_id for one in arm.instances(record, a_lease()) if was_taken_back(one)} == {taken}
+    assert {instance.instance_id for instance in arm.instances(record, a_lease()) if was_taken_back(instance)} == {
+        taken
+    }
 
 
 def test_ending_waits_for_aws_to_say_so_and_is_quiet_where_nothing_is(aws: AwsCloud) -> None:
@@ -283,11 +290,11 @@ def test_reconcile_ends_a_leaked_machine_in_any_region_and_leaves_a_foreign_one(
     monkeypatch.setenv("SLM_HOME", str(home.root))
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--json"])
-    leak = next(one for one in json.loads(capsys.readouterr().out)["findings"] if mine in one["detail"])
+    leak = next(load for load in json.loads(capsys.readouterr().out)["findings"] if mine in load["detail"])
     assert (leak["level"], leak["way_out"]) == ("fail", "slm reconcile")
     cli_ends_with(0, "reconcile", "--json")
     printed = json.loads(capsys.readouterr().out)
-    outcomes = {one["name"]: (one["verdict"], one["outcome"], one["num_nodes"]) for one in printed["clusters"]}
+    outcomes = {item["name"]: (item["verdict"], item["outcome"], item["num_nodes"]) for item in printed["clusters"]}
     assert outcomes == {mine: ("unknown", "ended", 2), "slm-ffffff-demo-1-1": ("foreign", "kept", 1)}
     assert aws.states(*leaked, *web, region="us-west-2") == ["terminated", "terminated", "running"]
     assert aws.states(*theirs) == ["running"]
@@ -313,14 +320,16 @@ def test_a_lease_is_known_by_its_label_which_is_not_its_whole_name(aws: AwsCloud
     living = aws.start(tags={"slm-lease": label_of(lease_id)})
     account = AwsInstances(an_account(), known_leases=lambda: [lease_id])
     found = reconcile(home, [account], now_ms=lambda *_: 0)
-    assert [(one.name, one.verdict, one.outcome) for one in found.clusters] == [(lease_id, Verdict.PAID, Outcome.KEPT)]
+    assert [(cluster.name, cluster.verdict, cluster.outcome) for cluster in found.clusters] == [
+        (lease_id, Verdict.PAID, Outcome.KEPT)
+    ]
     assert aws.states(*living) == ["running"]
 
 
 def test_a_machine_that_two_lists_show_is_counted_once(aws: AwsCloud, home: Home) -> None:
     aws.start(tags={"slm-lease": f"slm-{home.owner_id()}-lost-1-1"})
     found = reconcile(home, [AwsInstances(an_account()), AwsInstances(an_account())], dry_run=True)
-    assert [one.num_nodes for one in found.clusters] == [1]
+    assert [cluster.num_nodes for cluster in found.clusters] == [1]
 
 
 def test_without_credentials_nobody_asks_aws(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -328,7 +337,7 @@ def test_without_credentials_nobody_asks_aws(home: Home, monkeypatch: pytest.Mon
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    assert [one.name for one in every_backend(home)] == []
+    assert [item.name for item in every_backend(home)] == []
 
 
 def test_a_key_for_another_service_is_no_problem_until_something_was_rented(aws: AwsCloud, home: Home) -> None:

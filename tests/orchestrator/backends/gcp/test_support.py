@@ -179,4 +179,4 @@ def test_no_credentials_and_no_network_are_told_apart(
 def test_with_the_job_a_hung_node_on_gcp_ends_so_it_may_be_rented() -> None:
     gcp = armable(provider("gcp"), {"gcp": GcpArm()})
     assert refusal(gcp, allow_unguarded=False) is None
-    assert [one.name for one in gcp.killers if one.kind is KillerKind.PROVIDER] == ["cloud-scheduler-delete"]
+    assert [killer.name for killer in gcp.killers if killer.kind is KillerKind.PROVIDER] == ["cloud-scheduler-delete"]

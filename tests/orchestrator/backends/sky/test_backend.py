@@ -91,9 +91,9 @@ class SkyRig:
 
     def change(self, what: Callable[[dict[str, Any]], Any], lease: Lease, rank: int | None = None) -> None:
         state, record = self.state, self._backend._record(lease)
-        order = [one for one, _ in record.get("instances", ())]
-        for one, node in state["clusters"].get(record["cluster"], {}).items():
-            if rank is None or one == order[rank]:
+        order = [entry for entry, _ in record.get("instances", ())]
+        for name, node in state["clusters"].get(record["cluster"], {}).items():
+            if rank is None or name == order[rank]:
                 what(node)
         self.cloud.write_text(json.dumps(state))
 
@@ -123,9 +123,9 @@ class SkyRig:
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[SkyRig]:
-    one = SkyRig(tmp_path)
-    yield one
-    one.client.close()
+    rig = SkyRig(tmp_path)
+    yield rig
+    rig.client.close()
 
 
 class TestSkyBackend(BackendContract):
@@ -136,7 +136,7 @@ def test_nodes_that_live_keep_their_ranks_when_one_is_rented_again(rig: SkyRig) 
     lease = lease_of()
     rig.backend.start(lease, rig.command)
     first = rig.state["clusters"]["slm-test-1"]
-    head = next(one for one, node in first.items() if node["ip"] == "10.0.0.198")  # the lower address is rank 0
+    head = next(name for name, node in first.items() if node["ip"] == "10.0.0.198")  # the lower address is rank 0
     rig.take(lease, 1)
     rig.backend.start(lease, rig.command)
     assert rig.state["facts"]["ranks"] == {"10.0.0.198": 0}

@@ -133,7 +133,7 @@ def test_a_place_that_is_not_known_is_left_to_skypilot() -> None:
 
 
 def test_accelerators_without_an_instance_type_have_skypilot_s_names() -> None:
-    assert [sky_accelerator(one) for one in ("H100-SXM", "A100-80GB-PCIe", "A100-40GB", "L4")] == [
+    assert [sky_accelerator(item) for item in ("H100-SXM", "A100-80GB-PCIe", "A100-40GB", "L4")] == [
         "H100",
         "A100-80GB",
         "A100",
@@ -226,4 +226,4 @@ def test_spot_knows_the_price_of_the_same_node_that_is_not_preempted() -> None:
     assert not isinstance(spot, catalog_slurm.Skipped)
     assert not isinstance(other, catalog_slurm.Skipped)
     found = list(catalog_slurm.with_on_demand([spot, other]))
-    assert [one.on_demand_usd_per_hour for one in found] == [Decimal("5.98"), Decimal("5.98")]
+    assert [entry.on_demand_usd_per_hour for entry in found] == [Decimal("5.98"), Decimal("5.98")]
