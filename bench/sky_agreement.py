@@ -209,7 +209,7 @@ def main(arguments: Sequence[str]) -> int:
         from sky import check
         from sky.utils import registry
     except ImportError:
-        print("error: skypilot is not installed; install the extra: pip install 'slm[cloud]'", file=sys.stderr)
+        print("error: skypilot is not installed; install the extra: pip install 'slm-spot[cloud]'", file=sys.stderr)
         return 1
     try:
         known = {str(cloud).lower(): cloud for cloud in registry.CLOUD_REGISTRY.values()}

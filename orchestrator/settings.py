@@ -15,6 +15,8 @@ from pathlib import Path
 
 from cost.errors import SlmError, UserError
 
+DISTRIBUTION = "slm-spot"
+"""The name in pyproject.toml: `slm` on the public index belongs to somebody else."""
 HOME_VARIABLE = "SLM_HOME"
 DEFAULT_HOME = "~/.slm"
 OWNER_BYTES = 3

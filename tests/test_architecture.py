@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.settings import DISTRIBUTION
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("orchestrator", "tasks", "trainer", "cost")
 HEAVY = ("torch", "ray", "sky", "lightning", "numpy", "boto3", "pandas", "pyarrow")
@@ -151,7 +153,7 @@ def test_help_loads_neither_the_planner_nor_pydantic() -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_other_distribution_owns_our_names(package: str) -> None:
-    assert set(packages_distributions().get(package, ["slm"])) == {"slm"}
+    assert set(packages_distributions().get(package, [DISTRIBUTION])) == {DISTRIBUTION}
     spec = find_spec(package)
     assert spec is not None
     assert spec.origin == str(ROOT / package / "__init__.py")

@@ -28,7 +28,7 @@ def export(
 ) -> None:
     """Write a run's newest weights for other programs.
 
-    Runs of the presets llama, qwen3 and gpt2; needs safetensors (pip install 'slm[export]').
+    Runs of the presets llama, qwen3 and gpt2; needs safetensors (pip install 'slm-spot[export]').
 
     \b
     Examples:
@@ -72,8 +72,8 @@ def import_(
 ) -> None:
     """Read weights that transformers wrote, so that a run can go on from them.
 
-    Llama, Qwen3 and GPT-2 in safetensors; needs safetensors (pip install 'slm[export]'). What it prints under `model`
-    is what a recipe needs beside training.initial_weights=FOLDER.
+    Llama, Qwen3 and GPT-2 in safetensors; needs safetensors (pip install 'slm-spot[export]'). What it prints under
+    `model` is what a recipe needs beside training.initial_weights=FOLDER.
 
     \b
     Examples:

@@ -106,7 +106,9 @@ def refresh_now(*, as_json: bool) -> None:
     from orchestrator.prices.sources.skypilot import BUSY, NO_SKYPILOT
 
     if not prices.has_skypilot():
-        raise UserError("--refresh reads prices through SkyPilot, which is not installed: pip install 'slm[cloud]'")
+        raise UserError(
+            "--refresh reads prices through SkyPilot, which is not installed: pip install 'slm-spot[cloud]'"
+        )
     home = home_from(os.environ).create()
     with home.offers_log.open("wb") as log:
         try:

@@ -28,7 +28,7 @@ from orchestrator.backends.sky.enabled_clouds import Enabled, enabled_clouds
 from orchestrator.backends.sky.terminators import armable
 from orchestrator.figures import duration, plural
 from orchestrator.runs.status import books
-from orchestrator.settings import Home
+from orchestrator.settings import DISTRIBUTION, Home
 from orchestrator.upkeep import clock_skew
 from orchestrator.upkeep.inventory import reconcile
 from tasks.stores import opening as stores
@@ -91,16 +91,16 @@ def examine(
 def packages() -> Iterator[Finding]:
     """Python and what training here, or renting elsewhere, needs."""
     running = f"Python {platform.python_version()} on {platform.system()}, {plural(os.cpu_count() or 1, 'core')}"
-    yield Finding("python", Level.OK, f"{running}, slm {installed('slm') or 'from a checkout'}")
+    yield Finding("python", Level.OK, f"{running}, {DISTRIBUTION} {installed(DISTRIBUTION) or 'from a checkout'}")
     training = {name: installed(name) for name in ("torch", "lightning", "ray")}
     missing = [name for name, found in training.items() if found is None]
     shown = ", ".join(f"{name} {found}" for name, found in training.items() if found is not None)
     if missing:
         detail = f"{', '.join(missing)} not installed: this machine can plan and supervise, not train"
-        yield Finding("training", Level.WARN, detail, "pip install 'slm[train]'")
+        yield Finding("training", Level.WARN, detail, "pip install 'slm-spot[train]'")
     elif numbers(training["torch"] or "") < OLDEST_TORCH or training["ray"] != RAY:
         wanted = f"torch {'.'.join(map(str, OLDEST_TORCH))} or newer and ray {RAY}"
-        yield Finding("training", Level.FAIL, f"{shown}; {wanted} is needed", "pip install 'slm[train]'")
+        yield Finding("training", Level.FAIL, f"{shown}; {wanted} is needed", "pip install 'slm-spot[train]'")
     else:
         yield Finding("training", Level.OK, shown)
 
@@ -193,7 +193,9 @@ def clouds(ask_skypilot: Callable[[], Enabled]) -> Iterator[Finding]:
     yield killers("local", "this machine plays a spot market: slm launch demo")
     found = installed("skypilot")
     if found is None:
-        yield Finding("skypilot", Level.WARN, "not installed: no cloud can be rented from", "pip install 'slm[cloud]'")
+        yield Finding(
+            "skypilot", Level.WARN, "not installed: no cloud can be rented from", "pip install 'slm-spot[cloud]'"
+        )
         return
     if found != SKYPILOT:
         detail = f"version {found}; slm is made for {SKYPILOT}"

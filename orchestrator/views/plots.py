@@ -60,7 +60,7 @@ def check(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise UserError(f"--plot {path}: there is no folder {path.absolute().parent}.")
     if find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib, which is not installed: pip install 'slm[plot]'")
+        raise UserError("--plot needs matplotlib, which is not installed: pip install 'slm-spot[plot]'")
 
 
 def frontier(points: Sequence[Point], budget_usd: float, path: Path) -> None:

@@ -102,7 +102,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise CorpusError(f"{path} needs pyarrow; install it with pip install 'slm[train]'.") from None
+        raise CorpusError(f"{path} needs pyarrow; install it with pip install 'slm-spot[train]'.") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

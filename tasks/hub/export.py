@@ -117,7 +117,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("this needs safetensors: pip install 'slm[export]'.") from None
+        raise UserError("this needs safetensors: pip install 'slm-spot[export]'.") from None
     return safetensors.torch
 
 

@@ -46,7 +46,7 @@ def make_client(endpoint_url: str | None, patience: Patience) -> Any:
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
         raise UserError(
-            f"a run store on S3 needs boto3 ({error}); install it with: pip install 'slm[cloud]'"
+            f"a run store on S3 needs boto3 ({error}); install it with: pip install 'slm-spot[cloud]'"
         ) from error
     config = Config(
         connect_timeout=min(10.0, patience.reply_seconds),

@@ -41,7 +41,7 @@ def test_an_extra_resolves_and_leaves_what_is_installed(extra: str, tmp_path: Pa
     moved = {
         name: (installed[name], version)
         for name, version in planned.items()
-        if name != "slm" and installed.get(name, version) != version
+        if name != "slm-spot" and installed.get(name, version) != version
     }
     assert moved == {}
     assert "torch" not in planned

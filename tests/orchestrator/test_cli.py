@@ -139,7 +139,7 @@ def test_every_command_that_prints_facts_has_json(slm: Slm, command: str) -> Non
 def test_the_version_is_that_of_the_distribution(slm: Slm) -> None:
     from importlib.metadata import version
 
-    assert slm("--version").out == f"slm {version('slm')}\n"
+    assert slm("--version").out == f"slm-spot {version('slm-spot')}\n"
 
 
 def test_shells_can_complete(slm: Slm) -> None:

@@ -21,7 +21,7 @@ GUARDED = {"local", "aws", "gcp", "azure", "runpod", "vast", "cudo", "hyperbolic
 def test_every_cloud_that_skypilot_serves_has_a_profile() -> None:
     spec = find_spec("sky")
     if spec is None or spec.origin is None:
-        pytest.skip("SkyPilot is not installed: pip install slm[cloud]")
+        pytest.skip("SkyPilot is not installed: pip install 'slm-spot[cloud]'")
     modules = {path.stem for path in (Path(spec.origin).parent / "clouds").glob("*.py")} - {"__init__", "cloud"}
     served = {"lambda" if name == "lambda_cloud" else name for name in modules}
     assert served <= set(providers())

@@ -314,7 +314,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(slm: Slm, monkeypa
     monkeypatch.setattr(plots, "find_spec", lambda _: None)
     ended = slm(*QUICK_FRONTIER, "--plot", "f.png")
     assert ended.code == 2
-    assert "pip install 'slm[plot]'" in ended.err
+    assert "pip install 'slm-spot[plot]'" in ended.err
 
 
 # ---------------------------------------------------------------- simulate
@@ -383,7 +383,7 @@ def test_refresh_without_skypilot_says_what_to_install(slm: Slm, monkeypatch: py
     monkeypatch.setattr(prices, "has_skypilot", lambda: False)
     ended = slm("offers", "--refresh")
     assert ended.code == 2
-    assert "pip install 'slm[cloud]'" in ended.err
+    assert "pip install 'slm-spot[cloud]'" in ended.err
 
 
 @pytest.mark.parametrize(
