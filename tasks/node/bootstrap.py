@@ -1,7 +1,7 @@
 """The first program on a rented node, and how the node gets its Python environment.
 
-    python3 rented.py start --facts node.json      what SkyPilot runs on each node: the guard first, then wait
-    python3 rented.py bootstrap --facts node.json  what the guard starts: environment, data, `python -m tasks node`
+    python3 bootstrap.py start --facts node.json      what SkyPilot runs on each node: the guard first, then wait
+    python3 bootstrap.py bootstrap --facts node.json  what the guard starts: environment, data, `python -m tasks node`
 
 One file for any python3 from 3.8 on, standard library only, since it runs before anything is installed. The guard is a
 process of its own that outlives SkyPilot's; whatever fails after it costs at most what is paid for. The environment
@@ -153,7 +153,7 @@ def guard_command(
         with contextlib.suppress(KeyError):
             words += ["--kill", killer.format_map(environ)]
     words += [word for source in facts["notice"] for word in ("--notice", source)]
-    bootstrap = [sys.executable, "-u", os.path.join(folder, "tasks", "rented.py"), "bootstrap"]
+    bootstrap = [sys.executable, "-u", os.path.join(folder, "tasks", "node", "bootstrap.py"), "bootstrap"]
     return [*words, "--", *bootstrap, "--facts", os.path.join(folder, "node.json")]
 
 
@@ -402,7 +402,7 @@ def say(text: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rented.py", description="Be a rented node.")
+    parser = argparse.ArgumentParser(prog="bootstrap.py", description="Be a rented node.")
     parser.add_argument("verb", choices=("start", "bootstrap"))
     parser.add_argument("--facts", required=True, help="node.json, beside the code")
     options = parser.parse_args(arguments)

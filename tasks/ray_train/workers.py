@@ -347,8 +347,10 @@ def fingerprint(error: BaseException) -> str:
     ours = ("trainer", "tasks", "cost")
     place = "unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).parent.name in ours:
-            place = f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.name}"
+        folders = Path(frame.filename).parts[:-1]
+        package = next((at for at in range(len(folders) - 1, -1, -1) if folders[at] in ours), None)
+        if package is not None:
+            place = f"{'/'.join(folders[package:])}/{Path(frame.filename).name}:{frame.name}"
     message = re.sub(r"0x[0-9a-f]+|[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", str(error), flags=re.IGNORECASE)
     digest = hashlib.sha256(message.encode()).hexdigest()[:8]
     return f"{type(error).__name__} in {place} [{digest}]"
