@@ -28,6 +28,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from tasks.run_store_keys import METRICS, PROGRESS
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cost.errors import SlmError
@@ -391,8 +393,8 @@ def checkpoint_stall(bench: Bench) -> dict[str, Any]:
             signals=NoSignals(),
             phase=lambda name: None,
         )
-        rows = [json.loads(line) for key in store.list("metrics/") for line in store.read(key).splitlines()]
-        progress = json.loads(store.read("progress/latest.json"))
+        rows = [json.loads(line) for key in store.list(METRICS) for line in store.read(key).splitlines()]
+        progress = json.loads(store.read(PROGRESS))
     stalls = [row["checkpoint_stall_seconds"] for row in rows[2:]] + [progress["checkpoint_stall_seconds"]]
     free(bench)
     gib = 12 * model.workload().num_params / 2**30  # weights and two moments in fp32

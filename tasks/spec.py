@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cost.errors import SlmError
 from tasks.recipe.schema import Recipe
+from tasks.run_store_keys import SPEC
 from trainer.config import TrainConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -77,7 +78,7 @@ class RunSpec(BaseModel):
         return (self.model_dump_json(indent=1) + "\n").encode()
 
     @classmethod
-    def from_bytes(cls, content: bytes, *, origin: str = "spec.json") -> RunSpec:
+    def from_bytes(cls, content: bytes, *, origin: str = SPEC) -> RunSpec:
         """Read the JSON; `origin` names it in an error.
 
         Raises:

@@ -38,7 +38,8 @@ TICK_SECONDS = 0.5
 GUARD_START_SECONDS = 20.0
 INSTALL_SECONDS = 1500.0
 EXIT_BROKEN = 30
-"""As in tasks.node.ray_node: safe to start again elsewhere."""
+NODE_LOG = "logs/{lease_id}-{rank}.log"
+"""Both as in tasks.run_store_keys, which this file cannot import: no package of ours is installed yet."""
 OWN_INDEX = ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_FIND_LINKS", "UV_OFFLINE", "PIP_INDEX_URL", "PIP_FIND_LINKS")
 """Where packages come from another place than everybody's, it is not gone round."""
 PASSED_ON = (
@@ -265,8 +266,9 @@ def send_log(folder: str, facts: Mapping[str, Any]) -> None:
     spec.loader.exec_module(guard)
     credentials = os.path.join(folder, facts["credentials"]) if facts.get("credentials") else ""
     store = guard.S3Store(facts["store_uri"], guard.Aws(guard.Metadata(), credentials, facts.get("region") or ""))
+    key = NODE_LOG.format(lease_id=facts["lease_id"], rank=os.environ["SLM_RANK"])
     with open(os.path.join(os.environ["SLM_NODE_DIR"], "node.log"), "rb") as file:
-        store._call("PUT", f"logs/{facts['lease_id']}-{os.environ['SLM_RANK']}.log", file.read())
+        store._call("PUT", key, file.read())
 
 
 def cache_root() -> str:

@@ -20,8 +20,9 @@ from cost.ledger.journal import JournalDamaged
 from cost.ledger.leases import Lease
 from cost.ledger.ledger import Fenced, Ledger, replay
 from cost.market.offers import Offer
-from orchestrator.runs.journal import StoreJournal, enter, key_of, recover
+from orchestrator.runs.journal import StoreJournal, enter, recover
 from orchestrator.runs.records import Run, Runs
+from tasks.run_store_keys import ledger_record
 from trainer.run_store.base import DirectoryStore, StoreError
 
 HOUR_MS = 3_600_000
@@ -125,7 +126,7 @@ def test_a_reservation_stands_in_the_store_before_it_counts(laptop: Machine, sto
         reserve(ledger)
     assert ledger.accounts() == [] and ledger.balance().held_usd == 0
     reserve(ledger)
-    newest = json.loads(store.read(key_of(1)))
+    newest = json.loads(store.read(ledger_record(1)))
     assert [entry["held_micro_usd"] for entry in newest["entries"]] == [1_000_000]
 
 
@@ -158,7 +159,7 @@ def test_what_lowers_the_sum_is_written_here_while_the_store_is_away(laptop: Mac
     assert ledger.balance().spent_usd == Decimal("0.5")
     store.lost_before = 0
     assert ledger.mirror()
-    kinds = [entry["kind"] for entry in json.loads(store.read(key_of(2)))["entries"]]
+    kinds = [entry["kind"] for entry in json.loads(store.read(ledger_record(2)))["entries"]]
     assert kinds == ["accrue", "settle", "release"]
 
 
@@ -264,7 +265,7 @@ def test_what_was_never_rented_owes_no_shortest_time(laptop: Machine) -> None:
 
 def test_a_damaged_record_stops_everything_that_would_spend(laptop: Machine, desktop: Machine) -> None:
     reserve(laptop.enter(laptop.create().run_id))
-    laptop.store.write(key_of(1), b'{"epoch"')
+    laptop.store.write(ledger_record(1), b'{"epoch"')
     with pytest.raises(JournalDamaged, match="record 1 of the books"):
         recover(desktop.runs, desktop.store)
 
