@@ -26,11 +26,11 @@ class Lease:
     offer: Offer
     num_nodes: int
     worst_usd_per_hour: Decimal
-    """The most that one node can come to cost per hour while the lease lasts (p-hat)."""
+    """The worst-case price of one node per hour while the lease lasts (p̂)."""
     first_grant_seconds: float
     """Real seconds from boot after which an unrenewed node ends itself."""
     kill_latency_seconds: float
-    """Real seconds that the slowest killer assumed sound needs (kappa)."""
+    """The kill latency: real seconds that the slowest working terminator needs (κ)."""
     epoch: int
     """Fencing number of the supervisor that wrote it."""
     minimum_billed_seconds: float = 0.0

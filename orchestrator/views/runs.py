@@ -122,7 +122,7 @@ def statuses(runs: Sequence[RunStatus], console: Console) -> None:
         _status_table(runs, console)
 
 
-def state_of(run: RunStatus) -> str:
+def state_words(run: RunStatus) -> str:
     """The state in words, and whether somebody acts on it."""
     words = str(run.state).lower().replace("_", " ")
     return words if run.supervisor_alive or is_final(run) else f"{words}, unsupervised"
@@ -151,7 +151,7 @@ def next_command(run: RunStatus) -> str:
 
 
 def _status(run: RunStatus, console: Console) -> None:
-    say(console, f"{run.run_id} is {state_of(run)}: {_where(run)}.", "")
+    say(console, f"{run.run_id} is {state_words(run)}: {_where(run)}.", "")
     facts = table("", "")
     facts.show_header = False
     rows = [
@@ -182,7 +182,7 @@ def _status_table(runs: Sequence[RunStatus], console: Console) -> None:
     for run in runs:
         shown.add_row(
             run.run_id,
-            state_of(run),
+            state_words(run),
             f"{_number(run.step)}/{_number(run.num_steps)}",
             nats(run.heldout_loss if run.heldout_loss is not None else run.loss),
             count(run.tokens_per_second),
@@ -257,7 +257,7 @@ def _headline(ended: RunSummary) -> str:
         return f"{run.run_id} stopped at its cap: {saved}, {cost}"
     if state == "FAILED":
         return f"{run.run_id} failed: {run.reason or 'see its logs'}; {cost}"
-    return f"{run.run_id} is {state_of(run)}: {_where(run)}"
+    return f"{run.run_id} is {state_words(run)}: {_where(run)}"
 
 
 # ---------------------------------------------------------------- books

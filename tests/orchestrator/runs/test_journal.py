@@ -266,7 +266,7 @@ def test_what_was_never_rented_owes_no_shortest_time(laptop: Machine) -> None:
 def test_a_damaged_record_stops_everything_that_would_spend(laptop: Machine, desktop: Machine) -> None:
     reserve(laptop.enter(laptop.create().run_id))
     laptop.store.write(ledger_record(1), b'{"epoch"')
-    with pytest.raises(JournalDamaged, match="record 1 of the books"):
+    with pytest.raises(JournalDamaged, match="record 1 of the ledger"):
         recover(desktop.runs, desktop.store)
 
 
