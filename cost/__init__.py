@@ -1,1 +1,1 @@
-"""Costs, performance, predicted results and the ledger: pure functions and SQLite."""
+"""Does the arithmetic and keeps the books: pure functions and SQLite."""

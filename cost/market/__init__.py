@@ -1,1 +1,1 @@
-"""The market: offers, hardware, clouds, billing by provider, preemption rates."""
+"""What can be rented: offers, hardware, clouds, how providers bill, how often they preempt."""

@@ -1,1 +1,1 @@
-"""Predicted results of a run: loss, benchmark scores, and the range in which the predictions hold."""
+"""What a training run will reach: loss, benchmark scores, and where those laws may be trusted."""

@@ -1,1 +1,1 @@
-"""Performance of a training run on given hardware: FLOPs, memory, tokens per second."""
+"""How fast and how large a training run is on given hardware: FLOPs, memory, tokens per second."""

@@ -14,7 +14,6 @@ import platform
 import tarfile
 from pathlib import Path
 
-from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
 
 FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -23,7 +22,7 @@ MAX_BYTES = 512 * 2**20
 
 
 def cache_key() -> str:
-    """The key of what this torch built on this kind of machine."""
+    """compile/DIGEST.tar of this torch on this kind of machine."""
     import torch
 
     facts = [torch.__version__, platform.machine(), platform.python_version(), str(torch.version.cuda)]
@@ -31,7 +30,7 @@ def cache_key() -> str:
         facts += [torch.cuda.get_device_name(), str(torch.cuda.get_device_capability())]
     else:
         facts.append(torch.backends.cpu.get_cpu_capability())
-    return keys.compiled(hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
+    return f"compile/{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.tar"
 
 
 class CompileCache:

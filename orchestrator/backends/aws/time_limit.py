@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from orchestrator.backends.aws.account import AwsAccount, Ec2Instance
+from orchestrator.backends.aws.account import AwsAccount, AwsRefused, AwsTrouble, Ec2Instance
 from orchestrator.backends.base import BackendError
-from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 
 ROLE_NAME = "slm-end-nodes"
 """What the scheduler acts as; made at the first rent, the same for all runs of an account."""
@@ -62,7 +61,7 @@ class Ec2Limit:
             try:
                 self._put(region, wanted)
                 return
-            except ProviderRefused as refused:
+            except AwsRefused as refused:
                 if refused.code != "ValidationException" or "assume" not in str(refused) or attempt == ROLE_TRIES - 1:
                     raise
                 self._sleep(ROLE_PAUSE_SECONDS)
@@ -70,8 +69,8 @@ class Ec2Limit:
     def _put(self, region: str, wanted: dict[str, Any]) -> None:
         try:
             self._account.ask("scheduler", region, "update_schedule", **wanted)
-        except ProviderRefused as refused:
-            if refused.reason is not RefusalReason.MISSING:
+        except AwsRefused as refused:
+            if refused.trouble is not AwsTrouble.MISSING:
                 raise
             self._account.ask("scheduler", region, "create_schedule", **wanted)
 
@@ -99,8 +98,8 @@ class Ec2Limit:
         """When the schedule acts, as AWS has it; None where there is none."""
         try:
             found = self._account.ask("scheduler", region, "get_schedule", Name=SCHEDULE_PREFIX + instance_id)
-        except ProviderRefused as refused:
-            if refused.reason is RefusalReason.MISSING:
+        except AwsRefused as refused:
+            if refused.trouble is AwsTrouble.MISSING:
                 return None
             raise
         text = str(found["ScheduleExpression"]).removeprefix("at(").removesuffix(")")
@@ -111,8 +110,8 @@ class Ec2Limit:
         for item in instance_ids:
             try:
                 self._account.ask("scheduler", region, "delete_schedule", Name=SCHEDULE_PREFIX + item)
-            except ProviderRefused as refused:
-                if refused.reason is not RefusalReason.MISSING:
+            except AwsRefused as refused:
+                if refused.trouble is not AwsTrouble.MISSING:
                     raise
 
     def role_arn(self) -> str:
@@ -120,8 +119,8 @@ class Ec2Limit:
         if not self._role_arn:
             try:
                 found = self._account.ask("iam", "us-east-1", "get_role", RoleName=ROLE_NAME)
-            except ProviderRefused as refused:
-                if refused.reason is not RefusalReason.MISSING:
+            except AwsRefused as refused:
+                if refused.trouble is not AwsTrouble.MISSING:
                     raise
                 trust = json.dumps(trust_policy())
                 found = self._account.ask(
@@ -155,9 +154,9 @@ class Ec2Limit:
                     Attribute="instanceInitiatedShutdownBehavior",
                     Value=TERMINATE,
                 )
-            except ProviderRefused as refused:
+            except AwsRefused as refused:
                 # A one-time spot request knows no stop, and some attributes of it cannot be modified.
-                if not (instance.is_spot and refused.reason is RefusalReason.UNSUPPORTED):
+                if not (instance.is_spot and refused.trouble is AwsTrouble.UNSUPPORTED):
                     raise
             else:
                 said = self.shutdown_behaviour(region, instance.instance_id)
