@@ -24,6 +24,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tasks.run_store_keys import METRICS, incarnation_of_metrics
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.exact_group import Attempt, Job, Report, only_checkpoint, run_jobs, seen_by_weights
@@ -72,7 +74,10 @@ class Bench:
 def rows_of(store: Path) -> list[dict[str, Any]]:
     """The newest numbers of every step."""
     rows: dict[int, dict[str, Any]] = {}
-    for path in sorted(store.glob("metrics/epoch=*/*.jsonl"), key=lambda path: int(path.parent.name.split("=")[1])):
+    parts = {
+        path: incarnation_of_metrics(path.relative_to(store).as_posix()) for path in store.glob(f"{METRICS}*/*.jsonl")
+    }
+    for path in sorted(parts, key=lambda path: parts[path] or 0):
         rows |= {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
     return [rows[step] for step in sorted(rows)]
 

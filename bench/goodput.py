@@ -23,6 +23,8 @@ from typing import Any
 
 from proof import Proof, finish, proof_in
 
+from tasks import run_store_keys as keys
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.backends.local.records import EVENTS_FILE, read_lines
@@ -72,12 +74,12 @@ class Group:
 
 @dataclass
 class Seen:
-    """What was seen while it ran: the newest step of each epoch, as `progress/latest.json` told it."""
+    """What was seen while it ran: the newest step of each epoch, as its progress told it."""
 
     newest_step: dict[int, int] = field(default_factory=dict)
 
     def look(self, proof: Proof) -> None:
-        newest = proof.read(RUN, "progress/latest.json") or {}
+        newest = proof.read(RUN, keys.PROGRESS) or {}
         if newest.get("step") is not None:
             epoch = int(newest["epoch"])
             self.newest_step[epoch] = max(int(newest["step"]), self.newest_step.get(epoch, 0))
@@ -86,9 +88,9 @@ class Seen:
 def groups_of(store: Path) -> list[Group]:
     """All that made a step, in the order of their epochs."""
     groups = []
-    for path in (store / "phases").glob("*.json"):
+    for path in (store / keys.PHASES).glob("*.json"):
         facts = json.loads(path.read_text())
-        start = json.loads((store / "epochs" / f"{facts['epoch']}.json").read_text())
+        start = json.loads((store / keys.incarnation(facts["epoch"])).read_text())
         noticed = datetime.fromisoformat(facts["started_at"]).timestamp()
         groups.append(
             Group(
@@ -120,8 +122,9 @@ def losses_of(market: Path, until: float) -> list[dict[str, Any]]:
 def steps_of(store: Path) -> dict[int, list[int]]:
     """Steps that each epoch recorded; a killed group loses the records of its last seconds, a leaving one none."""
     found: dict[int, list[int]] = {}
-    for path in store.glob("metrics/epoch=*/*.jsonl"):
-        epoch = int(path.parent.name.split("=")[1])
+    for path in sorted(store.glob(f"{keys.METRICS}*/*.jsonl")):
+        epoch = keys.incarnation_of_metrics(path.relative_to(store).as_posix())
+        assert epoch is not None
         found.setdefault(epoch, []).extend(json.loads(line)["step"] for line in path.read_text().splitlines())
     return found
 

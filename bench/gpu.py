@@ -28,6 +28,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from tasks.run_store_keys import METRICS, PROGRESS
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cost.errors import SlmError
@@ -123,7 +125,7 @@ def relative_error(found: Tensor | None, wanted: Tensor | None) -> float:
 # -- training steps
 
 
-def shape_of(name: str, preset: str = "llama", *, tiny: bool = False) -> ModelConfig:
+def model_shape(name: str, preset: str = "llama", *, tiny: bool = False) -> ModelConfig:
     if tiny:
         sizes: dict[str, Any] = {"num_layers": 2, "width": 64, "num_heads": 4, "num_kv_heads": 4, "hidden_size": 96}
         return ModelConfig(**expand({"preset": preset, "vocab_size": 256, "sequence_length": 32, **sizes}))
@@ -169,7 +171,7 @@ def random_batch(bench: Bench, config: TrainConfig, seed: int = 0) -> tuple[Tens
 def loss_parity(bench: Bench) -> dict[str, Any]:
     """The same run in fp32, bf16 and (where the card has it) 8 bits: mean losses of its last tenth."""
     num_steps = 10 if bench.tiny else PARITY_STEPS
-    model = shape_of("124m", tiny=bench.tiny)
+    model = model_shape("124m", tiny=bench.tiny)
     if not bench.tiny:
         model = replace(model, num_layers=6, sequence_length=512, vocab_size=4096)
     base = TrainConfig(
@@ -218,7 +220,7 @@ def speed(
     bench: Bench, name: str, optimizer: str = "muon", *, fp8: bool = False, documents: bool = False
 ) -> dict[str, Any]:
     """Tokens per second, utilization and memory of one shape, compiled, with the largest micro-batch that fits."""
-    model = shape_of(name, tiny=bench.tiny)
+    model = model_shape(name, tiny=bench.tiny)
     config = TrainConfig(
         model=model,
         optimizer=OptimizerConfig(name=optimizer),
@@ -294,7 +296,7 @@ def transformers_speed(bench: Bench, name: str, micro_batch_size: int) -> dict[s
     """transformers' Llama of the same shape: SDPA, compiled, bf16 autocast, fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = shape_of(name, tiny=bench.tiny)
+    model = model_shape(name, tiny=bench.tiny)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=model.vocab_size,
@@ -366,7 +368,7 @@ def _transformers_timed(
 
 def checkpoint_stall(bench: Bench) -> dict[str, Any]:
     """How long training waits for a checkpoint, by the real loop on made-up data."""
-    model = shape_of("350m", tiny=bench.tiny)
+    model = model_shape("350m", tiny=bench.tiny)
     config = TrainConfig(
         model=model,
         optimizer=OptimizerConfig(name="adamw"),
@@ -391,8 +393,8 @@ def checkpoint_stall(bench: Bench) -> dict[str, Any]:
             signals=NoSignals(),
             phase=lambda name: None,
         )
-        rows = [json.loads(line) for key in store.list("metrics/") for line in store.read(key).splitlines()]
-        progress = json.loads(store.read("progress/latest.json"))
+        rows = [json.loads(line) for key in store.list(METRICS) for line in store.read(key).splitlines()]
+        progress = json.loads(store.read(PROGRESS))
     stalls = [row["checkpoint_stall_seconds"] for row in rows[2:]] + [progress["checkpoint_stall_seconds"]]
     free(bench)
     gib = 12 * model.workload().num_params / 2**30  # weights and two moments in fp32

@@ -28,7 +28,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from cost.market.offers import Offer, load_reference_offers
-from cost.plan.frontier import shape_of
+from cost.plan.frontier import model_shape
 from cost.plan.planner import make_plan
 
 SIZES = (0.25, 0.5, 1.0, 2.0)
@@ -74,7 +74,7 @@ def many_offers(count: int, seed: int = 0) -> list[Offer]:
 
 def seconds_to_plan(offers: Sequence[Offer], max_nodes: int, repeat: int) -> float:
     """Median over repetitions, of which the first, cold one does not count."""
-    work = shape_of(NUM_PARAMS)
+    work = model_shape(NUM_PARAMS)
     timings = []
     for _ in range(repeat + 1):
         begin = time.perf_counter()
@@ -161,7 +161,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        make_plan(shape_of(NUM_PARAMS), many_offers(options.offers), budget_usd=BUDGET_USD, max_nodes=options.max_nodes)
+        make_plan(
+            model_shape(NUM_PARAMS), many_offers(options.offers), budget_usd=BUDGET_USD, max_nodes=options.max_nodes
+        )
         print(peak_mib())
         return 0
     counts = [max(1, round(options.offers * share)) for share in SIZES]

@@ -13,6 +13,8 @@ from typing import Any
 
 from proof import Proof, finish, proof_in
 
+from tasks.run_store_keys import RESULT
+
 CALM = ("--backend", "local", "--market", "calm", "--nodes", "2", "--set", "precision=fp32", "--yes")
 
 
@@ -35,7 +37,7 @@ def main() -> int:
         resumed = cut.slm("resume", "--budget", "100", timeout=1200)
         last = cut.status()
         cut.check(last.get("state") == "SUCCEEDED", f"more money finishes it: {last.get('state')} {resumed.stderr}")
-        weights = [(proof.read("demo-1", "result.json") or {}).get("weights_sha256") for proof in (whole, cut)]
+        weights = [(proof.read("demo-1", RESULT) or {}).get("weights_sha256") for proof in (whole, cut)]
         cut.check(weights[0] is not None and weights[0] == weights[1], f"the weights are the same: {weights}")
         cut.failures += whole.failures
         facts = {

@@ -25,6 +25,8 @@ import psutil
 from proof import Proof, finish, proof_in
 from prove_kills import COMMAND, GRANT_SECONDS, check_books
 
+from tasks.run_store_keys import PROGRESS
+
 TARGETS = ("supervisor", "guard", "fuse", "raylet", "trainer")
 LAUNCH = (*COMMAND, "--nodes", "2")
 FIRST_STEP_SECONDS = 240.0
@@ -168,7 +170,7 @@ def rage(storm: Storm, minutes: float) -> None:
 
 
 def trained(proof: Proof) -> bool:
-    return int((proof.read("demo-1", "progress/latest.json") or {}).get("step", 0)) > 0
+    return int((proof.read("demo-1", PROGRESS) or {}).get("step", 0)) > 0
 
 
 def seen_usd(watch: Watch, proof: Proof, run_id: str) -> Decimal:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from proof import PeakMemory, finish, proof_in
 
+from tasks.run_store_keys import RESULT
+
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SECONDS = 300
 MAX_BYTES = 6 * 2**30
@@ -47,7 +49,7 @@ def main() -> int:
         proof.check(not left, f"nothing is left running: {left}")
         run = proof.status()
         run_id = str(run.get("run_id", "demo-1"))
-        result = proof.read(run_id, "result.json") or {}
+        result = proof.read(run_id, RESULT) or {}
         first, last = result.get("first_heldout_loss", 0.0), result.get("heldout_loss", 99.0)
         unigram = result.get("unigram_entropy", 0.0)
         events_path = proof.run_dir(run_id) / "market" / "events.jsonl"

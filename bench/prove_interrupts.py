@@ -18,6 +18,8 @@ from typing import Any
 
 from proof import Proof, finish, proof_in
 
+from tasks.run_store_keys import PROGRESS
+
 COMMAND = (
     *("launch", "demo", "--backend", "local", "--market", "calm", "--yes"),
     *("--set", "training.num_steps=1000000", "--set", "training.eval_every_steps=1000000"),
@@ -71,7 +73,7 @@ def resumes(proof: Proof) -> bool:
     deadline = time.monotonic() + 120
     went_on = False
     while time.monotonic() < deadline and not went_on:
-        newest = proof.read(farthest["run_id"], "progress/latest.json") or {}
+        newest = proof.read(farthest["run_id"], PROGRESS) or {}
         went_on = newest.get("step", 0) > farthest["step"]
         time.sleep(0.5)
     child.send_signal(signal.SIGINT)

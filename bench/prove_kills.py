@@ -23,6 +23,8 @@ from pathlib import Path
 import psutil
 from proof import Proof, finish, proof_in
 
+from tasks.run_store_keys import PROGRESS
+
 CAP_USD = 400
 TARGETS = ("supervisor", "guard", "head", "worker")
 COMMAND = (
@@ -57,7 +59,7 @@ class Siege:
 
     def progress(self) -> tuple[int, int]:
         """Epoch of the workers and newest step."""
-        newest = self.proof.read("demo-1", "progress/latest.json") or {}
+        newest = self.proof.read("demo-1", PROGRESS) or {}
         return int(newest.get("epoch", -1)), int(newest.get("step", -1))
 
     def wait(self, seconds: float, until: Callable[[], bool]) -> bool:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from proof import Proof, finish, proof_in
 
+from tasks.run_store_keys import LEDGER
+
 WAIT_SECONDS = 240.0
 
 
@@ -33,7 +35,7 @@ def wait_for_step(proof: Proof, step: int) -> bool:
 
 def epochs_in(store: Path) -> list[int]:
     """Of all records of the books, in their order."""
-    return [json.loads(path.read_bytes())["epoch"] for path in sorted((store / "books").glob("*.json"))]
+    return [json.loads(path.read_bytes())["epoch"] for path in sorted((store / LEDGER).glob("*.json"))]
 
 
 def main() -> int:

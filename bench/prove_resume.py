@@ -32,6 +32,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
 from bench.forked import Forked
+from tasks import run_store_keys as keys
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.loop import Signal, fabric_precision, train
 from trainer.run_store.base import Bytes, DirectoryStore
@@ -188,17 +189,17 @@ def run_group(case: Case, store: Path, kill: Kill | None) -> bool:
 
 def compare(alone: Path, killed: Path) -> dict[str, Any]:
     """The end and every step that was ever made, those made twice included."""
-    results = [json.loads((folder / "result.json").read_bytes()) for folder in (alone, killed)]
+    results = [json.loads((folder / keys.RESULT).read_bytes()) for folder in (alone, killed)]
     curve = {row["step"]: (row["loss"], row["gradient_norm"]) for row in rows_of(alone)}
     rows = rows_of(killed)
     differing = sorted({row["step"] for row in rows if (row["loss"], row["gradient_norm"]) != curve[row["step"]]})
     seen = {row["step"] for row in rows}
     same = not differing and seen == set(curve) and results[0] == results[1]
-    return {"same": same, "differing_steps": differing, "epochs": len(list((killed / "epochs").iterdir()))}
+    return {"same": same, "differing_steps": differing, "epochs": len(list((killed / keys.INCARNATIONS).iterdir()))}
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    parts = sorted(folder.glob("metrics/*/*.jsonl"))
+    parts = sorted(folder.glob(f"{keys.METRICS}*/*.jsonl"))
     return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
 
 
@@ -278,7 +279,7 @@ class KillingStore(DirectoryStore):
         self._around("part", lambda: super(KillingStore, self).write_pieces(key, pieces), counted=True)
 
     def write(self, key: str, data: bytes) -> None:
-        kind = "manifest" if key.endswith("manifest.json") else ""
+        kind = "manifest" if key.endswith(keys.MANIFEST) else ""
         self._around(kind, lambda: super(KillingStore, self).write(key, data))
 
     def delete(self, key: str) -> None:

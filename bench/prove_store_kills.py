@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bench.forked import Forked
+from tasks.run_store_keys import CHECKPOINTS, MANIFEST
 from tasks.stores import s3
 from tasks.stores.opening import open_store
 from tests.support.s3_server import BUCKET, CREDENTIALS, FaultProxy, at_random, s3_server
@@ -162,9 +163,9 @@ def moment(store: Store, *, begun: bool) -> str:
     """When the child died, by what it left."""
     if not begun:
         return "while it began"
-    keys = store.list("checkpoints/")
-    folders = {key.rsplit("/", 1)[0] for key in keys if "/step=" in key}
-    unfinished = [folder for folder in folders if f"{folder}/manifest.json" not in keys]
+    stored = store.list(CHECKPOINTS)
+    folders = {key.rsplit("/", 1)[0] for key in stored if "/step=" in key}
+    unfinished = [folder for folder in folders if f"{folder}/{MANIFEST}" not in stored]
     return "between two parts of a save" if unfinished else "with nothing in flight"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.recipe.schema import load_recipe
+from tasks.run_store_keys import METRICS
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.model.presets import expand
 
@@ -159,7 +160,7 @@ def train_one(run: Run, data_dir: Path) -> dict[str, Any]:
             signals=Quiet(),
             phase=lambda name: None,
         )
-        rows = [json.loads(line) for key in store.list("metrics/") for line in store.read(key).splitlines()]
+        rows = [json.loads(line) for key in store.list(METRICS) for line in store.read(key).splitlines()]
     return {
         "key": run.key(),
         "part": run.part,

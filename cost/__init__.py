@@ -1,1 +1,1 @@
-"""Does the arithmetic and keeps the books: pure functions and SQLite."""
+"""Costs, performance, predicted results and the ledger: pure functions and SQLite."""

@@ -1,4 +1,4 @@
-"""Errors that a person can act on: each names the fact, the numbers and the way out.
+"""Errors that a user can act on: each states the problem, the numbers and the fix.
 
 Only `orchestrator.cli` turns an `SlmError` into an exit code; everything else is a bug and keeps its traceback.
 """
@@ -9,13 +9,13 @@ from decimal import Decimal
 
 
 class SlmError(Exception):
-    """Something went wrong that is not a bug of ours."""
+    """Something went wrong that is not a bug in slm."""
 
     exit_code = 1
 
 
 class UserError(SlmError):
-    """The request itself cannot be met; a changed command can."""
+    """The request cannot be met as given; a changed command can."""
 
     exit_code = 2
 
@@ -27,6 +27,6 @@ class BudgetExceeded(UserError):
         self.needed_usd = needed_usd
         self.remaining_usd = remaining_usd
         super().__init__(
-            f"this lease may cost ${needed_usd:.2f}, but ${remaining_usd:.2f} is left; "
-            "train on fewer tokens, pick a cheaper offer, or raise the cap with --budget."
+            f"this lease may cost ${needed_usd:.2f}, but only ${remaining_usd:.2f} of the budget cap is left; "
+            "train on fewer tokens, choose a cheaper offer, or raise the cap with --budget."
         )

@@ -1,7 +1,6 @@
-"""What one attempt at a stage of a run is told: recipe, stage, places, and how many workers. JSON in the run store.
+"""What one attempt of a run is told: the recipe, the places, and how many workers. JSON in the run store.
 
-The recipe in it lists no stages: a node knows the stage that its lease belongs to, and no other. Invariant: a spec is
-written whole by the supervisor and never changed by a node. Imports no numpy, torch or ray.
+Invariant: a spec is written whole by the supervisor and never changed by a node. Imports no numpy, torch or ray.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cost.errors import SlmError
-from tasks.recipe.schema import AnyStage, Recipe
-from tasks.recipe.stages import PretrainOptions
+from tasks.recipe.schema import Recipe
+from tasks.run_store_keys import SPEC
 from trainer.config import TrainConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -36,7 +35,7 @@ class Losses(BaseModel):
 
 
 class RunSpec(BaseModel):
-    """One attempt: which lease does what, from where, with how many workers."""
+    """One attempt: which lease trains what, from where, with how many workers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,9 +43,6 @@ class RunSpec(BaseModel):
     lease_id: str
     attempt: PositiveInt
     recipe: Recipe
-    stage: AnyStage = Field(default_factory=PretrainOptions)
-    inputs: dict[str, str] = Field(default_factory=dict)
-    """Digest of the manifest of each earlier stage, for the manifest of this one."""
     store_uri: str
     data_dir: str
     num_nodes: PositiveInt
@@ -82,7 +78,7 @@ class RunSpec(BaseModel):
         return (self.model_dump_json(indent=1) + "\n").encode()
 
     @classmethod
-    def from_bytes(cls, content: bytes, *, origin: str = "spec.json") -> RunSpec:
+    def from_bytes(cls, content: bytes, *, origin: str = SPEC) -> RunSpec:
         """Read the JSON; `origin` names it in an error.
 
         Raises:

@@ -21,13 +21,13 @@ PACKAGES = ("orchestrator", "tasks", "trainer", "cost")
 HEAVY = ("torch", "ray", "sky", "lightning", "numpy", "boto3", "pandas", "pyarrow")
 TORCH_FREE = (
     "tasks.recipe.schema",
+    "tasks.run_store_keys",
     "tasks.spec",
-    "tasks.stages.registry",
-    "tasks.stages.manifest",
     "tasks.stores.opening",
     "tasks.guard",
     "trainer.config",
     "trainer.run_store.base",
+    "trainer.run_store.keys",
 )
 TRAINER_NEEDS = {"torch", "lightning", "numpy"}
 OLDEST_PYTHON_OF_A_NODE = (3, 8)

@@ -34,6 +34,7 @@ from trainer.optim import Updates, scale_and_clip
 from trainer.parallel import fabric_precision as fabric_precision
 from trainer.parallel import set_up_model
 from trainer.profile import profiler
+from trainer.run_store import keys
 from trainer.run_store.base import Store
 from trainer.schedule import learning_rate_factor
 
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 PHASES = ("data", "model", "load", "first_step")
 """What `train` calls `phase` with, in this order; with compilation, `compile` before the last."""
-RESULT_KEY = "result.json"
 HELDOUT_SEED = 0
 """The held-out windows are the same in all runs on the same data, so that their losses can be compared."""
 
@@ -320,7 +320,7 @@ class _Run:
                 "first_heldout_loss": self.at.first_heldout_loss,
                 "unigram_entropy": self.index.heldout_unigram_entropy,
             }
-            self.store.write(RESULT_KEY, json.dumps(facts).encode())
+            self.store.write(keys.RESULT, json.dumps(facts).encode())
         self.reporter.flush()
         self.reporter.progress(self._progress())
         return result

@@ -17,9 +17,9 @@ import torch
 
 from cost.market.hardware import accelerator, canonical_name
 from trainer.config import ModelConfig, TrainConfig
+from trainer.run_store import keys
 from trainer.run_store.base import Store
 
-PROGRESS_KEY = "progress/latest.json"
 PROGRESS_INTERVAL_SECONDS = 1.0
 METRICS_INTERVAL_SECONDS = 10.0
 RATE_WINDOW_STEPS = 20
@@ -100,14 +100,13 @@ class Reporter:
     def progress(self, progress: Progress) -> None:
         """Write where the run stands, due or not."""
         if self._writes:
-            self._store.write(PROGRESS_KEY, json.dumps(asdict(progress)).encode())
+            self._store.write(keys.PROGRESS, json.dumps(asdict(progress)).encode())
             self._progress_due_at = time.monotonic() + PROGRESS_INTERVAL_SECONDS
 
     def flush(self) -> None:
         """Store the rows gathered since the last time as one more part."""
         if self._rows:
-            key = f"metrics/epoch={self._epoch}/part-{self._num_parts:06d}.jsonl"
-            self._store.write(key, ("\n".join(self._rows) + "\n").encode())
+            self._store.write(keys.metrics_part(self._epoch, self._num_parts), ("\n".join(self._rows) + "\n").encode())
             self._rows.clear()
             self._num_parts += 1
         self._metrics_due_at = time.monotonic() + METRICS_INTERVAL_SECONDS

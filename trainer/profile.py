@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from trainer.run_store import keys
 from trainer.run_store.base import Store
 
 SKIPPED_STEPS, WARM_UP_STEPS, TRACED_STEPS = 5, 1, 3
 """From where a group of workers begins: its first steps compile and warm up."""
-
-
-def trace_key(epoch: int) -> str:
-    """Where the trace of a group of workers lies."""
-    return f"profile/epoch={epoch}/trace.json"
 
 
 def profiler(store: Store, epoch: int, *, wanted: bool) -> AbstractContextManager[Any]:
@@ -30,7 +26,7 @@ def profiler(store: Store, epoch: int, *, wanted: bool) -> AbstractContextManage
         with tempfile.TemporaryDirectory(prefix="slm-profile-") as folder:
             path = Path(folder) / "trace.json"
             finished.export_chrome_trace(str(path))
-            store.upload(trace_key(epoch), path)
+            store.upload(keys.profile_trace(epoch), path)
 
     on_device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     return profile(

@@ -14,6 +14,7 @@ from faults.machine import Machine
 from faults.nodes import SAVE_SECONDS, Node
 from faults.world import Killed
 from orchestrator.supervisor.lease_policy import worst_price
+from tasks.run_store_keys import GRANTS, LEDGER, SPEC
 
 Install = Callable[[Machine, float], None]
 
@@ -22,14 +23,14 @@ CALLS = (
     "renew",
     "resize",
     "settle",
-    "books",
-    "spec.json",
+    LEDGER.rstrip("/"),
+    SPEC,
     "start",
     "poll",
     "extend",
     "stop",
     "list",
-    "grants",
+    GRANTS.rstrip("/"),
 )
 MAX_LIE_SECONDS = 25.0
 MAX_LAG_SECONDS = 20.0
@@ -231,7 +232,7 @@ def hangs_unarmed(machine: Machine, t: float) -> None:
 
 def grants_repeated(machine: Machine, t: float) -> None:
     for later in range(0, 600, 60):
-        machine.world.at(t + later, lambda: machine.store.deliver_again("grants/"))
+        machine.world.at(t + later, lambda: machine.store.deliver_again(GRANTS))
 
 
 def guard_killed(_: Machine, node: Node) -> None:

@@ -30,6 +30,7 @@ from orchestrator.supervisor import supervise as loop
 from orchestrator.supervisor.grants import heard_ms
 from orchestrator.supervisor.lease_policy import Terms, needed_usd, same_terms
 from orchestrator.supervisor.lease_watch import StopSwitch
+from tasks.run_store_keys import LEDGER, SPEC
 
 TERMS = Terms(
     term_seconds=600.0,
@@ -197,8 +198,8 @@ class Machine:
 
     def unfenced_writes(self) -> int:
         """Records by which a supervisor raised what may be spent after another had taken over: out of order."""
-        keys = sorted(key for key in self.store.data if key.startswith("books/"))
-        epochs = [json.loads(self.store.read(key))["epoch"] for key in keys]
+        records = sorted(key for key in self.store.data if key.startswith(LEDGER))
+        epochs = [json.loads(self.store.read(key))["epoch"] for key in records]
         return sum(1 for before, after in itertools.pairwise(epochs) if after < before)
 
     def _clock(self, ledger: Ledger) -> SkewedClock:
@@ -215,7 +216,7 @@ class Machine:
         ]
 
     def _write_spec(self, lease: Lease) -> None:
-        self.door.write("spec.json", lease.lease_id.encode())
+        self.door.write(SPEC, lease.lease_id.encode())
 
     def _heard(self, event: Event) -> None:
         if event.kind != "progress" or self.world.t > self._checked_at + CHECK_SECONDS:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from cost.ledger.leases import Lease
 from faults.storage import MemoryStore
 from faults.world import World
+from tasks import run_store_keys as keys
 from tasks.guard import KILL, TERMINATE, State, decide, issue, parse_answer
 from trainer.run_store.base import StoreKeyMissing
 
@@ -123,12 +124,11 @@ class Node:
         if not self.alive or self.hung or self.guard is None:
             return
         if not self.cut:
-            place = f"{self.lease.lease_id}/{self.rank}"
             self.guard, number = issue(self.guard, self._boottime(), int(self.world.t * 1000) + 1)
             request = {"number": number, "boottime": self._boottime(), "state": "running", "exit_code": None}
-            self.store.write(f"guard/{place}/request.json", json.dumps(request).encode())
+            self.store.write(keys.guard_request(self.lease.lease_id, self.rank), json.dumps(request).encode())
             with suppress(StoreKeyMissing):
-                self._decide(self.store.read(f"grants/{place}.json"))
+                self._decide(self.store.read(keys.grant(self.lease.lease_id, self.rank)))
         self.world.after(CONTACT_SECONDS, self._contact)
 
     def lose_guard(self) -> None:
@@ -158,13 +158,13 @@ class Node:
         if self._told_to_stop():
             self.stopped = True
             self.save()
-            self.world.after(SAVE_SECONDS, lambda: self.command_ended(self, 10))
+            self.world.after(SAVE_SECONDS, lambda: self.command_ended(self, keys.EXIT_STOPPED))
             return
         if now - self._last_save >= CHECKPOINT_SECONDS:
             self.save()
         if not self.cut:
             progress = {"step": self.step(), "epoch": self.lease.attempt, "tokens": 1}
-            self.store.write("progress/latest.json", json.dumps(progress).encode())
+            self.store.write(keys.PROGRESS, json.dumps(progress).encode())
         self.world.after(STEP_SECONDS, self._train)
 
     def save(self) -> None:
@@ -174,4 +174,4 @@ class Node:
             self._last_save = self.world.t
 
     def _told_to_stop(self) -> bool:
-        return not self.cut and f"control/{self.lease.lease_id}.json" in self.store.data
+        return not self.cut and keys.control(self.lease.lease_id) in self.store.data

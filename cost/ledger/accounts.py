@@ -1,7 +1,7 @@
-"""What the books know of one lease, and of one cost that is no node's, with their rows in SQLite.
+"""The ledger's account of a lease and of an incidental cost, with their rows in SQLite.
 
 Invariant: what an account has spent and holds follows from its own fields, so that an account can be copied from one
-place to another and the books brought into line with it.
+place to another and the ledger entries corrected to match it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from cost.ledger.leases import FIRST_STAGE, Lease, cost_units, units_to_micro_usd, usd
+from cost.ledger.leases import Lease, cost_units, units_to_micro_usd, usd
 from cost.market.offers import Offer
 
 OPEN, SETTLED = "open", "settled"
@@ -22,7 +22,7 @@ OPEN, SETTLED = "open", "settled"
 
 @dataclass(frozen=True, slots=True)
 class LeaseAccount:
-    """A lease as the books see it. Moments are billed milliseconds since the epoch."""
+    """The ledger's view of a lease. Times are billed milliseconds since 1970."""
 
     lease: Lease
     state: str
@@ -37,9 +37,9 @@ class LeaseAccount:
     accrued_units: int
     outcome: str
     minimum_ms: int = 0
-    """What the provider bills for each node at least."""
+    """The shortest time that the provider bills for a node."""
     floor_ms: int = 0
-    """Until when the youngest of the nodes is billed in any case."""
+    """The newest node is billed until this moment even if it ends earlier."""
 
     @property
     def is_open(self) -> bool:
@@ -47,7 +47,7 @@ class LeaseAccount:
 
     @property
     def last_billed_ms(self) -> int:
-        """The latest moment that can still be billed: the last killer's, or the end of the shortest billed time."""
+        """The latest billable moment: when the slowest terminator ends it, or the shortest billed time ends."""
         return max(self.expires_ms + self.latency_ms, self.floor_ms)
 
     @property
@@ -56,7 +56,7 @@ class LeaseAccount:
 
     @property
     def held_micro_usd(self) -> int:
-        """What it can still cost: p-hat x nodes x (K + kappa - t_r), nothing once settled.
+        """What it can still cost: p̂ · nodes · (K + κ - t_r), zero once settled.
 
         Spent and held are rounded up together, so that moving from one to the other never raises their sum.
         """
@@ -68,7 +68,7 @@ class LeaseAccount:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A cost that is no node's: storage, egress, the final download. Estimated beforehand, charged as it comes."""
+    """An incidental cost (storage, egress, the final download): estimated first, charged as it arises."""
 
     name: str
     reserved_micro_usd: int
@@ -79,21 +79,21 @@ class Line:
         return max(0, self.reserved_micro_usd - self.spent_micro_usd)
 
 
-def merged(known: LeaseAccount, told: LeaseAccount, *, its_state_counts: bool) -> LeaseAccount:
+def merged(known: LeaseAccount, incoming: LeaseAccount, *, its_state_counts: bool) -> LeaseAccount:
     """Two accounts of one lease as one that covers both: the later expiry, the more nodes, the longer accrual.
 
-    `its_state_counts`: `told` comes from a supervisor that took over after `known` was written.
+    `its_state_counts`: `incoming` comes from a supervisor that took over after `known` was written.
     """
-    if not told.is_open and (its_state_counts or known.is_open):
-        return told
+    if not incoming.is_open and (its_state_counts or known.is_open):
+        return incoming
     if not known.is_open and not its_state_counts:
         return known
-    further = max(known, told, key=lambda entry: (entry.accrued_until_ms, entry.accrued_units))
+    further = max(known, incoming, key=lambda entry: (entry.accrued_until_ms, entry.accrued_units))
     return replace(
-        told,
-        num_nodes=max(known.num_nodes, told.num_nodes) if known.is_open else told.num_nodes,
-        expires_ms=max(known.expires_ms, told.expires_ms),
-        floor_ms=max(known.floor_ms, told.floor_ms),
+        incoming,
+        num_nodes=max(known.num_nodes, incoming.num_nodes) if known.is_open else incoming.num_nodes,
+        expires_ms=max(known.expires_ms, incoming.expires_ms),
+        floor_ms=max(known.floor_ms, incoming.floor_ms),
         price_micro_usd=further.price_micro_usd,
         accrued_until_ms=further.accrued_until_ms,
         accrued_units=further.accrued_units,
@@ -124,7 +124,6 @@ COLUMNS = (
     "minimum_ms",
     "floor_ms",
     "ttl_seconds",
-    "stage",
 )
 _PUT = (
     f"INSERT INTO leases ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
@@ -134,11 +133,11 @@ _PUT = (
 
 def put(db: sqlite3.Connection, account: LeaseAccount) -> None:
     """Write the account, new or changed."""
-    row = row_of(account)
+    row = account_row(account)
     db.execute(_PUT, [row[name] for name in COLUMNS])
 
 
-def row_of(account: LeaseAccount) -> dict[str, Any]:
+def account_row(account: LeaseAccount) -> dict[str, Any]:
     """The account as a row, which is also its form in the run store."""
     lease = account.lease
     return {
@@ -163,11 +162,10 @@ def row_of(account: LeaseAccount) -> dict[str, Any]:
         "minimum_ms": account.minimum_ms,
         "floor_ms": account.floor_ms,
         "ttl_seconds": lease.ttl_seconds,
-        "stage": lease.stage,
     }
 
 
-def account_of(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAccount:
+def account_from_row(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAccount:
     """The account in a row, whose lease carries the `epoch` of whoever reads it."""
     lease = Lease(
         lease_id=row["lease_id"],
@@ -181,7 +179,6 @@ def account_of(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAcco
         epoch=epoch,
         minimum_billed_seconds=row["minimum_ms"] / 1000,
         ttl_seconds=row["ttl_seconds"],
-        stage=row["stage"] if "stage" in row.keys() else FIRST_STAGE,  # noqa: SIM118 (a sqlite3.Row is no mapping)
     )
     return LeaseAccount(
         lease=lease,
@@ -203,7 +200,7 @@ def account_of(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAcco
 
 @lru_cache(maxsize=256)
 def offer_of(text: str) -> Offer:
-    """An offer as it was written into the books."""
+    """Read an offer from its row in the ledger."""
     content = json.loads(text)
     for field in ("usd_per_hour", "on_demand_usd_per_hour"):
         content[field] = None if content[field] is None else Decimal(content[field])
@@ -212,5 +209,5 @@ def offer_of(text: str) -> Offer:
 
 @lru_cache(maxsize=256)
 def offer_text(offer: Offer) -> str:
-    """An offer as it is written into the books."""
+    """The row that stores an offer in the ledger."""
     return json.dumps(asdict(offer), default=str)

@@ -75,7 +75,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX entries_sums ON entries (run_id, spent_micro_usd, held_micro_usd);
     CREATE INDEX entries_by_lease ON entries (lease_id, spent_micro_usd, held_micro_usd);
     """,
-    # Shortest billed times, costs that are no node's, and how far the run store's copy of the books has been read.
+    # Shortest billed times, incidental costs, and how much of the ledger's copy in the run store has been read.
     """
     ALTER TABLE leases ADD COLUMN minimum_ms INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE leases ADD COLUMN floor_ms INTEGER NOT NULL DEFAULT 0;
@@ -105,20 +105,15 @@ MIGRATIONS: tuple[str, ...] = (
         WHERE run_id = NEW.run_id;
     END;
     """,
-    # A run is a list of stages; all that it cost before there were any was its training.
-    """
-    ALTER TABLE leases ADD COLUMN stage TEXT NOT NULL DEFAULT 'pretrain';
-    ALTER TABLE entries ADD COLUMN stage TEXT NOT NULL DEFAULT 'pretrain';
-    """,
 )
 
 
 class DatabaseError(SlmError):
-    """The books cannot be read or written; nothing may be rented without them."""
+    """The ledger cannot be read or written; nothing may be rented without it."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the books, creating or migrating them.
+    """Open the ledger, creating or migrating it.
 
     Raises:
         DatabaseError: The file cannot be opened, is no database, or was written by a newer version.
@@ -132,7 +127,9 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA foreign_keys=ON")
         migrate(db)
     except (sqlite3.Error, OSError) as error:
-        raise DatabaseError(f"cannot open the books at {path}: {error}; check the disk, or set SLM_HOME.") from error
+        raise DatabaseError(
+            f"cannot open the ledger at {path}: {error}; check the disk, or set SLM_HOME to another folder."
+        ) from error
     return db
 
 
@@ -142,7 +139,7 @@ def migrate(db: sqlite3.Connection) -> None:
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
         if version > len(MIGRATIONS):
             raise DatabaseError(
-                f"these books have format {version}, this slm knows up to {len(MIGRATIONS)}: upgrade slm to read them."
+                f"the ledger has format {version}, and this slm reads formats up to {len(MIGRATIONS)}; upgrade slm."
             )
         for script in MIGRATIONS[version:]:
             for statement in split_statements(script):
@@ -171,7 +168,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         roll_back(db)
         raise DatabaseError(
-            f"the books cannot be written: {error}; free some disk space or end what locks them, then run it again."
+            f"the ledger cannot be written: {error}; free disk space or end the process that locks it, then try again."
         ) from error
 
 

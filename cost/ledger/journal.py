@@ -1,8 +1,8 @@
-"""The copy of the books in the run store: a numbered row of records, each appended by one conditional write.
+"""The copy of the ledger in the run store: numbered records, each appended by one conditional write.
 
 Invariant: record n is written once and never changes. Whoever wants to raise what a run may cost appends the next
 number first; if another supervisor has that number, it has taken the run over. So one order of events holds for all
-machines, and any of them can rebuild the books by reading the records from 0 on.
+machines, and any of them can rebuild the ledger by reading the records from 0 on.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from cost.errors import SlmError
-from cost.ledger.accounts import account_of, merged, put
-from cost.ledger.leases import FIRST_STAGE
+from cost.ledger.accounts import account_from_row, merged, put
 
-ENTRY_FIELDS = ("lease_id", "kind", "key", "spent_micro_usd", "held_micro_usd", "at_ms", "note", "stage")
-INSERT_ENTRY = f"(run_id, {', '.join(ENTRY_FIELDS)}) VALUES ({', '.join('?' * (1 + len(ENTRY_FIELDS)))})"
+ENTRY_FIELDS = ("lease_id", "kind", "key", "spent_micro_usd", "held_micro_usd", "at_ms", "note")
 
 
 class JournalDamaged(SlmError):
-    """A record that cannot be read: the books beyond it are unknown, so nothing more may be spent."""
+    """A record that cannot be read: the ledger after it is unknown, so nothing more may be spent."""
 
 
 class Journal(Protocol):
@@ -59,8 +57,8 @@ def records_from(journal: Journal, number: int) -> Iterator[Found]:
             yield Found(number, int(content["epoch"]), content)
         except (ValueError, KeyError, TypeError) as error:
             raise JournalDamaged(
-                f"record {number} of the books in the run store cannot be read ({error}); bring it back from a copy of "
-                "the store, or look at the provider's own console for what is alive."
+                f"record {number} of the ledger in the run store cannot be read ({error}); restore it from a backup of "
+                "the store, or check the provider's console for running nodes."
             ) from error
         number += 1
 
@@ -85,7 +83,7 @@ def pending(db: sqlite3.Connection, run_id: str) -> tuple[dict[str, Any], int]:
 
 
 def catch_up(db: sqlite3.Connection, run_id: str, journal: Journal, *, epoch: int) -> int:
-    """Take in every record that these books have not seen; returns the newest epoch among them, 0 without any.
+    """Apply every record that this ledger has not seen; returns the newest epoch among them, 0 without any.
 
     Inside a transaction of the caller.
     """
@@ -107,7 +105,7 @@ def newest_seq(db: sqlite3.Connection, run_id: str) -> int:
 
 
 def apply(db: sqlite3.Connection, run_id: str, found: Found, *, epoch: int) -> bool:
-    """Take one record into the books; a record that is there already changes nothing.
+    """Apply one record to the ledger; a record that was applied before changes nothing.
 
     Inside a transaction of the caller. Entries that were made here and that no record holds are kept, and where the
     sums then differ from the accounts, one more entry brings them into line: then True.
@@ -115,16 +113,16 @@ def apply(db: sqlite3.Connection, run_id: str, found: Found, *, epoch: int) -> b
     content, aligned = found.content, False
     for entry in content["entries"]:
         db.execute(
-            f"INSERT OR IGNORE INTO entries {INSERT_ENTRY}",
-            [run_id, *({"stage": FIRST_STAGE, **entry}[name] for name in ENTRY_FIELDS)],
+            f"INSERT OR IGNORE INTO entries (run_id, {', '.join(ENTRY_FIELDS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [run_id, *(entry[name] for name in ENTRY_FIELDS)],
         )
     for row in content["leases"]:
-        told = account_of(row, epoch=epoch)
+        incoming = account_from_row(row, epoch=epoch)
         known_row = db.execute("SELECT * FROM leases WHERE lease_id = ?", (row["lease_id"],)).fetchone()
-        account = told
+        account = incoming
         if known_row is not None:
-            known = account_of(known_row, epoch=epoch)
-            account = merged(known, told, its_state_counts=found.epoch != epoch)
+            known = account_from_row(known_row, epoch=epoch)
+            account = merged(known, incoming, its_state_counts=found.epoch != epoch)
         put(db, account)
         aligned |= _align(db, run_id, row["lease_id"], account.spent_micro_usd, account.held_micro_usd, found)
     for row in content["lines"]:
@@ -160,12 +158,8 @@ def _align(db: sqlite3.Connection, run_id: str, lease_id: str, spent: int, held:
         return False
     kind = "reserve" if more_spent + more_held > 0 else "release"
     key = f"{lease_id}/record {found.number}.{sums['number']}"
-    newest = db.execute(
-        "SELECT stage FROM entries WHERE run_id = ? AND lease_id = ? ORDER BY seq DESC LIMIT 1", (run_id, lease_id)
-    ).fetchone()
-    stage = FIRST_STAGE if newest is None else newest["stage"]
     db.execute(
-        f"INSERT INTO entries {INSERT_ENTRY}",
-        (run_id, lease_id, kind, key, more_spent, more_held, sums["at_ms"], "as the run store has it", stage),
+        f"INSERT INTO entries (run_id, {', '.join(ENTRY_FIELDS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (run_id, lease_id, kind, key, more_spent, more_held, sums["at_ms"], "as the run store has it"),
     )
     return True

@@ -13,8 +13,6 @@ from cost.market.offers import Offer
 
 MICRO = 1_000_000
 MILLISECONDS_PER_HOUR = 3_600_000
-FIRST_STAGE = "pretrain"
-"""What every lease worked for before runs had stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +26,17 @@ class Lease:
     offer: Offer
     num_nodes: int
     worst_usd_per_hour: Decimal
-    """The most that one node can come to cost per hour while the lease lasts (p-hat)."""
+    """The worst-case price of one node per hour while the lease lasts (p̂)."""
     first_grant_seconds: float
     """Real seconds from boot after which an unrenewed node ends itself."""
     kill_latency_seconds: float
-    """Real seconds that the slowest killer assumed sound needs (kappa)."""
+    """The kill latency: real seconds that the slowest working terminator needs (κ)."""
     epoch: int
     """Fencing number of the supervisor that wrote it."""
     minimum_billed_seconds: float = 0.0
     """Billed seconds that the provider charges for each node at least."""
     ttl_seconds: float = 0.0
     """Real seconds from its start after which the provider ends a node, where that cannot be moved; 0 where it can."""
-    stage: str = FIRST_STAGE
-    """Name of the stage of the run that it works for."""
 
 
 def micro_usd(usd: Decimal) -> int:

@@ -1,9 +1,10 @@
-"""Append-only books of one run against its cap: reserve, accrue, settle, release.
+"""The append-only ledger of one run against its budget cap: reserve, accrue, settle, release.
 
 Invariant, after every committed write: `spent + held <= cap`, where
 - spent is what instances have cost up to the last confirmed moment, at the confirmed price, and
-- held is what they can still cost up to the last moment at which a killer assumed sound ends them:
-  worst price x nodes x (expiry + kill latency - confirmed moment), and what is estimated for storage and transfers.
+- held is what they can still cost until the slowest working terminator ends them:
+  worst-case price x nodes x (expiry + kill latency - confirmed moment), and what is estimated for storage and
+  transfers.
 
 Only `reserve`, `renew`, `resize` and `set_aside` raise the sum. Each is durable before any call that can cost money:
 first in the run store (`cost.ledger.journal`), then here. Times are billed milliseconds since the epoch, prices whole
@@ -24,13 +25,11 @@ from typing import Any
 
 from cost.errors import BudgetExceeded, SlmError
 from cost.ledger import journal as records
-from cost.ledger.accounts import OPEN, SETTLED, LeaseAccount, Line, account_of, put
+from cost.ledger.accounts import OPEN, SETTLED, LeaseAccount, Line, account_from_row, put
 from cost.ledger.database import transaction
 from cost.ledger.journal import Journal, line_id
-from cost.ledger.leases import FIRST_STAGE, Lease, cost_units, micro_usd, usd
+from cost.ledger.leases import Lease, cost_units, micro_usd, usd
 
-STAGE_LINE = "stage "
-"""Before the name of a stage: the line that holds its planned cost until it begins."""
 TAKE_OVER_TRIES = 50
 """Each one lost means that another supervisor took the run over in that moment, or that the store shows it late."""
 
@@ -54,7 +53,7 @@ class Fenced(SlmError):
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One line of the books; the deltas are signed."""
+    """One entry of the ledger; the amounts are signed changes."""
 
     seq: int
     lease_id: str
@@ -64,8 +63,6 @@ class LedgerEntry:
     held_micro_usd: int
     at_ms: int
     note: str
-    stage: str = FIRST_STAGE
-    """Of the run, that it is charged to or reserved for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ class Balance:
 
 
 class Ledger:
-    """The books of one run, written by the supervisor that holds `epoch`.
+    """The ledger of one run, written by the supervisor that holds `epoch`.
 
     With a `journal`, what raises spent + held stands there first; without one (to look at, or in tests) only here.
     """
@@ -92,10 +89,8 @@ class Ledger:
         self.run_id = run_id
         self.epoch = epoch
         self._journal = journal
-        self.stage = FIRST_STAGE
-        """The stage that the run is in: whom costs that are no node's are charged to."""
         self._unsure = False
-        """Whether the journal may hold a record that these books do not: its reply, or our commit, was lost."""
+        """Whether the journal may hold a record that this ledger lacks: its reply, or our commit, was lost."""
         self._tries = 0
 
     # -- reading ---------------------------------------------------------------------------------
@@ -106,7 +101,7 @@ class Ledger:
             "SELECT cap_micro_usd, spent_micro_usd, held_micro_usd FROM runs WHERE run_id = ?", (self.run_id,)
         ).fetchone()
         if row is None:
-            raise SlmError(f"there are no books for run {self.run_id}.")
+            raise SlmError(f"there is no ledger for run {self.run_id}; `slm status` lists the runs.")
         return Balance(usd(row["cap_micro_usd"]), usd(row["spent_micro_usd"]), usd(row["held_micro_usd"]))
 
     def entries(self) -> list[LedgerEntry]:
@@ -122,7 +117,6 @@ class Ledger:
                 held_micro_usd=row["held_micro_usd"],
                 at_ms=row["at_ms"],
                 note=row["note"],
-                stage=row["stage"],
             )
             for row in rows
         ]
@@ -130,44 +124,44 @@ class Ledger:
     def accounts(self) -> list[LeaseAccount]:
         """Every lease of the run, oldest first."""
         rows = self._db.execute("SELECT * FROM leases WHERE run_id = ? ORDER BY attempt", (self.run_id,))
-        return [account_of(row, epoch=self.epoch) for row in rows]
+        return [account_from_row(row, epoch=self.epoch) for row in rows]
 
     def account(self, lease_id: str) -> LeaseAccount:
         row = self._db.execute("SELECT * FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
         if row is None:
-            raise SlmError(f"the books of run {self.run_id} know no lease {lease_id}.")
-        return account_of(row, epoch=self.epoch)
+            raise SlmError(f"the ledger of run {self.run_id} has no lease {lease_id}.")
+        return account_from_row(row, epoch=self.epoch)
 
     def open_accounts(self) -> list[LeaseAccount]:
         rows = self._db.execute(
             "SELECT * FROM leases WHERE run_id = ? AND state = ? ORDER BY attempt", (self.run_id, OPEN)
         )
-        return [account_of(row, epoch=self.epoch) for row in rows]
+        return [account_from_row(row, epoch=self.epoch) for row in rows]
 
     def lines(self) -> list[Line]:
-        """Costs that are no node's."""
+        """The incidental costs."""
         rows = self._db.execute("SELECT * FROM lines WHERE run_id = ? ORDER BY name", (self.run_id,))
         return [Line(row["name"], row["reserved_micro_usd"], row["spent_micro_usd"]) for row in rows]
 
     def open_leases_of_all_runs(self) -> set[str]:
-        """Every lease that these books pay for: other runs' nodes are no strangers."""
+        """Every open lease of every run in this ledger: nodes of other runs are no orphans."""
         rows = self._db.execute("SELECT lease_id FROM leases WHERE state = ?", (OPEN,))
         return {row["lease_id"] for row in rows}
 
     def newest_ms(self) -> int:
-        """The newest moment in the books; 0 for empty ones."""
+        """The newest time in the ledger; 0 if it is empty."""
         row = self._db.execute("SELECT MAX(at_ms) AS newest FROM entries WHERE run_id = ?", (self.run_id,)).fetchone()
         return row["newest"] or 0
 
     def last_moment_ms(self) -> int:
-        """Until when anything in the books can have lived: the newest entry, or an open lease's K + kappa."""
+        """The latest time at which any leased node can have run: the newest entry, or an open lease's K + κ."""
         open_until = (account.expires_ms + account.latency_ms for account in self.open_accounts())
         return max(self.newest_ms(), *open_until, 0)
 
     # -- the four verbs --------------------------------------------------------------------------
 
     def reserve(self, lease: Lease, *, expires_ms: int, latency_ms: int, at_ms: int) -> LeaseAccount:
-        """Write the intent to rent `lease` and set aside all that it can cost until `expires_ms` + `latency_ms`.
+        """Write the intent to rent `lease` and reserve all that it can cost until `expires_ms` + `latency_ms`.
 
         Raises:
             BudgetExceeded: The cap would be passed; nothing is written.
@@ -180,7 +174,7 @@ class Ledger:
         with self._writing(raises=True):
             known = self._db.execute("SELECT * FROM leases WHERE lease_id = ?", (lease.lease_id,)).fetchone()
             if known is not None:
-                return account_of(known, epoch=self.epoch)
+                return account_from_row(known, epoch=self.epoch)
             account = LeaseAccount(
                 lease=lease,
                 state=OPEN,
@@ -200,11 +194,11 @@ class Ledger:
             self._check_cap(account.held_micro_usd)
             put(self._db, account)
             note = f"{lease.num_nodes} x {lease.offer.offer_id} at most ${usd(worst)}/h each"
-            self._write(EntryKind.RESERVE, lease.lease_id, 0, account.held_micro_usd, at_ms, note, lease.stage)
+            self._write(EntryKind.RESERVE, lease.lease_id, 0, account.held_micro_usd, at_ms, note)
         return account
 
     def renew(self, lease_id: str, *, expires_ms: int, at_ms: int) -> LeaseAccount:
-        """Set aside what the lease can cost until a later `expires_ms`; an earlier one changes nothing.
+        """Reserve what the lease can cost until a later `expires_ms`; an earlier one changes nothing.
 
         Raises:
             BudgetExceeded: The cap would be passed; nothing is written.
@@ -216,9 +210,9 @@ class Ledger:
             return self._change(before, replace(before, expires_ms=expires_ms), EntryKind.RESERVE, at_ms, "renewed")
 
     def resize(self, lease_id: str, *, num_nodes: int, at_ms: int, usd_per_hour: Decimal | None = None) -> LeaseAccount:
-        """Say how many nodes may be alive from now on: more is a reservation of its own, fewer releases.
+        """Set how many nodes may be alive from now on: more nodes reserve money, fewer release it.
 
-        Elapsed time is accrued with the number that was, as `accrue` does; nodes that go before their shortest billed
+        Elapsed time is accrued for the previous number, as `accrue` does; nodes that end before their shortest billed
         time is over are charged to its end.
 
         Raises:
@@ -243,7 +237,7 @@ class Ledger:
         """Move the confirmed moment to `at_ms`; never past what can still be billed.
 
         `usd_per_hour` is the price as read back from the provider. The time since the last accrual is charged at the
-        higher of the prices at its two ends; without a price it is unconfirmed and charged at the worst one.
+        higher of the prices at its two ends; without a price it is unconfirmed and charged at the worst-case price.
         """
         with self._writing():
             before = self._open(lease_id)
@@ -273,10 +267,9 @@ class Ledger:
             account = self.accrue(lease_id, at_ms=max(ended_ms, account.floor_ms) if rented else ended_ms)
             closed = replace(account, state=SETTLED, num_nodes=0, ended_ms=ended_ms, outcome=outcome)
             put(self._db, closed)
-            stage, note = account.lease.stage, f"{outcome}: ${usd(closed.spent_micro_usd)}"
-            self._write(EntryKind.SETTLE, lease_id, 0, 0, at_ms, note, stage)
+            self._write(EntryKind.SETTLE, lease_id, 0, 0, at_ms, f"{outcome}: ${usd(closed.spent_micro_usd)}")
             if account.held_micro_usd:
-                self._write(EntryKind.RELEASE, lease_id, 0, -account.held_micro_usd, at_ms, "unused", stage)
+                self._write(EntryKind.RELEASE, lease_id, 0, -account.held_micro_usd, at_ms, "unused")
         self.mirror()
         return closed
 
@@ -294,10 +287,10 @@ class Ledger:
             self._change_line(before, after, EntryKind.RESERVE, at_ms, "estimated")
 
     def charge(self, name: str, total_usd: Decimal, *, at_ms: int) -> None:
-        """Say what a line has come to since the run began; a lower total than before changes nothing.
+        """Record what an incidental cost has come to since the run began; a lower total changes nothing.
 
         Raises:
-            BudgetExceeded: It came to more than was set aside, and the cap does not cover it; nothing is written.
+            BudgetExceeded: It came to more than was reserved, and the cap does not cover it; nothing is written.
         """
         total = micro_usd(total_usd)
         with self._writing(raises=total > self._line(name).reserved_micro_usd):
@@ -318,35 +311,17 @@ class Ledger:
                 self.charge(name, total_usd, at_ms=at_ms)
 
     def close_lines(self, *, at_ms: int) -> None:
-        """Nothing more is stored or sent: release what the estimates were too high by."""
+        """Nothing more is stored or sent: release the unused part of the estimates."""
         with self._writing():
             for line in self.lines():
                 self.release_line(line.name, at_ms=at_ms)
 
     def release_line(self, name: str, *, at_ms: int) -> None:
-        """Hold no more of a line than it has come to; nothing for one that is not there."""
+        """Release the unused part of one incidental cost, if there is one of that name."""
         with self._writing():
             line = self._line(name)
             after = replace(line, reserved_micro_usd=min(line.reserved_micro_usd, line.spent_micro_usd))
             self._change_line(line, after, EntryKind.RELEASE, at_ms, "unused")
-
-    # -- stages ----------------------------------------------------------------------------------
-
-    def reserve_stage(self, name: str, planned_usd: Decimal, *, at_ms: int) -> Decimal:
-        """Hold what a later stage is planned to cost, or what is free where that is less; returns what is held now.
-
-        What is held for it already counts, so that repeating it changes nothing.
-        """
-        with self._writing(raises=True):
-            held = usd(self._line(STAGE_LINE + name).held_micro_usd)
-            affordable = min(planned_usd, held + max(Decimal(0), self.balance().free_usd))
-            self.set_aside(STAGE_LINE + name, affordable, at_ms=at_ms)
-            return max(held, affordable)
-
-    def begin_stage(self, name: str, *, at_ms: int) -> None:
-        """From now on the run is in this stage, and what was reserved for it is free for its leases."""
-        self.stage = name
-        self.release_line(STAGE_LINE + name, at_ms=at_ms)
 
     def set_cap(self, cap_usd: Decimal) -> None:
         """Change the cap; never below what is spent and held.
@@ -379,11 +354,11 @@ class Ledger:
         return bool(done)
 
     def require_mine(self) -> None:
-        """Ask the run store, at this moment, that nobody has taken the run over.
+        """Check with the run store that no other supervisor has taken the run over.
 
         Raises:
-            Fenced: Somebody has.
-            SlmError: The run store cannot be reached, so nobody knows.
+            Fenced: Another supervisor has.
+            SlmError: The run store cannot be reached, so this is unknown.
         """
         if self._journal is not None:
             with transaction(self._db):
@@ -409,7 +384,7 @@ class Ledger:
         self._unsure = False if raises else self._unsure
 
     def _find_out(self, *, must: bool) -> None:
-        """Read what the journal holds beyond these books; without it nothing may be raised."""
+        """Read the journal's newer records; without them no reservation may grow."""
         try:
             with transaction(self._db):
                 self._catch_up()
@@ -428,7 +403,10 @@ class Ledger:
         self._unsure, self._tries = True, self._tries + 1
         if not append(self._db, self.run_id, journal, content, newest_seq, epoch=self.epoch):
             self._catch_up()
-            raise SlmError(f"the books of run {self.run_id} were behind their copy in the run store; run it again.")
+            raise SlmError(
+                f"the ledger of run {self.run_id} was older than its copy in the run store and is now "
+                "updated; try again."
+            )
 
     def _catch_up(self) -> None:
         assert self._journal is not None
@@ -442,7 +420,7 @@ class Ledger:
         self._check_epoch()
         account = self.account(lease_id)
         if not account.is_open:
-            raise SlmError(f"lease {lease_id} is settled; it can neither be renewed nor charged.")
+            raise SlmError(f"lease {lease_id} is settled and can be neither renewed nor charged.")
         return account
 
     def _change(
@@ -453,7 +431,7 @@ class Ledger:
         if kind is EntryKind.RESERVE:
             self._check_cap(spent + held)
         put(self._db, after)
-        self._write(kind, after.lease.lease_id, spent, held, at_ms, note, after.lease.stage)
+        self._write(kind, after.lease.lease_id, spent, held, at_ms, note)
         return after
 
     def _line(self, name: str) -> Line:
@@ -471,8 +449,7 @@ class Ledger:
             "INSERT OR REPLACE INTO lines (run_id, name, reserved_micro_usd, spent_micro_usd) VALUES (?, ?, ?, ?)",
             (self.run_id, after.name, after.reserved_micro_usd, after.spent_micro_usd),
         )
-        reserved_for = after.name.removeprefix(STAGE_LINE) if after.name.startswith(STAGE_LINE) else self.stage
-        self._write(kind, line_id(self.run_id, after.name), spent, held, at_ms, note, reserved_for)
+        self._write(kind, line_id(self.run_id, after.name), spent, held, at_ms, note)
 
     def _check_cap(self, rise_micro_usd: int) -> None:
         free = self.balance().free_usd
@@ -482,17 +459,17 @@ class Ledger:
     def _check_epoch(self) -> None:
         row = self._db.execute("SELECT epoch FROM runs WHERE run_id = ?", (self.run_id,)).fetchone()
         if row is None:
-            raise SlmError(f"there are no books for run {self.run_id}.")
+            raise SlmError(f"there is no ledger for run {self.run_id}; `slm status` lists the runs.")
         if row["epoch"] != self.epoch:
             raise Fenced(run_id=self.run_id, mine=self.epoch, current=row["epoch"])
 
-    def _write(self, kind: EntryKind, lease_id: str, spent: int, held: int, at_ms: int, note: str, stage: str) -> None:
+    def _write(self, kind: EntryKind, lease_id: str, spent: int, held: int, at_ms: int, note: str) -> None:
         # A key is never used for two different lines, also when a write of ours was undone here and stands in the
         # journal: epoch, tries and count name one moment of one supervisor.
         count = self._db.execute("SELECT COUNT(*) FROM entries WHERE lease_id = ?", (lease_id,)).fetchone()[0]
         self._db.execute(
-            "INSERT INTO entries (run_id, lease_id, kind, key, spent_micro_usd, held_micro_usd, at_ms, note, stage) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO entries (run_id, lease_id, kind, key, spent_micro_usd, held_micro_usd, at_ms, note) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 self.run_id,
                 lease_id,
@@ -502,7 +479,6 @@ class Ledger:
                 held,
                 at_ms,
                 note,
-                stage,
             ),
         )
 
@@ -527,9 +503,9 @@ def append(
 
 
 def take_over(db: sqlite3.Connection, run_id: str, journal: Journal, facts: Mapping[str, Any]) -> int:
-    """Take in all that the run store knows, and raise the epoch there: the supervisor before can grant no more.
+    """Apply all records of the run store and raise the epoch there: the previous supervisor can grant no more.
 
-    `facts` are what another machine needs to go on with the run. Returns the new epoch.
+    `facts` are what another machine needs to continue the run. Returns the new epoch.
     """
     for _ in range(TAKE_OVER_TRIES):
         with transaction(db):
@@ -539,12 +515,14 @@ def take_over(db: sqlite3.Connection, run_id: str, journal: Journal, facts: Mapp
             content, newest_seq = records.pending(db, run_id)
             if append(db, run_id, journal, {**content, "run": dict(facts)}, newest_seq, epoch=epoch):
                 return epoch
-    raise SlmError(f"run {run_id} is being taken over by others again and again; see who else supervises it.")
+    raise SlmError(
+        f"other supervisors keep taking over run {run_id}; stop them, or follow the run with: slm status {run_id}"
+    )
 
 
 @contextmanager
 def suppress_unless_fenced() -> Iterator[list[bool]]:
-    """Let a store that cannot be reached be; the list is empty then."""
+    """Ignore a store that cannot be reached; the list is empty then."""
     done: list[bool] = []
     try:
         yield done

@@ -10,17 +10,17 @@ from enum import StrEnum
 from cost.market.offers import ANY_REGION, Offer
 
 MAX_FAILURES_WITHOUT_PROGRESS = 6
-"""Breakdowns of ours in a row, none of them after a new step, before a run is given up."""
+"""Failures of our processes in a row, without a new step between them, before a run is given up."""
 BLOCK_MS = 10 * 60 * 1000
 """Billed time for which an offer that preempted us, or had no capacity, is tried last."""
 MOVE_MARGIN = Decimal("0.05")
-"""Of what staying costs, that moving has to save: prices of now are no promise for later."""
+"""Moving must save this share of what staying costs, since prices can change again."""
 FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 60.0
 
 
 class Cause(StrEnum):
-    """Why a lease ended. Preemption: the cloud took it. Broken: our processes died. Bug: the training code raised."""
+    """Why a lease ended. Preempted: the cloud took it. Broken: our processes died. Bug: the training code raised."""
 
     FINISHED = "finished"
     ASKED = "asked"
@@ -33,7 +33,7 @@ class Cause(StrEnum):
     NO_CAPACITY = "no_capacity"
     TOO_DEAR = "too_dear"
     DEARER = "dearer"
-    """Its price rose within its bound, and another offer finishes the run for less."""
+    """Its price rose, though not above its bound, and another offer finishes the run for less."""
 
 
 class StopReason(StrEnum):
@@ -46,17 +46,17 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An offer in plan order, and what the smallest useful lease of it would set aside."""
+    """An offer in plan order, and what the smallest useful lease of it would reserve."""
 
     offer: Offer
     num_nodes: int
     needed_usd: Decimal
     expected_usd: Decimal | None = None
-    """What the whole run was expected to cost on it when it was planned."""
+    """Expected dollars of the whole run on this offer when it was planned."""
 
     @property
     def key(self) -> tuple[str, int]:
-        """What a lack of capacity is remembered by: fewer nodes of the same offer may still be had."""
+        """Key of the block list: fewer nodes of the same offer may still be available."""
         return self.offer.offer_id, self.num_nodes
 
 
@@ -107,12 +107,12 @@ STOPS: Mapping[Cause, StopReason] = {
 
 
 def decide(situation: Situation) -> Decision:
-    """What comes after a lease that ended.
+    """What to do after a lease has ended.
 
-    Finished, asked, out of money and a bug end the run, and so do prices that are above their bound everywhere, since
-    each try would cost money that nothing bounds. Everything else goes on with the first candidate in plan order
-    that is affordable and not blocked, on-demand only where it `pays`; where all of these are blocked, with the one
-    that is free soonest, after a wait that costs nothing. Waits grow twofold up to MAX_DELAY_SECONDS.
+    A run that finished, was asked to stop, reached its cap or met a bug ends. So does a run whose offers all cost more
+    than their worst-case price, since nothing would bound what another lease costs. Every other run continues on the
+    first candidate in plan order that is affordable and not blocked (on-demand only where it `pays`). If all are
+    blocked, it waits, at no cost, for the candidate that is unblocked first. Waits double up to MAX_DELAY_SECONDS.
     """
     stop = STOPS.get(situation.cause)
     if stop is not None:
@@ -120,7 +120,8 @@ def decide(situation: Situation) -> Decision:
     if situation.failures_without_progress >= MAX_FAILURES_WITHOUT_PROGRESS:
         return Stop(
             StopReason.GAVE_UP,
-            f"{situation.failures_without_progress} breakdowns in a row without a new step; last: {situation.detail}",
+            f"{situation.failures_without_progress} failures in a row without a new step; the last one: "
+            f"{situation.detail}",
         )
     affordable = [candidate for candidate in situation.candidates if candidate.needed_usd <= situation.remaining_usd]
     affordable = [candidate for candidate in affordable if pays(candidate, affordable, situation.remaining_usd)]
@@ -128,20 +129,22 @@ def decide(situation: Situation) -> Decision:
         cheapest = min((candidate.needed_usd for candidate in situation.candidates), default=Decimal(0))
         return Stop(
             StopReason.BUDGET,
-            f"${situation.remaining_usd:.2f} is left and the smallest lease sets aside ${cheapest:.2f}",
+            f"${situation.remaining_usd:.2f} of the cap is left and the smallest lease reserves ${cheapest:.2f}",
         )
     free = [candidate for candidate in affordable if not is_blocked(candidate, situation)]
     if situation.cause is Cause.TTL:
         first = (free or affordable)[0]
         return Rollover(first.offer, first.num_nodes)
     if situation.cause is Cause.TOO_DEAR and not free:
-        return Stop(StopReason.GAVE_UP, f"every offer costs more than it may; last: {situation.detail}")
+        return Stop(
+            StopReason.GAVE_UP, f"every offer costs more than its worst-case price; the last one: {situation.detail}"
+        )
     chosen = free[0] if free else min(affordable, key=lambda candidate: situation.blocked_until_ms[candidate.key])
     return Relaunch(chosen.offer, chosen.num_nodes, delay_seconds(situation, waiting=not free))
 
 
 def pays(candidate: Candidate, affordable: Sequence[Candidate], remaining_usd: Decimal) -> bool:
-    """Whether a node that is not preempted is worth its price now, where waiting for spot would cost nothing.
+    """Whether an on-demand candidate is worth its price, given that waiting for spot costs nothing.
 
     On-demand is taken where the plan prefers it to all spot, or where the money pays for the whole run on it and leaves
     what spot is expected to need: B - p_s A (T - t) > p_o W, with W at its longest.
@@ -156,10 +159,10 @@ def pays(candidate: Candidate, affordable: Sequence[Candidate], remaining_usd: D
 
 
 def same_market(offer: Offer, other: Offer) -> bool:
-    """Whether one's node being taken says that the other's would be too: the same, or spot GPUs of a kind in a zone."""
+    """Whether `other` shares `offer`'s preemptions: the same offer, or spot nodes with one GPU type in one zone."""
     if offer.offer_id == other.offer_id:
         return True
-    here, there = ((a.cloud, a.region, a.zone, a.accelerator, a.spot) for a in (offer, other))
+    here, there = ((o.cloud, o.region, o.zone, o.accelerator, o.spot) for o in (offer, other))
     return offer.spot and offer.region != ANY_REGION and here == there
 
 
@@ -168,7 +171,7 @@ def is_blocked(candidate: Candidate, situation: Situation) -> bool:
 
 
 def delay_seconds(situation: Situation, *, waiting: bool) -> float:
-    """Real seconds before the next try: none for a first preemption, growing where nothing helps."""
+    """Real seconds before the next attempt: none after a first preemption, then growing."""
     tries = situation.failures_without_progress if situation.cause is Cause.BROKEN else 0
     if waiting or situation.cause is Cause.NO_CAPACITY:
         tries = max(tries, situation.waits_in_a_row)
@@ -185,10 +188,10 @@ def cheaper_elsewhere(
     share_left: float,
     restart_hours: float,
 ) -> Candidate | None:
-    """The candidate on which the rest of the run costs less than here at the price of now, restart included.
+    """The candidate on which the rest of the run costs least, if that saves MOVE_MARGIN at today's prices.
 
-    Move from a to b if and only if p_b W_b + p_b R < p_a W_a, W being the hours left on each and R those of a restart:
-    the expected cost of the whole run, times the share that is left, is p W. Only a gain of MOVE_MARGIN counts.
+    Move from offer 1 to offer 2 only if p_2 W_2 + p_2 R < p_1 W_1, where W is the hours left on each and R those of a
+    restart. The expected cost of the whole run times the share that is left is p W.
     """
     if current.expected_usd is None:
         return None

@@ -1,1 +1,1 @@
-"""What can be rented: offers, hardware, clouds, how providers bill, how often they preempt."""
+"""The market: offers, hardware, clouds, billing by provider, preemption rates."""

@@ -1,4 +1,4 @@
-"""What a cloud charges and does besides the hourly price: notice, start-up, egress, storage, billing, network.
+"""Terms of each cloud besides the hourly price: notice, start-up, egress, storage, billing, network.
 
 Figures with their sources, and the assumption where none was found: cost/data/clouds.csv. A cloud without a row
 gets the row '*'.
@@ -61,5 +61,5 @@ def _cloud(row: Mapping[str, str]) -> Cloud:
 
 
 def cloud_terms(name: str) -> Cloud:
-    """The row of a cloud, or the row for any other."""
+    """The row of a cloud, or the default row."""
     return _table().get(name, _table()[ANY])

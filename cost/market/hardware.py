@@ -189,10 +189,10 @@ def _squeezed(spelling: str) -> str:
 
 
 def canonical_name(spelling: str, *, memory_gib: float | None = None, hint: str = "") -> str | None:
-    """Our name of an accelerator that a price list spells its own way; None where the table has no such row.
+    """Our name of an accelerator as a price list spells it; None where the table has no such row.
 
     `hint` is any other text of the same row (instance type, GPU name): it tells SXM from PCIe where the spelling
-    does not. An A100 of 80 GB or an H100 whose form no text tells is taken for the PCIe card, the slower one.
+    does not. An A100 of 80 GB or an H100 whose form no text states is taken for the slower PCIe card.
     """
     if spelling in accelerators():
         return spelling

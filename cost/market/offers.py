@@ -1,8 +1,8 @@
-"""What can be rented, at which price, known since when and from whom.
+"""Offers: what can be rented and at which price, with the date and source of each price.
 
 Two sources give the same `Offer`s: the dated reference table that ships with the project
-(cost/data/reference_offers.csv) and SkyPilot's catalog rows. Invariant: every row either becomes an offer or
-stands in `skipped` with the reason; no price is guessed, and spot that costs as much as on-demand is not spot.
+(cost/data/reference_offers.csv) and SkyPilot's catalog rows. Invariant: every row either becomes an offer or is listed
+in `skipped` with the reason; no price is guessed, and a spot price that is no lower than on-demand is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIB_PER_GIB = 1024
 LARGEST_PLAUSIBLE_GIB_FIGURE = 1000
 """RunPod's catalog writes GiB into the MiB field: a smaller figure than this cannot be MiB of any GPU here."""
 CARDS_SOLD_WITH_MORE_MEMORY = frozenset({"V100", "GH200"})
-"""Of any other card no more memory is believed than our table has: a modified or a larger card under its name."""
+"""For all other cards, a row that states more memory than our table is read as our table has it."""
 AUCTION_FLOORS_PER_GPU = {"mithril": Decimal(1)}
 """Clouds whose listed price is the lowest bid of an auction, in dollars per GPU-hour."""
 ANY_REGION = "any"
@@ -71,18 +71,18 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Quotes:
-    """Offers of one source, in the source's order, and what was left out."""
+    """Offers of one source, in the source's order, and the rows that were skipped."""
 
     offers: tuple[Offer, ...]
     skipped: tuple[Skipped, ...]
 
 
 class _NoOffer(ValueError):
-    """Why a row cannot be offered; never leaves this module."""
+    """Why a row is no offer; never leaves this module."""
 
 
 def load_reference_offers() -> Quotes:
-    """The dated table that ships with the project, for when no fresher prices are there."""
+    """The dated table that ships with the project, used when there are no newer prices."""
     text = (files("cost") / "data" / "reference_offers.csv").read_text(encoding="utf-8")
     return _collect(_from_reference(row) for row in csv.DictReader(text.splitlines()))
 
@@ -140,7 +140,7 @@ def _collect(rows: Iterable[_Row]) -> Quotes:
     skipped: list[Skipped] = []
     for row in rows:
         try:
-            found, missing = _offers_of(row)
+            found, missing = _offers_in_row(row)
         except _NoOffer as error:
             skipped.append(Skipped(row.label, str(error)))
             continue
@@ -151,8 +151,8 @@ def _collect(rows: Iterable[_Row]) -> Quotes:
                 offers[offer.offer_id] = offer
                 continue
             offers[offer.offer_id] = min(known, offer, key=lambda either: either.usd_per_hour)
-            dearer = max(known.usd_per_hour, offer.usd_per_hour)
-            skipped.append(Skipped(offer.offer_id, f"listed twice; the dearer price, ${dearer}, is left out"))
+            higher = max(known.usd_per_hour, offer.usd_per_hour)
+            skipped.append(Skipped(offer.offer_id, f"listed twice; the higher price, ${higher}, was skipped"))
     return Quotes(tuple(offers.values()), tuple(skipped))
 
 
@@ -216,15 +216,19 @@ def _gpu_info(text: str, count: float | None) -> tuple[str, tuple[float, ...]]:
     return name, (gib, gib / count) if count and count > 1 else (gib,)
 
 
-def _offers_of(row: _Row) -> tuple[list[Offer], list[str]]:
+def _offers_in_row(row: _Row) -> tuple[list[Offer], list[str]]:
     gpus_per_node = _whole_gpus(row.count, row.accelerator)
     if row.cloud == "gcp" and not row.instance_type:
-        raise _NoOffer("the price of an accelerator without its host machine")
+        raise _NoOffer("the price is of an accelerator without its host machine")
     if row.needs_region and row.region == ANY_REGION:
-        raise _NoOffer("no region is stated, so SkyPilot cannot place it")
+        raise _NoOffer("no region is stated, so SkyPilot cannot rent it")
     name, memory_gib = _device(row)
     on_demand, spot = _prices(row, gpus_per_node)
-    missing = [] if spot is None or on_demand is None or spot < on_demand else ["spot price is no discount"]
+    missing = (
+        []
+        if spot is None or on_demand is None or spot < on_demand
+        else ["the spot price is no lower than the on-demand price"]
+    )
     spot = None if missing else spot
     if on_demand is None and spot is None:
         raise _NoOffer("no price")
@@ -254,7 +258,7 @@ def _whole_gpus(text: str, accelerator: str) -> int:
     if not accelerator or not count:
         raise _NoOffer("no accelerator")
     if count != int(count):
-        raise _NoOffer(f"a fraction of a GPU ({text})")
+        raise _NoOffer(f"the row is for a fraction of a GPU ({text})")
     return int(count)
 
 
@@ -273,7 +277,7 @@ def _device(row: _Row) -> tuple[str, float]:
     memory = _nearest(row.memory_gib, SLICED_A100_GIB)
     name = canonical_name(row.accelerator, memory_gib=memory, hint=hint)
     if name is None:
-        raise _NoOffer(f"no data-sheet figures for accelerator '{row.accelerator}'")
+        raise _NoOffer(f"the hardware table has no accelerator '{row.accelerator}'")
     expected = accelerators()[name].memory_gib
     memory = _nearest(row.memory_gib, (expected,))
     if memory is None:

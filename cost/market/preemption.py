@@ -1,4 +1,4 @@
-"""How often spot nodes are taken, how often to checkpoint, and which share of the bill that wastes.
+"""How often spot nodes are preempted, how often to checkpoint, and which share of the bill that wastes.
 
 Hazards are Gamma distributions over losses per node-hour: a prior by cloud and accelerator, updated by what our
 own runs saw. Invariant: rates are per node and billed hour; a cluster of n nodes loses one at n times that rate,
@@ -21,13 +21,13 @@ from cost.market.offers import Offer
 
 SECONDS_PER_HOUR = 3600.0
 FAILURES_PER_GPU_HOUR = 419 / (54 * 24 * 16_384)
-"""Hardware failures without preemption: 419 in 54 days on 16,384 H100 (arXiv:2407.21783, section 3.3.4)."""
+"""Hardware failures, without preemptions: 419 in 54 days on 16,384 H100 (arXiv:2407.21783, section 3.3.4)."""
 SAVE_AT_NOTICE_SUCCESS = 0.9
 """Assumed chance that a save which fits into the notice succeeds: AWS calls its own notice best effort."""
 NOTICE_POLL_SECONDS = 5.0
 """Until a node's guard sees the notice (IMDSv2 is polled this often)."""
 LARGEST_WASTE_SHARE = 0.9
-"""A cluster that loses a larger share of its time than this gets nowhere."""
+"""A cluster that loses a larger share of its time than this makes no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +96,19 @@ class Hazards:
             losses, hours = self._seen.get(key, (0, 0.0))
             self._seen[key] = (losses + sighting.losses, hours + sighting.node_hours)
 
-    def of(self, offer: Offer) -> Hazard:
+    def for_offer(self, offer: Offer) -> Hazard:
         """Losses per node-hour of this offer; on-demand nodes only fail."""
         if not offer.spot:
             return failures(offer.gpus_per_node)
         if self.fixed_per_node_hour is not None:
-            return Hazard(self.fixed_per_node_hour * 1e6, 1e6, "the market that was asked for")
+            return Hazard(self.fixed_per_node_hour * 1e6, 1e6, "the market given with --market")
         key = (offer.cloud, offer.accelerator, offer.gpus_per_node)
         return prior(*key).updated(*self._seen.get(key, (0, 0.0)))
 
 
 @cache
 def failures(gpus_per_node: int) -> Hazard:
-    """What stops a node that nobody takes away."""
+    """Failures of a node that is not preempted."""
     rate = FAILURES_PER_GPU_HOUR * gpus_per_node
     return Hazard(rate * 1e6, 1e6, "hardware failures per GPU-hour, arXiv:2407.21783, section 3.3.4")
 
@@ -120,13 +120,13 @@ def prior(cloud: str, accelerator: str, gpus_per_node: int) -> Hazard:
     exact = table.get((cloud, accelerator, str(gpus_per_node)))
     if exact is not None:
         return exact
-    same_card = [hazard for (c, a, _), hazard in table.items() if (c, a) == (cloud, accelerator)]
+    same_card = [hazard for key, hazard in table.items() if key[:2] == (cloud, accelerator)]
     return same_card[0] if same_card else table["*", "*", "*"]
 
 
 @dataclass(frozen=True, slots=True)
 class Waste:
-    """Hours that go elsewhere per hour that trains new steps, at the chosen interval."""
+    """Hours lost per hour that trains new steps, by cause, at the chosen checkpoint interval."""
 
     interval_seconds: float
     checkpoints: float

@@ -1,1 +1,1 @@
-"""What a training run will reach: loss, benchmark scores, and where those laws may be trusted."""
+"""Predicted results of a run: loss, benchmark scores, and the range in which the predictions hold."""

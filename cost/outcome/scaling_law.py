@@ -1,10 +1,10 @@
-"""What will come out: the loss that a model of N matrix parameters reaches after D tokens, and how sure that is.
+"""Scaling law: the loss that a model of N matrix parameters reaches after D tokens, with an interval.
 
 The law is L = E + A/N^alpha + B/(k·D)^beta. Exponents are Besiroglu's refit of Chinchilla everywhere; what changes
 with the corpus, the tokenizer and the way of training is fitted to published points (cost/data/loss_points.csv):
 an offset of E, a scale of the whole reducible part, or a data efficiency k. N counts the weights of all matrix
-products, the output head included. Invariant: every law carries the spread of what it was fitted to; a corpus
-that nobody measured gets the spread between corpora.
+products, the output head included. Invariant: every law carries the spread of what it was fitted to; a corpus without
+measurements gets the spread between corpora.
 Source: Besiroglu et al. 2024 (arXiv:2404.10102), refit of Hoffmann et al. 2022 (arXiv:2203.15556).
 """
 
@@ -138,7 +138,7 @@ CHINCHILLA = LossLaw(
 
 
 def effective_tokens(num_tokens: float, unique_tokens: float) -> float:
-    """New tokens that a run over repeated data is worth; equals `num_tokens` up to one epoch.
+    """How many new tokens a run over repeated data is worth; equals `num_tokens` up to one epoch.
 
     Source: Muennighoff et al. 2023 (arXiv:2305.16264), equation 5.
     """

@@ -1,4 +1,4 @@
-"""What a model will score: a band from published runs near it, with how many they are; "unknown" where none is near.
+"""Benchmark scores: a band from similar published runs and their number; "unknown" where none is similar.
 
 HellaSwag is compared by compute (parameters times tokens), CORE by held-out bits per byte on the same corpus: the
 quantity that its sources state. Invariant: no band without a published row, and none far from its rows.
@@ -18,9 +18,9 @@ from cost.outcome.scaling_law import Prediction
 from cost.performance.workload import Workload
 
 COMPUTE_RATIO = 4.0
-"""A run counts as near up to this many times as much, or as little, compute."""
+"""A run counts as similar if its compute is at most this many times more or less."""
 BITS_PER_BYTE_BEYOND = 0.01
-"""How far outside its rows a line through them is still believed."""
+"""How far outside its rows a line through them is still used."""
 CORE_NOISE = 0.01
 """Half-width where rows agree better than that: repeated nanochat runs differ by about so much; assumed."""
 Z_OF_95_PERCENT = 1.96
@@ -43,7 +43,7 @@ class PublishedScore:
 
 @dataclass(frozen=True, slots=True)
 class ScoreBand:
-    """A range with the rows behind it; low and high are None where it is unknown, and `basis` says why."""
+    """A range and the number of rows behind it; low and high are None where it is unknown, and `basis` says why."""
 
     benchmark: str
     low: float | None
@@ -100,7 +100,13 @@ def hellaswag_band(workload: Workload, corpus: str | None) -> ScoreBand:
     same = [row for row in near if row.corpus == corpus]
     chosen = same if len(same) > 1 else near
     if not chosen:
-        return ScoreBand("HellaSwag", None, None, 0, f"no published run within {COMPUTE_RATIO:g}x of its compute")
+        return ScoreBand(
+            "HellaSwag",
+            None,
+            None,
+            0,
+            f"no published run has between 1/{COMPUTE_RATIO:g} and {COMPUTE_RATIO:g} times its compute",
+        )
     place = f"on {corpus}" if len(same) > 1 else "on any corpus"
     basis = f"runs {place} within {COMPUTE_RATIO:g}x of its compute: {_names(chosen)}"
     low, high = min(_edge(row, -1) for row in chosen), max(_edge(row, 1) for row in chosen)

@@ -1,4 +1,5 @@
-"""Where a loss law may be believed: the sizes and lengths of the runs behind it, and below a guess.
+"""The range in which a scaling law holds: the sizes and lengths of the runs behind it, and losses below a uniform
+guess.
 
 Invariant: what lies outside is unknown, never a number. A law holds between the smallest and the largest published run
 that it was fitted to, with `MARGIN` on each side; its exponents come from Chinchilla's runs, so these count for all.
@@ -33,7 +34,7 @@ def unknown_because(work: Workload, predicted: Prediction) -> str | None:
             return problem
     guess = math.log(work.vocab_size)
     if predicted.nats_per_token >= guess:
-        return f"the law gives {predicted.nats_per_token:.2f} nats, more than guessing evenly ({guess:.2f})"
+        return f"the law predicts {predicted.nats_per_token:.2f} nats, more than a uniform guess ({guess:.2f})"
     return None
 
 
@@ -41,4 +42,6 @@ def _outside(name: str, value: float, seen: list[float], chinchilla: tuple[float
     low, high = min(*seen, chinchilla[0]) / MARGIN, max(*seen, chinchilla[1]) * MARGIN
     if low <= value <= high:
         return None
-    return f"{value:.3g} {name} lie outside {low:.3g} to {high:.3g} of the runs that the loss law was fitted to"
+    return (
+        f"{value:.3g} {name} are outside {low:.3g} to {high:.3g}, the range of the runs that the loss law was fitted to"
+    )

@@ -1,1 +1,1 @@
-"""How fast and how large a training run is on given hardware: FLOPs, memory, tokens per second."""
+"""Performance of a training run on given hardware: FLOPs, memory, tokens per second."""

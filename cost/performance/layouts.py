@@ -68,11 +68,13 @@ def fastest_layout(
     """Search sharding, activation checkpointing and micro-batch; precision is the workload's."""
     device = cluster.accelerator
     if device.name in WITHOUT_CUDA:
-        return NoLayout(f"{device.name} needs a ROCm build of torch; slm installs the CUDA one")
+        return NoLayout(f"{device.name} needs a ROCm build of torch, and slm installs the CUDA build")
     if work.precision != "fp32" and device.peak_flops(work.precision) is None:
         return NoLayout(f"{device.name} has no {work.precision} units")
     if cluster.world_size > work.global_batch_size:
-        return NoLayout(f"{cluster.world_size} devices, but only {work.global_batch_size} sequences per step")
+        return NoLayout(
+            f"the cluster has {cluster.world_size} devices, but a step has only {work.global_batch_size} sequences"
+        )
     program = our_trainer() if software is None else software
     most = max(1, work.global_batch_size // cluster.world_size)
     best: Placement | None = None
@@ -93,8 +95,8 @@ def fastest_layout(
                 break
     if best is None:
         return NoLayout(
-            f"needs {smallest:.1f} GiB per device at least; of {device.memory_gib:.0f} on {device.name}, "
-            f"{memory.SURE_SHARE * device.memory_gib:.1f} can be counted on"
+            f"needs at least {smallest:.1f} GiB per device; {device.name} has {device.memory_gib:.0f} GiB, of which "
+            f"{memory.SURE_SHARE * device.memory_gib:.1f} GiB are usable"
         )
     return best
 
@@ -107,7 +109,7 @@ def fastest_precision(
     *,
     precisions: Sequence[Precision],
 ) -> Placement | NoLayout:
-    """The fastest layout in any of these precisions; a device without units for one is placed in another."""
+    """The fastest layout in any of these precisions that the device supports."""
     found = [
         fastest_layout(replace(work, precision=precision), cluster, calibration, software)
         for precision in precisions or (work.precision,)
@@ -116,7 +118,7 @@ def fastest_precision(
 
 
 def _fastest(found: Sequence[Placement | NoLayout]) -> Placement | NoLayout:
-    """The first of the fastest, or why the last one cannot be."""
+    """The fastest placement, or the last reason why there is none."""
     placements = [entry for entry in found if isinstance(entry, Placement)]
     return max(placements, key=lambda placement: placement.tokens_per_second) if placements else found[-1]
 
@@ -140,7 +142,7 @@ def placed(
     calibration: Calibration,
     software: Software | None = None,
 ) -> Placement:
-    """What one given layout needs and reaches on a cluster, whether it fits (`memory.fits`) or not."""
+    """Memory and speed of a given layout on a cluster, whether it fits (`memory.fits`) or not."""
     return Placement(
         layout=layout,
         memory=memory.peak(work, cluster.accelerator, layout, software=software),

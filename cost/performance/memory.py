@@ -79,17 +79,17 @@ class MemoryEstimate:
 
     @property
     def total_gib(self) -> float:
-        """As drivers and people count."""
+        """In GiB, as drivers report it."""
         return self.total_bytes / BYTES_PER_GIB
 
     @property
     def fits(self) -> bool:
-        """Sure enough to rent for."""
+        """Whether the layout fits with enough margin to rent for it."""
         return self.total_bytes <= SURE_SHARE * self.capacity_bytes
 
     @property
     def impossible(self) -> bool:
-        """Too large by more than the estimate can be wrong; between the two lies what one would have to try."""
+        """Whether it is too large even if the estimate is off; between `fits` and this, only a trial can tell."""
         return self.total_bytes > IMPOSSIBLE_SHARE * self.capacity_bytes
 
 
@@ -196,7 +196,7 @@ def _staged(workload: Workload, layout: Layout, software: Software) -> float:
 
 
 def _activations(workload: Workload, layout: Layout, software: Software, element_bytes: float) -> float:
-    """What the forward pass keeps. With checkpointing: each layer's input, and one layer while it is recomputed."""
+    """Activations that the forward pass keeps; with checkpointing, each layer's input and one recomputed layer."""
     tokens = layout.micro_batch_size * workload.sequence_length
     layer = _layer_bytes(workload, tokens, software, element_bytes)
     if layout.activation_checkpointing:

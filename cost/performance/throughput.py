@@ -90,7 +90,7 @@ class Calibration:
         return fitted + self.measured.get((framework, accelerator), 0.0)
 
     def with_measurement(self, framework: str, accelerator: str, *, measured: float, modelled: float) -> Self:
-        """A copy that believes a run: `modelled` is what this calibration's estimate said about that very run."""
+        """A copy corrected by a measured run, of which `modelled` is this calibration's estimate."""
         ratio = self.measured.get((framework, accelerator), 0.0) + math.log(measured / modelled)
         return dataclasses.replace(self, measured={**self.measured, (framework, accelerator): ratio})
 

@@ -1,4 +1,4 @@
-"""What has to be computed: the shape of a decoder-only transformer, its parameters and its FLOPs per token.
+"""Workload: the shape of a decoder-only transformer, its parameters and its FLOPs per token.
 
 Plain numbers only, so that the planner's estimate and the trainer's measured utilization share one formula.
 Invariant: `num_params` of `Workload.from_shape` is the number of weights that `trainer.model.transformer` allocates

@@ -1,1 +1,1 @@
-"""From offers and a workload to a ranked plan, with its bill, risk and explanation."""
+"""Planning: from offers and a workload to a ranked plan with its bill, risk and explanation."""

@@ -1,4 +1,4 @@
-"""What a run on one offer is expected to cost, line by line, and what it may cost at worst.
+"""The expected bill of a run on one offer, line by line, and its worst case.
 
 Invariant: the total is the exact decimal sum of the lines; each line is rounded up to a micro-dollar. Hours are
 billed hours. Start-up, recovery after a preemption, checkpoints, disks, the run store and downloads are charged.
@@ -38,7 +38,7 @@ LINES = (
     "final download",
 )
 NODE_HOURS = frozenset({"compute", "start-up", "checkpoints", "preemptions", "minimum billing"})
-"""Lines that are hours of the cluster at its price."""
+"""Lines that are node-hours at the cluster's price."""
 PAID_ONCE = frozenset({"start-up", "minimum billing", "final download"})
 """Lines that do not grow with the number of tokens."""
 
@@ -154,7 +154,7 @@ def checkpoint_bytes(num_params: int) -> float:
 
 
 def worst_usd_per_hour(offer: Offer) -> Decimal:
-    """The most that one node can come to cost per hour: on-demand, or a multiple where that is unknown."""
+    """The worst-case price of one node per hour: on-demand, or a multiple of spot where that is unknown."""
     if not offer.spot:
         return offer.usd_per_hour
     if offer.on_demand_usd_per_hour is not None:
@@ -221,5 +221,5 @@ def make_bill(
 
 
 def _micro(dollars: float) -> int:
-    """Micro-dollars, rounded up; a hair above a whole one is that one (binary fractions)."""
+    """Micro-dollars, rounded up; an excess from binary rounding is dropped first."""
     return math.ceil(dollars * MICRO - 1e-6)

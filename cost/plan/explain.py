@@ -1,4 +1,4 @@
-"""Every number of an estimate with its formula, its inputs and where they come from, for `--explain`.
+"""Explanations for `--explain`: every number of an estimate with its formula, inputs and sources.
 
 Invariant: a value with a closed formula is computed here from its inputs, not copied from the estimate, so that an
 explanation which no longer matches the planner fails its test.
@@ -32,7 +32,7 @@ CLOUDS_CSV = "cost/data/clouds.csv"
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """One number. `inputs` are the formula's names with their values, units in the names."""
+    """A number. `inputs` are the formula's variables with their values, units in the names."""
 
     name: str
     value: float
@@ -45,7 +45,7 @@ class Explanation:
 def explain(plan: Plan, estimate: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
     """All numbers of one estimate, in the order in which they follow from each other.
 
-    `hazard` is what the planner believed of this offer (`Hazards.of`).
+    `hazard` is the planner's hazard for this offer (`Hazards.for_offer`).
     """
     work = plan.workload
     return (
@@ -164,7 +164,7 @@ def _losses(estimate: Estimate, hazard: Hazard) -> tuple[Explanation, ...]:
             "expected_preemptions",
             rate * (1 + waste.checkpoints + waste.lost_work) * bill.train_hours,
             "count",
-            "losses_per_hour * (1 + checkpoints + lost_work) * train_hours: they happen while the cluster is up",
+            "losses_per_hour * (1 + checkpoints + lost_work) * train_hours, counted while the cluster is up",
             {
                 "losses_per_hour": rate,
                 "checkpoints": waste.checkpoints,
@@ -274,7 +274,7 @@ def _outcome(plan: Plan, estimate: Estimate) -> tuple[Explanation, ...]:
             "usd",
             "total / num_params",
             {"total": total, "num_params": work.num_params},
-            "the whole run's expected dollars at its tokens per parameter",
+            "expected dollars of the whole run at the recipe's tokens per parameter",
         ),
         Explanation(
             "predicted_loss",
@@ -301,6 +301,6 @@ def _outcome(plan: Plan, estimate: Estimate) -> tuple[Explanation, ...]:
             "usd",
             "hours with two standard deviations more preemptions * worst_usd_per_hour + disks, store, egress, download",
             {"worst_usd_per_hour": float(estimate.bill.worst_usd_per_hour), "hours": estimate.hours},
-            "on-demand price where it is known, else four times spot; the cap stops the run before its own limit",
+            "on-demand price where it is known, else four times spot; the budget cap stops the run at its own limit",
         ),
     )

@@ -1,4 +1,4 @@
-"""How large a model, dense or of experts, a budget should train: parameters against loss, dollars and hours.
+"""The frontier: which model size, dense or mixture of experts, a budget should train.
 
 Shapes come from one ladder that does not depend on the budget, so that more money never buys less. Invariant: every
 point on the frontier is a whole plan that fits its budget, over the offers that are cheapest for the smallest, a middle
@@ -29,7 +29,7 @@ SEQUENCE_LENGTH = 2048
 TOKENS_PER_STEP = 2**19
 """About half a million tokens (nanochat; the critical batch of models around 1B parameters)."""
 LADDER_RATIO = 1.05
-"""Each rung has this many times the parameters of the one below."""
+"""Each size of the ladder has this many times the parameters of the next smaller one."""
 MANY_TOKENS_PER_PARAM = 2000.0
 """More than any budget here buys, so that the planner says how many it does buy."""
 SHORTLISTED = 25
@@ -44,7 +44,7 @@ EXPERT_SPEED = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One model trained for what the budget buys on its best offer."""
+    """A model trained on as many tokens as the budget buys on its best offer."""
 
     workload: Workload
     estimate: Estimate
@@ -62,7 +62,7 @@ class Point:
         return self.workload.num_experts > 1
 
 
-def shape_of(
+def model_shape(
     num_params: float,
     *,
     tokens_per_param: float = 20.0,
@@ -112,14 +112,14 @@ def _proportions(num_params: float, vocab_size: int, num_experts: int) -> tuple[
 def ladder(low: float, high: float) -> list[float]:
     """Parameter counts from low to high, both included, each `LADDER_RATIO` times the one before."""
     if not 0 < low <= high:
-        raise UserError(f"parameters from {low:g} to {high:g} is no range; write for example 1.1e9..3e9.")
+        raise UserError(f"{low:g}..{high:g} is not a valid range of parameters; write for example 1.1e9..3e9.")
     rungs = math.floor(math.log(high / low) / math.log(LADDER_RATIO))
     counts = [low * LADDER_RATIO**rung for rung in range(rungs + 1)]
     return counts if math.isclose(counts[-1], high, rel_tol=1e-6) else [*counts, high]
 
 
 def undominated(offers: Iterable[Offer]) -> tuple[Offer, ...]:
-    """Offers that can be the cheapest: of those that differ only in place and price, the one with the lowest price."""
+    """Offers that can be the cheapest: among offers that differ only in place and price, the cheapest."""
     best: dict[tuple[object, ...], Offer] = {}
     for offer in offers:
         key = (offer.cloud, offer.accelerator, offer.gpus_per_node, offer.gpu_memory_gib, offer.spot)
@@ -135,7 +135,7 @@ class ModelChoice:
 
     plans: tuple[Plan, ...]
     chosen: Plan | None
-    """None where not even the smallest can be paid for."""
+    """None where the budget does not even pay for the smallest model."""
 
 
 def choose_model(
@@ -153,9 +153,11 @@ def choose_model(
     `objective` is "params" for the largest, or one of the planner's. `options` go to `make_plan`.
     """
     if objective not in CHOICES:
-        raise UserError(f"no objective '{objective}' for a range of models; choose one of {', '.join(CHOICES)}.")
+        raise UserError(
+            f"there is no objective '{objective}' for a range of models; choose one of {', '.join(CHOICES)}."
+        )
     by: Any = "usd_per_param" if objective == "params" else objective
-    shapes = [shape_of(count, tokens_per_param=tokens_per_param) for count in ladder(low, high)]
+    shapes = [model_shape(count, tokens_per_param=tokens_per_param) for count in ladder(low, high)]
     cheapest = shortlist(undominated(offers), (shapes[0], shapes[len(shapes) // 2], shapes[-1]), by, options)
     plans = tuple(make_plan(shape, cheapest, budget_usd=budget_usd, objective=by, **options) for shape in shapes)
     paid = [(plan, plan.best) for plan in plans if plan.affordable and plan.best is not None]
@@ -172,7 +174,7 @@ CHOICES: Mapping[str, Callable[[Plan, Estimate], Any]] = {
     "hours": lambda _plan, best: best.hours,
     "loss": lambda _plan, best: best.predicted.nats_per_token,
 }
-"""What is smallest for the model that is chosen."""
+"""Sort key: smallest for the model to choose."""
 
 
 def shortlist(
@@ -197,12 +199,12 @@ def frontier(
 ) -> tuple[Point, ...]:
     """For each size the loss that the whole budget buys, dense and as a mixture of experts; sizes are in total weights.
 
-    Where the loss turns up again, more parameters have stopped paying. Sizes that no offer can run are left out.
+    Beyond the size with the lowest loss, more parameters no longer pay. Sizes that no offer can run are omitted.
     """
     believed = market or Market()
     spread = (min(sizes), math.sqrt(min(sizes) * max(sizes)), max(sizes))
     cheapest = shortlist(
-        undominated(offers), [shape_of(size) for size in spread], "usd_per_param", {"market": believed, **options}
+        undominated(offers), [model_shape(size) for size in spread], "usd_per_param", {"market": believed, **options}
     )
     kinds = ((1, 1), (EXPERTS, ACTIVE_EXPERTS)) if mixtures else ((1, 1),)
     points: list[Point] = []
@@ -227,7 +229,7 @@ def _spend(
     options: dict[str, Any],
 ) -> Point | None:
     """Ask how many tokens the budget buys at this size, then plan exactly those."""
-    shape = shape_of(size, tokens_per_param=MANY_TOKENS_PER_PARAM, num_experts=experts, num_active_experts=active)
+    shape = model_shape(size, tokens_per_param=MANY_TOKENS_PER_PARAM, num_experts=experts, num_active_experts=active)
     speed = EXPERT_SPEED if experts > 1 else 1.0
     wish = make_plan(shape, offers, budget_usd=budget_usd * SPENT_SHARE, speed=speed, market=market, **options).best
     if wish is None or wish.num_tokens < shape.tokens_per_step:

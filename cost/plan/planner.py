@@ -1,4 +1,4 @@
-"""Which offer, how many nodes and which layout: every offer priced, ranked, or rejected with the reason.
+"""The planner: prices every offer with its best nodes and layout, and ranks or rejects it with a reason.
 
 Pure: offers, hazards, law and calibration come in as arguments, nothing is read from a clock or a network.
 Invariants: no offer is dropped without a reason; a cheaper price never ranks worse; more budget never buys less.
@@ -55,9 +55,12 @@ def make_plan(
     `speed` multiplies every predicted tokens per second, for what the throughput model does not know.
     """
     if objective not in OBJECTIVES:
-        raise UserError(f"no objective '{objective}'; choose one of {', '.join(OBJECTIVES)}.")
+        raise UserError(f"there is no objective '{objective}'; choose one of {', '.join(OBJECTIVES)}.")
     if not 1 <= min_nodes <= max_nodes:
-        raise UserError(f"nodes from {min_nodes} to {max_nodes} is no range; ask for at least 1 and min <= max.")
+        raise UserError(
+            f"nodes from {min_nodes} to {max_nodes} is not a valid range; the minimum must be at least 1 "
+            "and at most the maximum."
+        )
     wanted_gpus = None if gpus is None else frozenset(_gpu_name(name) for name in gpus)
     wanted_clouds = None if clouds is None else frozenset(name.lower() for name in clouds)
     task = _Task(
@@ -95,7 +98,7 @@ def make_plan(
 def _gpu_name(name: str) -> str:
     found = canonical_name(name)
     if found is None:
-        raise UserError(f"no accelerator '{name}' in the hardware table; `slm gpus` lists them.")
+        raise UserError(f"there is no accelerator '{name}' in the hardware table; `slm gpus` lists them.")
     return found
 
 
@@ -106,7 +109,7 @@ def _node_counts(min_nodes: int, max_nodes: int) -> tuple[int, ...]:
 
 
 def _whole_gib(memory_gib: float) -> float:
-    """Rounded down, so that cards which differ by what their driver keeps share one search; a small one stays exact."""
+    """Rounded down, so that cards that differ only by their driver's share use one search; small sizes stay exact."""
     return float(math.floor(memory_gib)) if memory_gib >= 1 else memory_gib
 
 
@@ -211,14 +214,14 @@ class _Task:
         bill = make_bill(
             offer,
             cloud_terms(offer.cloud),
-            self.market.hazards.of(offer),
+            self.market.hazards.for_offer(offer),
             self._pace(offer, placed.layout),
             num_nodes=num_nodes,
             num_params=work.num_params,
             train_hours=work.num_tokens / speed / SECONDS_PER_HOUR * scale,
         )
         if bill is None:
-            return "preempted faster than it recovers"
+            return "it would be preempted faster than it recovers"
         low, high = placed.throughput.interval
         ratio = speed / placed.throughput.tokens_per_second
         return Estimate(
@@ -257,7 +260,7 @@ class _Task:
 
 
 def _ranking(objective: Objective) -> Callable[[Estimate], tuple[object, ...]]:
-    """Smaller is better. Plans that cannot be finished come last, those that buy most tokens first among them."""
+    """Sort key, smaller is better. Plans that cannot finish come last, ordered by the tokens that they buy."""
     # One workload: dollars per parameter follow dollars, and loss falls with the tokens that are bought.
     by_dollars = operator.attrgetter("bill.total_micro_usd", "hours")
     by_objective: dict[Objective, Callable[[Estimate], tuple[object, ...]]] = {

@@ -1,4 +1,4 @@
-"""What the planner is asked and what it answers: the request's beliefs, one estimate per offer, the ranked plan.
+"""The planner's inputs and results: market assumptions, one estimate per offer, the ranked plan.
 
 Invariant: every number of an estimate follows from its offer, placement and bill; nothing is stored twice.
 """
@@ -146,18 +146,18 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What our own runs told a plan beside published numbers."""
+    """Measurements of our own runs that a plan used beside published numbers."""
 
     measured_by: Mapping[str, str] = field(default_factory=dict)
-    """By accelerator, the run whose speed the calibration believes."""
+    """By accelerator, the run whose measured speed the calibration uses."""
     sightings: tuple[Sighting, ...] = ()
     problem: str | None = None
-    """Why nothing, or not all, could be learned."""
+    """Why measurements are missing or incomplete."""
     starts: Mapping[str, float] = field(default_factory=dict)
     """By cloud, seconds from the request to a node that is set up."""
 
     def losses_on(self, offer: Offer) -> Sighting | None:
-        """What was seen of this kind of spot node."""
+        """Measurements of this kind of spot node."""
         if not offer.spot:
             return None
         kind = (offer.cloud, offer.accelerator, offer.gpus_per_node)
@@ -193,7 +193,7 @@ class Plan:
     rejected: tuple[Rejected, ...]
     seen: Seen = field(default_factory=Seen)
     unguarded: tuple[Estimate, ...] = ()
-    """Of the rejected, those that would have been ranked if something ended a hung node there; best first."""
+    """Rejected only because no terminator ends a hung node there; best first."""
 
     @property
     def best(self) -> Estimate | None:
@@ -208,7 +208,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Market:
-    """What the planner believes about the world besides prices."""
+    """The planner's assumptions about the world besides prices."""
 
     hazards: Hazards = field(default_factory=Hazards)
     law: LossLaw = CHINCHILLA

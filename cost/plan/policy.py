@@ -1,4 +1,4 @@
-"""When to hold a spot node, in which zone, when to pay for on-demand and when to wait at no cost.
+"""Policies: when to hold a spot node and in which zone, when to pay for on-demand, when to wait at no cost.
 
 A policy sees at each decision which zones have capacity now and what it has seen since it started; it never sees the
 future. `run` charges it on a trace: every held hour is billed, start-up trains nothing, a preemption takes back the
@@ -67,7 +67,7 @@ class Traces:
 
 
 def joined(stretches: Iterable[tuple[float, tuple[str, ...]]]) -> tuple[tuple[float, tuple[str, ...]], ...]:
-    """Neighbours with the same capacity made one."""
+    """Merge neighbouring stretches with the same capacity."""
     groups = itertools.groupby(stretches, key=lambda stretch: stretch[1])
     return tuple((sum(hours for hours, _ in group), up) for up, group in groups)
 
@@ -78,15 +78,17 @@ def read_traces(folder: Path, *, num_nodes: int = 1) -> Traces:
     A zone has capacity in a tick in which it has `num_nodes` instances. The shortest trace ends all of them.
 
     Raises:
-        UserError: No trace there, one that is none, or traces of different gaps.
+        UserError: There is no trace, a file is not a trace, or traces have different gaps.
     """
     documents = {file.stem: _read_trace(file) for file in sorted(folder.glob("*.json"))}
     if not documents:
-        raise UserError(f"no .json traces in {folder}; give a folder of availability traces.")
+        raise UserError(f"there are no .json traces in {folder}; give a folder of availability traces.")
     gaps = {gap for gap, _ in documents.values()}
     if len(gaps) > 1:
         found = ", ".join(f"{gap:g} s" for gap in sorted(gaps))
-        raise UserError(f"traces in {folder} have different gaps ({found}); put them into different folders.")
+        raise UserError(
+            f"the traces in {folder} have different gaps between samples ({found}); put them into different folders."
+        )
     zones, tick_hours = tuple(documents), gaps.pop() / SECONDS_PER_HOUR
     ticks = zip(*(data for _, data in documents.values()), strict=False)
     up = (tuple(zone for zone, count in zip(zones, now, strict=True) if count >= num_nodes) for now in ticks)
@@ -98,9 +100,9 @@ def _read_trace(file: Path) -> tuple[float, Sequence[float]]:
         document: Any = json.loads(file.read_text(encoding="utf-8"))
         gap, data = float(document["metadata"]["gap_seconds"]), [float(count) for count in document["data"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no availability trace ({error!r}); see --help for the format.") from error
+        raise UserError(f"{file} is not an availability trace ({error!r}); docs/guide.md shows the format.") from error
     if gap <= 0 or not data:
-        raise UserError(f"{file} has no ticks; an availability trace needs gap_seconds > 0 and some data.")
+        raise UserError(f"{file} has no samples; an availability trace needs gap_seconds > 0 and some data.")
     return gap, data
 
 
@@ -123,7 +125,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one run."""
+    """The result of one simulated run."""
 
     useful_hours: float
     usd: float
@@ -156,11 +158,11 @@ class View:
         return self.terms.deadline_hours - self.hour
 
     def mean_hours_between_losses(self, zone: str) -> float:
-        """Seen so far, with one loss in `PRIOR_HOURS` as if seen before (the posterior of a Gamma prior)."""
+        """Mean rate so far, with a prior of one loss in `PRIOR_HOURS` (the posterior of a Gamma prior)."""
         return (PRIOR_HOURS + self.hours_up.get(zone, 0.0)) / (1 + self.losses.get(zone, 0))
 
     def steadiest(self) -> str:
-        """Of the zones with capacity, the one that was lost least often; the first of equals."""
+        """Of the zones with capacity, the zone that was lost least often; the first among equals."""
         return max(self.up, key=self.mean_hours_between_losses)
 
 
@@ -184,7 +186,7 @@ WORTH_SWITCHING_HOURS = 0.75
 
 
 def default_policy(view: View) -> str | None:
-    """Spot while there is any, in the steadiest zone; on-demand in long outages, from what spot will not need.
+    """Spot while there is any, in the steadiest zone; on-demand in long outages, paid from what spot will not need.
 
     Money that spot is expected to need until the deadline, at the availability seen so far, is kept for it. The rest
     buys on-demand, but not for outages shorter than `PATIENCE_HOURS`, and not in scraps: each start costs start-up.
@@ -228,7 +230,7 @@ def on_demand_only(view: View) -> str | None:
 
 
 def spot_then_on_demand(view: View) -> str | None:
-    """On-demand the moment that spot is gone, spot the moment that it is back: the usual fallback."""
+    """On-demand as soon as spot is gone, spot as soon as it is back: the usual fallback."""
     if view.holding in view.up:
         return view.holding
     return view.up[0] if view.up else on_demand_only(view)
@@ -246,23 +248,23 @@ DEFAULT = "default"
 
 def run(policy: Policy, traces: Traces, terms: Terms, *, start_hour: float = 0.0) -> Outcome:
     """Follow a policy from one moment until the work, the money or the time is at an end."""
-    book = _Book(View(terms, remaining_usd=terms.budget_usd))
+    progress = _Progress(View(terms, remaining_usd=terms.budget_usd))
     pause = max(DECISION_HOURS, terms.deadline_hours / DECISIONS)
     was_up: tuple[str, ...] = ()
     for hours, up in traces.window(start_hour, terms.deadline_hours):
-        book.begin_stretch(up, was_up)
+        progress.begin_stretch(up, was_up)
         was_up = up
         left = hours
         while left > 1e-12:
-            book.hold(policy(book.view))
-            step = left if book.view.holding in up else min(left, pause)
-            if not book.spend(step):
-                return book.outcome()
+            progress.hold(policy(progress.view))
+            step = left if progress.view.holding in up else min(left, pause)
+            if not progress.spend(step):
+                return progress.outcome()
             left -= step
-    return book.outcome()
+    return progress.outcome()
 
 
-class _Book:
+class _Progress:
     """Time, money and work of one run."""
 
     def __init__(self, view: View) -> None:
@@ -289,7 +291,7 @@ class _Book:
             view.hours_none_up = 0.0
 
     def hold(self, wanted: str | None) -> None:
-        """What was held is given back after a checkpoint; what comes new has to start up."""
+        """A node that was held is released after a checkpoint; a new node has to start up."""
         if wanted != self.view.holding:
             self.view.holding, self.gained, self.startup_left = wanted, 0.0, self.view.terms.startup_hours
 
@@ -330,7 +332,7 @@ class _Book:
 
 
 def offline_bound(traces: Traces, terms: Terms, *, start_hour: float = 0.0) -> float:
-    """Useful hours that nobody can pass, knowing the whole trace and paying nothing for start-up or losses.
+    """Upper bound of useful hours, for a policy that knows the whole trace and pays nothing for start-up or losses.
 
     x_s = min(A, B/p_s) hours of spot, A hours in which some zone has capacity, and
     x_o = min((B - p_s x_s)/p_o, T - x_s) hours of on-demand.

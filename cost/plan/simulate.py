@@ -39,7 +39,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """What one policy came to over all draws. `wasted_share` is of the held hours."""
+    """Results of one policy over all draws. `wasted_share` is a share of the held hours."""
 
     usd: Spread
     hours: Spread
@@ -75,7 +75,7 @@ def simulate(
 ) -> Simulation:
     """Follow each policy through `runs` draws of the plan's offer.
 
-    `hazard` is per node; `num_zones` equal zones stand for the places that the offer's price is to be had in. With
+    `hazard` is per node; `num_zones` equal zones stand for the places where the offer is available at its price. With
     `traces` capacity comes from them instead, each draw from a start of its own. An on-demand offer is never preempted
     by the market, so every policy but on-demand is left out.
     """
@@ -130,13 +130,13 @@ def _draw(
     limit = deadline_hours if deadline_hours is not None else max(24.0, PATIENCE * bill.billed_hours / factor)
     rate = rng.gammavariate(hazard.losses, 1 / hazard.node_hours) if hazard.losses > 0 else 0.0
     if traces is None:
-        traces = _traces_of(rate * estimate.num_nodes, num_zones, limit, rng)
+        traces = _drawn_traces(rate * estimate.num_nodes, num_zones, limit, rng)
         start = 0.0
     else:
         start = rng.uniform(0.0, traces.hours)
     terms = Terms(
         budget_usd=budget_usd,
-        spot_usd_per_hour=float(estimate.usd_per_hour) + _extra_usd_per_hour(estimate),
+        spot_usd_per_hour=float(estimate.usd_per_hour) + _incidental_usd_per_hour(estimate),
         on_demand_usd_per_hour=_on_demand(estimate),
         deadline_hours=limit,
         startup_hours=bill.pace.startup_seconds / 3600,
@@ -149,10 +149,10 @@ def _draw(
 def _on_demand(estimate: Estimate) -> float | None:
     offer = estimate.offer
     price = offer.on_demand_usd_per_hour if offer.spot else offer.usd_per_hour
-    return None if price is None else float(price) * estimate.num_nodes + _extra_usd_per_hour(estimate)
+    return None if price is None else float(price) * estimate.num_nodes + _incidental_usd_per_hour(estimate)
 
 
-def _traces_of(losses_per_hour: float, num_zones: int, hours: float, rng: random.Random) -> Traces:
+def _drawn_traces(losses_per_hour: float, num_zones: int, hours: float, rng: random.Random) -> Traces:
     """Zones that are up for exponential times at the hazard and away for exponential outages."""
     zones = tuple(f"zone-{number}" for number in range(1, num_zones + 1))
     changes = {0.0} | {hours}
@@ -180,8 +180,8 @@ def _changes(losses_per_hour: float, hours: float, rng: random.Random) -> list[f
     return moments
 
 
-def _extra_usd_per_hour(estimate: Estimate) -> float:
-    """Lines of the bill that are no node-hours (disks, run store, egress), spread over the hours."""
+def _incidental_usd_per_hour(estimate: Estimate) -> float:
+    """Incidental costs (disks, run store, egress), spread over the hours."""
     rest = float(sum(line.usd for line in estimate.lines if line.name not in NODE_HOURS))
     return rest / estimate.bill.billed_hours
 

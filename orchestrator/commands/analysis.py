@@ -50,7 +50,7 @@ def estimate(
     from orchestrator.views import analysis as render_advice
     from orchestrator.views import runs as render
 
-    name, work, software, precisions = model_of(model, tokens_per_param, sets)
+    name, work, software, precisions = named_model(model, tokens_per_param, sets)
     prices = prices_now()
     made = advice.estimate_machine(
         name,
@@ -115,7 +115,7 @@ def frontier(
         "nodes": nodes,
         "deadline_hours": deadline,
         "all_clouds": all_clouds,
-        "belief": planning.belief_of(corpus, unique_tokens),
+        "belief": planning.data_belief(corpus, unique_tokens),
         "experience": experience_of(home_from(os.environ)),
     }
     prices = prices_now()
@@ -203,7 +203,7 @@ def simulate(
     render_advice.simulation(done, planned.plan, chosen.name, prices, console, now=datetime.now(UTC), plot=plot)
 
 
-def model_of(
+def named_model(
     model: str, tokens_per_param: float | None, sets: list[str] | None
 ) -> tuple[str, Workload, Software, tuple[Precision, ...]]:
     """A recipe by name or path, or a model that only its size describes; and the precisions to choose from."""
@@ -227,7 +227,7 @@ def model_of(
             recipe.name,
             recipe.workload(),
             our_trainer(optimizer=recipe.optimizer.name, compiled=recipe.training.compile),
-            planning.precisions_of(recipe.precision),
+            planning.allowed_precisions(recipe.precision),
         )
     if sets:
         raise UserError(f"--set changes a recipe, but {model} is a size; name a recipe, or leave --set out.")

@@ -99,7 +99,7 @@ def launch(
     plan = planned.plan
     best = planning.winner(plan)
     console = render.console_on(sys.stderr if as_json else sys.stdout)
-    render_plan.short(plan, prices, console, advice.chance_of(planned), now=datetime.now(UTC))
+    render_plan.short(plan, prices, console, advice.finish_chance(planned), now=datetime.now(UTC))
     is_child = background.is_child()
     ask(f"Launch {chosen.name} with a cap of {plan.budget_usd} dollars?", yes=yes or is_child)
     if detach and not is_child:
@@ -119,7 +119,7 @@ def launch(
             notify_target=notify,
             losses=believed(
                 best,
-                planned.hazards.of(best.offer),
+                planned.hazards.for_offer(best.offer),
                 time_scale=chosen.local.time_scale if chosen.backend == "local" else 1.0,
             ),
             single_supervisor=single_supervisor,

@@ -76,7 +76,7 @@ def plan(
     from orchestrator.planning.experience import experience_of
 
     home = home_from(os.environ)
-    belief = planning.belief_of(corpus, unique_tokens)
+    belief = planning.data_belief(corpus, unique_tokens)
     wishes: dict[str, Any] = {
         "spot": spot,
         "clouds": options.names_in(clouds),
@@ -148,7 +148,7 @@ def show_plan(
     best = planning.winner(planned.plan)
     following = launch_like(invocation_of(context).arguments)
     explanations = planning.explained(planned, best) if explain else None
-    chance = advice.chance_of(planned)
+    chance = advice.finish_chance(planned)
     if as_json:
         facts = plan_facts.plan_facts(planned.plan, prices, recipe, belief, chance, top=top, next_command=following)
         render.as_json({**facts, "explanations": explanations})

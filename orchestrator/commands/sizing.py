@@ -63,7 +63,7 @@ def plan_sizes(
     unguarded = allow_unguarded or warning is not None
     following = next_command(planned.plan.workload, asked, {**wishes, "allow_unguarded": unguarded})
     explanations = planning.explained(planned, best) if explain else None
-    chance = advice.chance_of(planned)
+    chance = advice.finish_chance(planned)
     if as_json:
         facts = render_sizes.facts(
             planned.plan,
@@ -116,9 +116,9 @@ def choose(
     offers, options, locked = planning.options_without_recipe(prices, **wishes)
     planning.offers_wanted(offers, options)
     pools = [offers] if allow_unguarded else [planning.guarded_offers(offers), offers]
-    choices = [choice_of(asked, chosen_by, planning.offers_for(pools[0], options), options)]
+    choices = [choose_size(asked, chosen_by, planning.offers_for(pools[0], options), options)]
     if choices[-1].chosen is None and len(pools) > 1:
-        choices.append(choice_of(asked, chosen_by, planning.offers_for(pools[1], options), options))
+        choices.append(choose_size(asked, chosen_by, planning.offers_for(pools[1], options), options))
     choice = choices[-1]
     if choice.chosen is None:
         raise UserError(none_affordable(choice, asked))
@@ -127,7 +127,7 @@ def choose(
     warning = None
     if len(choices) > 1:
         best = planning.winner(plan)
-        warning = f"{planning.refusal_of(best.offer)}. Among the others {none_affordable(choices[0], asked)}"
+        warning = f"{planning.guard_refusal(best.offer)}. Among the others {none_affordable(choices[0], asked)}"
     elif not allow_unguarded:
         plan = planning.guarded(plan)
     experience = wishes.get("experience") or Experience()
@@ -135,7 +135,7 @@ def choose(
     return planning.Planned(plan, options["market"].hazards), choice, warning
 
 
-def choice_of(asked: Asked, chosen_by: str, offers: Sequence[Offer], options: dict[str, Any]) -> ModelChoice:
+def choose_size(asked: Asked, chosen_by: str, offers: Sequence[Offer], options: dict[str, Any]) -> ModelChoice:
     """The best size that these offers train; none where there are no offers."""
     from cost.plan.frontier import ModelChoice, choose_model
     from cost.plan.sizes import largest_range

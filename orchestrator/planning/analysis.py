@@ -16,7 +16,7 @@ from cost.performance.layouts import Cluster, NoLayout, Placement, fastest_preci
 from cost.performance.software import Software, our_trainer
 from cost.performance.throughput import NODE_NETWORK_BYTES_PER_SECOND
 from cost.performance.workload import Workload
-from cost.plan.frontier import Point, frontier, ladder, shape_of
+from cost.plan.frontier import Point, frontier, ladder, model_shape
 from cost.plan.plans import Chance, Estimate
 from cost.plan.policy import DEFAULT, POLICIES, Traces, read_traces
 from cost.plan.simulate import PATIENCE, Simulation, simulate
@@ -99,7 +99,7 @@ def estimate_machine(
 
 def work_of_size(num_params: float, tokens_per_param: float) -> tuple[Workload, Software]:
     """A model that only its size describes, trained as the recipes of its size are."""
-    shape = shape_of(num_params, tokens_per_param=tokens_per_param)
+    shape = model_shape(num_params, tokens_per_param=tokens_per_param)
     return shape, our_trainer(optimizer=USUAL_OPTIMIZER, compiled=True)
 
 
@@ -139,7 +139,7 @@ def frontier_points(
 # ---------------------------------------------------------------- simulation
 
 
-def chance_of(planned: Planned) -> Chance | None:
+def finish_chance(planned: Planned) -> Chance | None:
     """How often the best offer trains everything under the cap and the deadline; None for the local cloud."""
     if planned.plan.emulation is not None:
         return None
@@ -153,7 +153,7 @@ def chance_of(planned: Planned) -> Chance | None:
     done = simulate(
         best,
         num_tokens=plan.workload.num_tokens,
-        hazard=planned.hazards.of(best.offer),
+        hazard=planned.hazards.for_offer(best.offer),
         budget_usd=float(plan.budget_usd),
         deadline_hours=limit,
         runs=runs,
@@ -182,7 +182,7 @@ def simulate_plan(
         UserError: No offer can run the recipe, or the market cannot be read.
     """
     best = planning.winner(planned.plan)
-    hazard, traces = market_of(market, planned.hazards.of(best.offer), best.num_nodes)
+    hazard, traces = market_of(market, planned.hazards.for_offer(best.offer), best.num_nodes)
     done = simulate(
         best,
         num_tokens=planned.plan.workload.num_tokens,

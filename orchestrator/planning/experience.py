@@ -33,6 +33,7 @@ from orchestrator.planning.measured import SETTLED_STEPS
 from orchestrator.planning.starts import typical
 from orchestrator.runs.records import TERMINAL
 from orchestrator.settings import Home
+from tasks import run_store_keys as keys
 from tasks.recipe.schema import AUTO, PRECISIONS, ConcretePrecision, Recipe
 
 LOCAL = "local"
@@ -215,7 +216,7 @@ def _measurements(
     """The newest settled speed of each run that has one."""
     for run_id, (recipe, rentals) in rented.items():
         store = home.store_dir(run_id)
-        if not (store / "progress" / "latest.json").exists():
+        if not (store / keys.PROGRESS).exists():
             continue
         try:
             found = _measurement(run_id, store, recipe, {rental.lease_id: rental for rental in rentals})
@@ -230,11 +231,11 @@ def _measurement(
     run_id: str, store: Path, trained: Mapping[str, Any], rentals: Mapping[str, _Rental]
 ) -> Measurement | None:
     """None where the run says too little yet."""
-    newest: Any = json.loads((store / "progress" / "latest.json").read_bytes())
+    newest: Any = json.loads((store / keys.PROGRESS).read_bytes())
     speed, world_size = newest["tokens_per_second"], int(newest["world_size"])
     if newest["step"] < SETTLED_STEPS or speed is None or not (0 < speed < math.inf):
         return None
-    began: Any = json.loads((store / "epochs" / f"{newest['epoch']}.json").read_bytes())
+    began: Any = json.loads((store / keys.incarnation(newest["epoch"])).read_bytes())
     offer = rentals[began["lease_id"]].offer
     recipe = Recipe.model_validate(trained)
     num_nodes, rest = divmod(world_size, offer["gpus_per_node"])

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from orchestrator.settings import Home
+from tasks import run_store_keys as keys
 from tasks.recipe.schema import Recipe
 
 SETTLED_STEPS = 20
@@ -19,10 +20,10 @@ SETTLED_STEPS = 20
 def measured_tokens_per_second(home: Home, recipe: Recipe) -> float | None:
     """Of the newest run of this shape on as many workers, over all of them; None where there was none."""
     found: list[tuple[float, float]] = []
-    for progress in (home.root / "store").glob("*/progress/latest.json"):
+    for progress in (home.root / "store").glob(f"*/{keys.PROGRESS}"):
         try:
             newest: Any = json.loads(progress.read_bytes())
-            spec: Any = json.loads((progress.parents[1] / "spec.json").read_bytes())
+            spec: Any = json.loads((progress.parents[1] / keys.SPEC).read_bytes())
             speed = _speed(newest, spec["recipe"], recipe)
             written = progress.stat().st_mtime
         except (OSError, ValueError, KeyError, TypeError):

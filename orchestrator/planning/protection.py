@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from cost.market.preemption import SECONDS_PER_HOUR
 from cost.market.providers import Armed, Killer, KillerKind, Provider, balance_refusal, provider
 from orchestrator.figures import dollars, duration
-from orchestrator.planning.recipe_plan import refusal_of
+from orchestrator.planning.recipe_plan import guard_refusal
 
 if TYPE_CHECKING:
     from cost.plan.plans import Estimate, Plan
 
 
-def profile_of(plan: Plan, estimate: Estimate) -> Provider:
+def provider_profile(plan: Plan, estimate: Estimate) -> Provider:
     """The local cloud's for a plan that it plays, else that of the offer's cloud."""
     return provider(estimate.offer.cloud if plan.emulation is None else "local")
 
@@ -26,7 +26,7 @@ def unguarded_usd(profile: Provider, estimate: Estimate) -> Decimal:
 
 def guard_lines(plan: Plan, estimate: Estimate) -> list[str]:
     """Sentences for a person."""
-    profile = profile_of(plan, estimate)
+    profile = provider_profile(plan, estimate)
     counted = [killer for killer in profile.killers if killer.kind is not KillerKind.SKY]
     lines = [f"ends a node without us at {profile.name}: {', '.join(killer.name for killer in counted)}"]
     late = [killer.name for killer in counted if killer.kind is KillerKind.PROVIDER and armed_later(killer)]
@@ -36,14 +36,14 @@ def guard_lines(plan: Plan, estimate: Estimate) -> list[str]:
             f"before and is lost sight of is not bounded by it; those {duration(profile.arm_seconds)} cost at most "
             f"{dollars(unguarded_usd(profile, estimate))}"
         )
-    reason = None if plan.emulation is not None else refusal_of(estimate.offer)
+    reason = None if plan.emulation is not None else guard_refusal(estimate.offer)
     balance = balance_refusal(profile, balance_usd=None, free_usd=plan.budget_usd)
     return [*lines, *(text for text in (reason, balance) if text is not None)]
 
 
 def guard_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
     """The same for a program."""
-    profile = profile_of(plan, estimate)
+    profile = provider_profile(plan, estimate)
     return {
         "cloud": profile.name,
         "killers": profile.killers,
@@ -52,7 +52,7 @@ def guard_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
         "unguarded_seconds": profile.arm_seconds,
         "unguarded_usd": unguarded_usd(profile, estimate),
         "balance_only": profile.balance_only,
-        "refusal": None if plan.emulation is not None else refusal_of(estimate.offer),
+        "refusal": None if plan.emulation is not None else guard_refusal(estimate.offer),
     }
 
 

@@ -98,7 +98,7 @@ def planned_for(
     Raises:
         UserError: A cloud or a GPU that no offer has, or a market that cannot be played.
     """
-    emulation = emulation_of(recipe, measured_tokens_per_second)
+    emulation = local_emulation(recipe, measured_tokens_per_second)
     known = Experience() if experience is None or emulation is not None else experience
     calibration = known.calibrated()
     # The local cloud starts with all nodes that the recipe wants; elsewhere fewer may be the better buy.
@@ -171,7 +171,7 @@ def options_without_recipe(
             hazards=Hazards(known.sightings),
             calibration=known.calibrated(),
             starts=known.starts,
-            precisions=precisions_of(precision),
+            precisions=allowed_precisions(precision),
             law=(belief or Belief()).law(USUAL_OPTIMIZER),
             unique_tokens=None if belief is None else belief.unique_tokens,
             software=our_trainer(optimizer=USUAL_OPTIMIZER, compiled=True),
@@ -183,7 +183,9 @@ def options_without_recipe(
 def guarded(plan: Plan) -> Plan:
     """The plan without what may not be rented, which stands among the rejected with the reason, and in `unguarded`."""
     refused = {
-        estimate.offer.cloud: reason for estimate in plan.ranked if (reason := refusal_of(estimate.offer)) is not None
+        estimate.offer.cloud: reason
+        for estimate in plan.ranked
+        if (reason := guard_refusal(estimate.offer)) is not None
     }
     unguarded = tuple(estimate for estimate in plan.ranked if estimate.offer.cloud in refused)
     return replace(
@@ -196,10 +198,10 @@ def guarded(plan: Plan) -> Plan:
 
 def guarded_offers(offers: Sequence[Offer]) -> tuple[Offer, ...]:
     """Offers of clouds where something ends a hung node."""
-    return tuple(offer for offer in offers if refusal_of(offer) is None)
+    return tuple(offer for offer in offers if guard_refusal(offer) is None)
 
 
-def refusal_of(offer: Offer) -> str | None:
+def guard_refusal(offer: Offer) -> str | None:
     """Why its cloud may not be rented from without --allow-unguarded: only killers that we arm count."""
     return _refusal_of_cloud(offer.cloud)
 
@@ -236,7 +238,7 @@ def offers_for(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer,
     )
 
 
-def belief_of(corpus: str | None, unique_tokens: float | None) -> Belief:
+def data_belief(corpus: str | None, unique_tokens: float | None) -> Belief:
     """What a person said about the data.
 
     Raises:
@@ -255,7 +257,7 @@ def measured_here(home: Home, recipe: Recipe) -> float | None:
 
 def explained(planned: Planned, best: Estimate) -> tuple[Explanation, ...]:
     """Every number of an estimate with formula, inputs and source; no loss where its law does not hold."""
-    numbers = explain(planned.plan, best, planned.hazards.of(best.offer))
+    numbers = explain(planned.plan, best, planned.hazards.for_offer(best.offer))
     return (
         numbers
         if known_loss(best) is not None
@@ -277,7 +279,7 @@ def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tupl
     return offered, locked
 
 
-def precisions_of(name: str | None) -> tuple[ConcretePrecision, ...]:
+def allowed_precisions(name: str | None) -> tuple[ConcretePrecision, ...]:
     """What the planner may choose from; nothing where the workload's own stays."""
     return PRECISIONS if name == AUTO else tuple(precision for precision in PRECISIONS if precision == name)
 
@@ -322,7 +324,7 @@ def market_of(
         unique_tokens=belief.unique_tokens,
         software=our_trainer(optimizer=optimizer, compiled=recipe.training.compile),
         calibration=default_calibration() if calibration is None else calibration,
-        precisions=precisions_of(recipe.precision),
+        precisions=allowed_precisions(recipe.precision),
         starts=starts or {},
     )
 
@@ -337,7 +339,7 @@ def scripted_rate(script: schedule.Script, undisturbed: Plan, time_scale: float)
     return len(losses) / (best.num_nodes * best.hours)
 
 
-def emulation_of(recipe: Recipe, measured_tokens_per_second: float | None = None) -> Emulation | None:
+def local_emulation(recipe: Recipe, measured_tokens_per_second: float | None = None) -> Emulation | None:
     """What this machine plays for a recipe of the local backend; None for real clouds."""
     if recipe.backend != "local":
         return None

@@ -14,6 +14,7 @@ from decimal import Decimal
 from cost.ledger.accounts import LeaseAccount
 from cost.ledger.recovery import Candidate
 from orchestrator.planning.measured import SETTLED_STEPS
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
 
 UNREADABLE = (StoreError, StoreKeyMissing, ValueError, KeyError, TypeError, AttributeError)
@@ -34,8 +35,8 @@ def measured(
 ) -> Measured | None:
     """From the newest settled progress; `planned_per_device`: tokens per second by offer_id. None: nothing is known."""
     try:
-        newest = json.loads(store.read("progress/latest.json"))
-        began = json.loads(store.read(f"epochs/{newest['epoch']}.json"))
+        newest = json.loads(store.read(keys.PROGRESS))
+        began = json.loads(store.read(keys.incarnation(newest["epoch"])))
         offers = {account.lease.lease_id: account.lease.offer for account in accounts}
         offer = offers[began["lease_id"]]
         speed = float(newest["tokens_per_second"]) / int(newest["world_size"])

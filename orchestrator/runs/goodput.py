@@ -7,13 +7,11 @@ done again after a loss counts once, with its newest time.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
 from cost.ledger.accounts import LeaseAccount
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store
-
-_PART = re.compile(r"metrics/epoch=(\d+)/")
 
 
 def goodput(store: Store, accounts: Sequence[LeaseAccount], *, time_scale: float) -> float | None:
@@ -25,12 +23,12 @@ def goodput(store: Store, accounts: Sequence[LeaseAccount], *, time_scale: float
 def kept_seconds(store: Store) -> float:
     """Real seconds of the steps that the weights have seen, by the trainer's own clock."""
     newest: dict[int, tuple[int, float]] = {}
-    for key in store.list("metrics/"):
-        part = _PART.match(key)
-        if part is None:
+    for key in store.list(keys.METRICS):
+        incarnation = keys.incarnation_of_metrics(key)
+        if incarnation is None:
             continue
         for line in store.read(key).splitlines():
             record = json.loads(line)
-            mine = (int(part[1]), float(record["seconds"]))
+            mine = (incarnation, float(record["seconds"]))
             newest[record["step"]] = max(newest.get(record["step"], mine), mine)
     return sum(seconds for _, seconds in newest.values())

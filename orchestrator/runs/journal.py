@@ -17,9 +17,9 @@ from cost.ledger.journal import JournalDamaged, records_from
 from cost.ledger.ledger import take_over
 from orchestrator.runs.records import Run, Runs, RunState
 from orchestrator.settings import Home
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
 
-FOLDER = "books"
 OWNERS = "owners"
 """Option of a run: the names under which its nodes were ever rented."""
 STORE = "store"
@@ -36,7 +36,7 @@ class StoreJournal:
 
     def append(self, number: int, record: bytes) -> bool:
         """See `cost.ledger.journal.Journal`."""
-        key = key_of(number)
+        key = keys.ledger_record(number)
         self._store.create(key, record)
         try:
             stored = self._store.read(key)
@@ -51,7 +51,7 @@ class StoreJournal:
     def read(self, number: int) -> bytes | None:
         """See `cost.ledger.journal.Journal`."""
         try:
-            return self._store.read(key_of(number))
+            return self._store.read(keys.ledger_record(number))
         except StoreKeyMissing:
             return None
 
@@ -78,14 +78,9 @@ def facts_in(store: Store) -> Mapping[str, Any]:
     if facts is None:
         raise UserError(
             f"{store.uri} holds no books of a run; give the run store itself, the folder or prefix that holds "
-            f"{FOLDER}/, spec.json and checkpoints/."
+            f"{keys.LEDGER}, {keys.SPEC} and {keys.CHECKPOINTS}."
         )
     return facts
-
-
-def key_of(number: int) -> str:
-    """Numbers sort as text up to ten million."""
-    return f"{FOLDER}/{number:07d}.json"
 
 
 def enter(runs: Runs, run_id: str, store: Store, *, owner: str) -> tuple[Run, StoreJournal]:

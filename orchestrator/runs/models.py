@@ -13,6 +13,7 @@ from typing import Any
 from cost.errors import SlmError, UserError
 from orchestrator.runs import status as report
 from orchestrator.settings import Home
+from tasks.run_store_keys import SPEC
 
 INTERRUPTED = 130
 
@@ -38,7 +39,7 @@ def source_of(run_id: str | None, home: Home) -> Source:
     """
     with report.books(home) as runs:
         run = runs.pick(run_id)
-    spec = report.read_json(run, home, "spec.json")
+    spec = report.read_json(run, home, SPEC)
     if spec is None:
         raise UserError(f"run {run.run_id} has not begun, so it has no weights; `slm status {run.run_id}` shows it.")
     return Source(run.run_id, str(spec["store_uri"]), Path(spec["data_dir"]))

@@ -20,6 +20,7 @@ from orchestrator.runs.goodput import goodput
 from orchestrator.runs.journal import store_uri
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, is_supervised
 from orchestrator.settings import Home
+from tasks import run_store_keys as keys
 from tasks.recipe.schema import Recipe
 from tasks.stores.opening import open_store
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
@@ -108,7 +109,7 @@ def logs(run_id: str | None, *, home: Home, follow: bool = False) -> Iterator[st
         with books(home) as runs:
             finished = runs.get(run.run_id).state in TERMINAL
         store = stored(run, home)
-        for key in store.list("logs/") if store is not None else []:
+        for key in store.list(keys.LOGS) if store is not None else []:
             content = store.read(key)[offsets.get(key, 0) :] if store is not None else b""
             whole = content if finished or not follow else content[: content.rfind(b"\n") + 1]
             offsets[key] = offsets.get(key, 0) + len(whole)
@@ -124,7 +125,7 @@ def status_of(run: Run, runs: Runs, home: Home) -> RunStatus:
     view = Ledger(runs.db, run.run_id, epoch=run.epoch)
     balance, accounts = view.balance(), view.accounts()
     recipe = Recipe.model_validate_json(run.recipe_json)
-    progress = read_json(run, home, "progress/latest.json") or {}
+    progress = read_json(run, home, keys.PROGRESS) or {}
     step, pace = progress.get("step"), progress.get("tokens_per_second")
     left = None if step is None else recipe.num_tokens() * (1 - step / recipe.num_steps())
     updated_ms = max([run.updated_ms, *(int(account.accrued_until_ms) for account in accounts if account.is_open)])
@@ -161,7 +162,7 @@ def summary_of(runs: Runs, run_id: str, home: Home, *, wall_seconds: float) -> R
     units = sum(account.accrued_units / max(1, account.price_micro_usd) for account in accounts)
     return RunSummary(
         status=status_of(run, runs, home),
-        result=read_json(run, home, "result.json"),
+        result=read_json(run, home, keys.RESULT),
         wall_seconds=wall_seconds,
         billed_seconds=units / 1000,
         events=read_events(home.run_dir(run_id) / "events.jsonl"),

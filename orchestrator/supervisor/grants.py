@@ -16,12 +16,8 @@ from cost.ledger.ledger import Balance, Ledger
 from orchestrator.backends.base import Backend, BackendError
 from orchestrator.clock import Clock
 from orchestrator.supervisor.lease_policy import Terms
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreKeyMissing
-
-
-def grant_key(lease_id: str, rank: int) -> str:
-    """Where a node looks for its grants in the run store."""
-    return f"grants/{lease_id}/{rank}.json"
 
 
 def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
@@ -33,7 +29,7 @@ def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
     for account in accounts:
         for rank in range(account.num_nodes):
             with suppress(StoreKeyMissing, ValueError, KeyError, TypeError):
-                newest = max(newest, int(json.loads(store.read(grant_key(account.lease.lease_id, rank)))["at_ms"]))
+                newest = max(newest, int(json.loads(store.read(keys.grant(account.lease.lease_id, rank)))["at_ms"]))
     return newest
 
 
@@ -157,7 +153,7 @@ class Grants:
                 "duration_seconds": duration,
                 "at_ms": self._clock.now_ms(),  # for `heard_ms`: another machine knows by it how late it was
             }
-            self._store.write(grant_key(lease_id, rank), json.dumps(grant).encode())
+            self._store.write(keys.grant(lease_id, rank), json.dumps(grant).encode())
             self._answered[(lease_id, rank)] = number
         return noticed
 
@@ -167,7 +163,7 @@ class Grants:
     def _request(self, lease_id: str, rank: int) -> tuple[int | None, bool]:
         """Number of the newest request, and whether its node's end was announced."""
         try:
-            request = json.loads(self._store.read(f"guard/{lease_id}/{rank}/request.json"))
+            request = json.loads(self._store.read(keys.guard_request(lease_id, rank)))
             return int(request["number"]), bool(request.get("noticed"))
         except (StoreKeyMissing, ValueError, KeyError, TypeError):
             return None, False

@@ -24,10 +24,8 @@ from orchestrator.supervisor.alarm import CapAlarm
 from orchestrator.supervisor.grants import Grants, affordable_until_ms
 from orchestrator.supervisor.incidentals import Extras
 from orchestrator.supervisor.lease_policy import Terms
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
-
-EXIT_FINISHED, EXIT_STOPPED, EXIT_BUG, EXIT_NOTICE = 0, 10, 20, 40
-"""Exit codes of the node's command; every other one means that the cluster broke."""
 
 
 @dataclass(slots=True)
@@ -232,15 +230,15 @@ class Watch:
         return None
 
     def _ended_by_itself(self, exit_code: int | None) -> tuple[Cause, str]:
-        if exit_code == EXIT_FINISHED:
+        if exit_code == keys.EXIT_FINISHED:
             return Cause.FINISHED, "training is complete"
-        if exit_code == EXIT_STOPPED and self._stopping is not None:
+        if exit_code == keys.EXIT_STOPPED and self._stopping is not None:
             return self._stopping, self._stop_detail
-        if exit_code == EXIT_BUG:
+        if exit_code == keys.EXIT_BUG:
             return Cause.BUG, self._from_store(self._newest_failure, "training failed twice at one step")
         if self._stopping is not None:
             return self._stopping, self._stop_detail
-        if exit_code == EXIT_NOTICE:
+        if exit_code == keys.EXIT_NOTICE:
             return Cause.PREEMPTED, "the cloud announced that it takes the first node; the last step is saved"
         words = self._from_store(self._last_words, "")
         return Cause.BROKEN, f"the node's command ended with exit code {exit_code}{words}"
@@ -255,17 +253,17 @@ class Watch:
     def _last_words(self) -> str:
         """The last line of the first node's log, since it often says why."""
         try:
-            lines = self.store.read(f"logs/{self.lease.lease_id}-0.log").decode(errors="replace").splitlines()
+            lines = self.store.read(keys.node_log(self.lease.lease_id, 0)).decode(errors="replace").splitlines()
         except StoreKeyMissing:
             return ""
         words = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f" after: {words[:200]}" if words else ""
 
     def _newest_failure(self) -> str:
-        keys = self.store.list("failures/")
-        if not keys:
+        failures = self.store.list(keys.FAILURES)
+        if not failures:
             return "training failed twice at one step, without a record of why"
-        failure = json.loads(self.store.read(keys[-1]))
+        failure = json.loads(self.store.read(failures[-1]))
         return f"training failed twice at step {failure.get('step')}: {failure.get('message')}"
 
     def _count_nodes(self, state: LeaseState, account: LeaseAccount) -> LeaseAccount:
@@ -309,13 +307,13 @@ class Watch:
         progress = self._progress()
         if progress is not None:
             self.step, self._trainer_epoch = progress.get("step"), int(progress.get("epoch", -1))
-        asked = self._json(f"control/{self.lease.lease_id}.json")
+        asked = self._json(keys.control(self.lease.lease_id))
         if asked is not None and asked.get("command") == "stop":
             self._stopping, self._stop_detail = Cause(asked["reason"]), "asked before this supervisor took over"
             self._stop_asked_at = self.clock.real_seconds()
 
     def _progress(self) -> dict[str, Any] | None:
-        return self._json("progress/latest.json")
+        return self._json(keys.PROGRESS)
 
     def _json(self, key: str) -> dict[str, Any] | None:
         try:
@@ -355,7 +353,7 @@ class Watch:
 
     def _tell_skipped_checkpoints(self, epoch: int) -> None:
         """Say which damaged checkpoints the workers passed over when they began."""
-        for reason in (self._json(f"epochs/{epoch}.json") or {}).get("skipped", []):
+        for reason in (self._json(keys.incarnation(epoch)) or {}).get("skipped", []):
             self.tell("warning", f"a damaged checkpoint was passed over for the one before: {reason}")
 
     # -- stopping --------------------------------------------------------------------------------
@@ -367,7 +365,7 @@ class Watch:
     def _ask(self, cause: Cause, detail: str) -> None:
         """Ask the training loop for a checkpoint and its end; the lease goes on until it has done so."""
         message = {"command": "stop", "number": 1, "reason": cause.value}
-        self.store.write(f"control/{self.lease.lease_id}.json", json.dumps(message).encode())
+        self.store.write(keys.control(self.lease.lease_id), json.dumps(message).encode())
         self._stopping, self._stop_detail = cause, detail
         self._stop_asked_at = self.clock.real_seconds()
         self.tell("warning", f"asking for a checkpoint and a stop: {detail}")

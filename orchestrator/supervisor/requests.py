@@ -44,6 +44,7 @@ from orchestrator.supervisor.notify import keep, notified
 from orchestrator.supervisor.supervise import Supervisor
 from tasks.data.store_data import offer_data
 from tasks.recipe.schema import Recipe
+from tasks.run_store_keys import SPEC
 from tasks.spec import Losses, RunSpec
 from tasks.stores.opening import SUPERVISORS, below, open_for_training, open_store
 from trainer.run_store.base import Store
@@ -385,7 +386,7 @@ def write_spec(
         or recipe.train_config().checkpoint_interval_seconds,
         losses=losses,
     )
-    store.write("spec.json", spec.to_bytes())
+    store.write(SPEC, spec.to_bytes())
 
 
 def backend_of(

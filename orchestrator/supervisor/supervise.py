@@ -45,6 +45,7 @@ from orchestrator.supervisor.incidentals import Extras
 from orchestrator.supervisor.lease_policy import Terms, TermsOf, worst_price
 from orchestrator.supervisor.lease_watch import StopSwitch, Watch
 from orchestrator.supervisor.reconcile import end_unknown_instances
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError
 
 WriteSpec = Callable[[Lease], None]
@@ -265,12 +266,12 @@ class Supervisor:
 
     def _all_came(self, lease: Lease) -> bool:
         """Whether nothing of a lease can still come into being: each node has spoken, and it never grows again."""
-        keys = [f"guard/{lease.lease_id}/{rank}/request.json" for rank in range(lease.num_nodes)]
+        awaited = [keys.guard_request(lease.lease_id, rank) for rank in range(lease.num_nodes)]
         try:
-            spoke = set(self.store.list(f"guard/{lease.lease_id}/"))
+            spoke = set(self.store.list(keys.guard_folders(lease.lease_id)))
         except StoreError:
             return False
-        return bool(lease.ttl_seconds) and spoke.issuperset(keys)
+        return bool(lease.ttl_seconds) and spoke.issuperset(awaited)
 
     def _armed(self, account: LeaseAccount) -> bool:
         """Set the provider's limit of what was taken over: whoever rented it may have ended before it did."""

@@ -326,16 +326,16 @@ def offers_table(plan: Plan, top: int, console: Console) -> Table:
     """The best offers; where they do not fit, the columns that decide least are left out."""
     columns = ["cloud", "region", "nodes x GPUs", "kind", "$/h", "tokens/s", "hours", "total $", "$/param"]
     columns += ["loss", "lost"]
-    shown = table_of(plan, top, columns)
+    shown = offer_table(plan, top, columns)
     for least in ("lost", "tokens/s", "$/h", "loss", "region"):
         if console.measure(shown, options=console.options.update(width=UNLIMITED)).maximum <= console.width:
             break
         columns.remove(least)
-        shown = table_of(plan, top, columns)
+        shown = offer_table(plan, top, columns)
     return shown
 
 
-def table_of(plan: Plan, top: int, columns: Sequence[str]) -> Table:
+def offer_table(plan: Plan, top: int, columns: Sequence[str]) -> Table:
     """The best offers with these columns."""
     figures = ("$/h", "tokens/s", "hours", "total $", "$/param", "loss", "lost")
     heads = {"loss": "loss (nats)", "lost": "preempt."}

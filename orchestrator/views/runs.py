@@ -122,7 +122,7 @@ def statuses(runs: Sequence[RunStatus], console: Console) -> None:
         _status_table(runs, console)
 
 
-def state_of(run: RunStatus) -> str:
+def state_words(run: RunStatus) -> str:
     """The state in words, and whether somebody acts on it."""
     words = str(run.state).lower().replace("_", " ")
     return words if run.supervisor_alive or is_final(run) else f"{words}, unsupervised"
@@ -151,7 +151,7 @@ def next_command(run: RunStatus) -> str:
 
 
 def _status(run: RunStatus, console: Console) -> None:
-    say(console, f"{run.run_id} is {state_of(run)}: {_where(run)}.", "")
+    say(console, f"{run.run_id} is {state_words(run)}: {_where(run)}.", "")
     facts = table("", "")
     facts.show_header = False
     rows = [
@@ -182,7 +182,7 @@ def _status_table(runs: Sequence[RunStatus], console: Console) -> None:
     for run in runs:
         shown.add_row(
             run.run_id,
-            state_of(run),
+            state_words(run),
             f"{_number(run.step)}/{_number(run.num_steps)}",
             nats(run.heldout_loss if run.heldout_loss is not None else run.loss),
             count(run.tokens_per_second),
@@ -257,7 +257,7 @@ def _headline(ended: RunSummary) -> str:
         return f"{run.run_id} stopped at its cap: {saved}, {cost}"
     if state == "FAILED":
         return f"{run.run_id} failed: {run.reason or 'see its logs'}; {cost}"
-    return f"{run.run_id} is {state_of(run)}: {_where(run)}"
+    return f"{run.run_id} is {state_words(run)}: {_where(run)}"
 
 
 # ---------------------------------------------------------------- books
@@ -270,16 +270,12 @@ def ledger(view: LedgerView, console: Console) -> None:
     say(console, f"{view.run_id} has spent {dollars(balance.spent_usd)} of {dollars(balance.cap_usd)}; {left}.", "")
     figures = ("#", "spent $", "set aside $")
     shown = table(
-        *("#", "billed time (UTC)", "stage", "lease", "entry", *figures[1:], "note"),
-        right=figures,
-        fold=("note",),
-        gap=1,
+        "#", "billed time (UTC)", "lease", "entry", *figures[1:], "note", right=figures, fold=("note",), gap=1
     )
     for entry in view.entries:
         shown.add_row(
             str(entry.seq),
             f"{billed_time(entry.at_ms):%m-%d %H:%M:%S}",
-            entry.stage,
             entry.lease_id.rpartition("-")[2],
             entry.kind.value,
             _change(entry.spent_micro_usd),
@@ -287,7 +283,7 @@ def ledger(view: LedgerView, console: Console) -> None:
             entry.note,
         )
     spent, held = f"{balance.spent_usd:.6f}", f"{balance.held_usd:.6f}"
-    shown.add_row("", "", "", "", "balance", spent, held, f"{balance.free_usd:.6f} free", style="bold")
+    shown.add_row("", "", "", "balance", spent, held, f"{balance.free_usd:.6f} free", style="bold")
     say(console, shown)
     following(console, f"slm status {view.run_id}")
 
@@ -299,7 +295,6 @@ def ledger_facts(view: LedgerView) -> dict[str, Any]:
         {
             "seq": entry.seq,
             "billed_at": billed_time(entry.at_ms),
-            "stage": entry.stage,
             "lease_id": entry.lease_id,
             "entry": entry.kind,
             "spent_usd": usd(entry.spent_micro_usd),
@@ -311,7 +306,6 @@ def ledger_facts(view: LedgerView) -> dict[str, Any]:
     leases = [
         {
             "lease_id": account.lease.lease_id,
-            "stage": account.lease.stage,
             "state": account.state,
             "offer": account.lease.offer.offer_id,
             "num_nodes": account.lease.num_nodes,

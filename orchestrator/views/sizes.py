@@ -101,7 +101,7 @@ def sizes_table(plan: Plan, choice: ModelChoice) -> Table:
     """One line for each size with its best offer; what cannot be paid for is marked."""
     heads = ("params", "tokens", "best offer", "hours", "total $", "$/param", "loss (nats)")
     shown = table(*heads, right=[head for head in heads if head != "best offer"])
-    for item in some_of(choice.plans, plan):
+    for item in evenly_chosen(choice.plans, plan):
         best = item.best
         work = item.workload
         chosen = work.num_params == plan.workload.num_params
@@ -122,7 +122,7 @@ def sizes_table(plan: Plan, choice: ModelChoice) -> Table:
     return shown
 
 
-def some_of(plans: Sequence[Plan], chosen: Plan) -> list[Plan]:
+def evenly_chosen(plans: Sequence[Plan], chosen: Plan) -> list[Plan]:
     """At most about `MOST_SIZES`, evenly, always with both ends, the chosen one and its neighbour above."""
     stride = max(1, round(len(plans) / MOST_SIZES))
     place = next(index for index, plan in enumerate(plans) if plan.workload.num_params == chosen.workload.num_params)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.figures import UNKNOWN, dollars, plural
 from orchestrator.upkeep.doctor import Level
 from orchestrator.upkeep.inventory import Outcome, Verdict
-from orchestrator.views.runs import bullets, following, say, state_of, table, tell
+from orchestrator.views.runs import bullets, following, say, state_words, table, tell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +107,7 @@ def ending(done: Ending, console: Console) -> None:
         shown = table("run", "state", "checkpoint", "spent $", "cap $", right=("checkpoint", "spent $", "cap $"))
         for run in done.runs:
             saved = UNKNOWN if run.checkpoint_step is None else f"step {run.checkpoint_step}"
-            shown.add_row(run.run_id, state_of(run), saved, f"{run.spent_usd:.2f}", f"{run.cap_usd:.2f}")
+            shown.add_row(run.run_id, state_words(run), saved, f"{run.spent_usd:.2f}", f"{run.cap_usd:.2f}")
         say(console, "", shown)
     lines = [*done.failures]
     if done.interrupted:

@@ -14,11 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cost.errors import SlmError
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreKeyMissing
 
-DATA_PREFIX = "data/"
-DATA_LIST = "files.json"
-"""Written last: names and sizes of all files of a prepared data set."""
 PARALLEL = 8
 
 
@@ -28,17 +26,18 @@ class SetUpError(SlmError):
 
 def offer_data(store: Store, data_dir: Path) -> str:
     """Bring a prepared data set to the run store, once; what nodes are told instead of a folder."""
-    name = data_dir.name
+    folder = keys.data_folder(data_dir.name)
+    listed = keys.data_file(folder, keys.DATA_LIST)
     files = {str(path.relative_to(data_dir)): path.stat().st_size for path in sorted(data_dir.rglob("*"))}
     files = {file: size for file, size in files.items() if (data_dir / file).is_file() and not _hidden(file)}
     listing = json.dumps(files, sort_keys=True).encode()
     with contextlib.suppress(StoreKeyMissing):
-        if store.read(f"{DATA_PREFIX}{name}/{DATA_LIST}") == listing:
-            return f"{DATA_PREFIX}{name}"
+        if store.read(listed) == listing:
+            return folder
     with ThreadPoolExecutor(PARALLEL) as pool:
-        list(pool.map(lambda file: store.upload(f"{DATA_PREFIX}{name}/{file}", data_dir / file), files))
-    store.write(f"{DATA_PREFIX}{name}/{DATA_LIST}", listing)
-    return f"{DATA_PREFIX}{name}"
+        list(pool.map(lambda file: store.upload(keys.data_file(folder, file), data_dir / file), files))
+    store.write(listed, listing)
+    return folder
 
 
 def fetch_data(store: Store, place: str, cache: Path) -> Path:
@@ -47,7 +46,7 @@ def fetch_data(store: Store, place: str, cache: Path) -> Path:
     Raises:
         SetUpError: It is not in the run store as a whole.
     """
-    if not place.startswith(DATA_PREFIX):
+    if not place.startswith(keys.DATA):
         return Path(place)
     target = cache / place
     if target.is_dir():
@@ -57,13 +56,13 @@ def fetch_data(store: Store, place: str, cache: Path) -> Path:
         if target.is_dir():
             return target
         try:
-            files: Mapping[str, int] = json.loads(store.read(f"{place}/{DATA_LIST}"))
+            files: Mapping[str, int] = json.loads(store.read(keys.data_file(place, keys.DATA_LIST)))
             half = target.with_name(f".{target.name}.half")
             shutil.rmtree(half, ignore_errors=True)
             for folder in {(half / file).parent for file in files}:
                 folder.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(PARALLEL) as pool:
-                list(pool.map(lambda file: store.download(f"{place}/{file}", half / file), files))
+                list(pool.map(lambda file: store.download(keys.data_file(place, file), half / file), files))
         except StoreKeyMissing as error:
             raise SetUpError(f"the prepared data are not whole in the run store ({error}); launch again.") from error
         wrong = [file for file, size in files.items() if (half / file).stat().st_size != size]

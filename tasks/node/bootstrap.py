@@ -1,7 +1,7 @@
 """The first program on a rented node, and how the node gets its Python environment.
 
-    python3 rented.py start --facts node.json      what SkyPilot runs on each node: the guard first, then wait
-    python3 rented.py bootstrap --facts node.json  what the guard starts: environment, data, `python -m tasks node`
+    python3 bootstrap.py start --facts node.json      what SkyPilot runs on each node: the guard first, then wait
+    python3 bootstrap.py bootstrap --facts node.json  what the guard starts: environment, data, `python -m tasks node`
 
 One file for any python3 from 3.8 on, standard library only, since it runs before anything is installed. The guard is a
 process of its own that outlives SkyPilot's; whatever fails after it costs at most what is paid for. The environment
@@ -38,7 +38,8 @@ TICK_SECONDS = 0.5
 GUARD_START_SECONDS = 20.0
 INSTALL_SECONDS = 1500.0
 EXIT_BROKEN = 30
-"""As in tasks.node.ray_node: safe to start again elsewhere."""
+NODE_LOG = "logs/{lease_id}-{rank}.log"
+"""Both as in tasks.run_store_keys, which this file cannot import: no package of ours is installed yet."""
 OWN_INDEX = ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_FIND_LINKS", "UV_OFFLINE", "PIP_INDEX_URL", "PIP_FIND_LINKS")
 """Where packages come from another place than everybody's, it is not gone round."""
 PASSED_ON = (
@@ -153,7 +154,7 @@ def guard_command(
         with contextlib.suppress(KeyError):
             words += ["--kill", killer.format_map(environ)]
     words += [word for source in facts["notice"] for word in ("--notice", source)]
-    bootstrap = [sys.executable, "-u", os.path.join(folder, "tasks", "rented.py"), "bootstrap"]
+    bootstrap = [sys.executable, "-u", os.path.join(folder, "tasks", "node", "bootstrap.py"), "bootstrap"]
     return [*words, "--", *bootstrap, "--facts", os.path.join(folder, "node.json")]
 
 
@@ -265,8 +266,9 @@ def send_log(folder: str, facts: Mapping[str, Any]) -> None:
     spec.loader.exec_module(guard)
     credentials = os.path.join(folder, facts["credentials"]) if facts.get("credentials") else ""
     store = guard.S3Store(facts["store_uri"], guard.Aws(guard.Metadata(), credentials, facts.get("region") or ""))
+    key = NODE_LOG.format(lease_id=facts["lease_id"], rank=os.environ["SLM_RANK"])
     with open(os.path.join(os.environ["SLM_NODE_DIR"], "node.log"), "rb") as file:
-        store._call("PUT", f"logs/{facts['lease_id']}-{os.environ['SLM_RANK']}.log", file.read())
+        store._call("PUT", key, file.read())
 
 
 def cache_root() -> str:
@@ -402,7 +404,7 @@ def say(text: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rented.py", description="Be a rented node.")
+    parser = argparse.ArgumentParser(prog="bootstrap.py", description="Be a rented node.")
     parser.add_argument("verb", choices=("start", "bootstrap"))
     parser.add_argument("--facts", required=True, help="node.json, beside the code")
     options = parser.parse_args(arguments)

@@ -1,9 +1,8 @@
 """The `node` task: our own Ray on every node of a lease, and on node 0 the driver. Also the `drain` task.
 
 Rank 0 starts Ray's head and runs `python -m tasks pretrain` against it; other ranks join it and stay until it ends.
-Exit codes of rank 0: 0 finished; 10 stopped as told, with a checkpoint; 20 a bug in training; 30 the cluster broke
-under us, safe to relaunch; 40 the cloud takes this node, as announced. Other ranks: 0 after a notice took the node,
-else 30. SIGTERM is a notice too.
+Exit codes: those of `tasks.run_store_keys`; of other ranks than 0 EXIT_FINISHED after a notice took the node, else
+EXIT_BROKEN. SIGTERM is a notice too.
 
 Invariants: many such nodes and foreign Ray clusters live on one machine. Every address and port is explicit or free,
 Ray's files are in a temp dir of the node's own, no Ray variable of the caller's environment is obeyed, and only
@@ -33,14 +32,8 @@ from cost.errors import SlmError
 from tasks.node import forkserver
 from tasks.node.environment import EVENTS_FILE, NodeEnv, boottime, log_line
 from tasks.node.processes import Family, become_subreaper, make_temp_dir
+from tasks.run_store_keys import EXIT_BROKEN, EXIT_BUG, EXIT_FINISHED, EXIT_NOTICE, EXIT_STOPPED
 from tasks.spec import RunSpec
-
-EXIT_FINISHED = 0
-EXIT_STOPPED = 10
-EXIT_BUG = 20
-EXIT_BROKEN = 30
-EXIT_NOTICE = 40
-"""The cloud takes the head's node, as announced; the last step is saved."""
 
 NODE_RESOURCE = "slm_node"
 """One unit per training worker that a node may hold."""

@@ -18,9 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tasks import run_store_keys as keys
 from tasks.data.store_data import SetUpError, fetch_data
 from tasks.node.environment import NodeEnv, log_line
-from tasks.node.ray_node import EXIT_BROKEN
+from tasks.run_store_keys import EXIT_BROKEN
 from tasks.spec import RunSpec
 from tasks.stores.opening import open_store
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     env = NodeEnv.from_environ()
     env.node_dir.mkdir(parents=True, exist_ok=True)
     store = open_store(env.store_uri, create=False)
-    with LogShipper(store, f"logs/{env.lease_id}-{env.rank}.log", env.node_dir / "node.log"):
+    with LogShipper(store, keys.node_log(env.lease_id, env.rank), env.node_dir / "node.log"):
         try:
             began = time.time()
             spec = spec_of(store, env.lease_id)
@@ -58,14 +59,14 @@ def spec_of(store: Store, lease_id: str) -> RunSpec:
     """
     for _ in range(SPEC_TRIES):
         try:
-            spec = RunSpec.from_bytes(store.read("spec.json"))
+            spec = RunSpec.from_bytes(store.read(keys.SPEC))
         except StoreKeyMissing:
             time.sleep(1.0)
             continue
         if spec.lease_id == lease_id:
             return spec
         raise SetUpError(f"the run goes on as {spec.lease_id}; this node belongs to {lease_id} and does nothing.")
-    raise SetUpError(f"there is no spec.json in {store.uri}; the lease has to be started again.")
+    raise SetUpError(f"there is no {keys.SPEC} in {store.uri}; the lease has to be started again.")
 
 
 # -- the node ------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def tell_set_up(store: Store, env: NodeEnv, *, data_seconds: float) -> None:
         "node_ip": env.node_ip,
     }
     with contextlib.suppress(StoreError):
-        store.write(f"setup/{env.lease_id}/{env.rank}.json", json.dumps(facts).encode())
+        store.write(keys.set_up(env.lease_id, env.rank), json.dumps(facts).encode())
 
 
 class LogShipper:

@@ -14,6 +14,7 @@ import platform
 import tarfile
 from pathlib import Path
 
+from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
 
 FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -22,7 +23,7 @@ MAX_BYTES = 512 * 2**20
 
 
 def cache_key() -> str:
-    """compile/DIGEST.tar of this torch on this kind of machine."""
+    """The key of what this torch built on this kind of machine."""
     import torch
 
     facts = [torch.__version__, platform.machine(), platform.python_version(), str(torch.version.cuda)]
@@ -30,7 +31,7 @@ def cache_key() -> str:
         facts += [torch.cuda.get_device_name(), str(torch.cuda.get_device_capability())]
     else:
         facts.append(torch.backends.cpu.get_cpu_capability())
-    return f"compile/{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.tar"
+    return keys.compiled(hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
 
 
 class CompileCache:

@@ -1,6 +1,6 @@
 """The driver, on node 0: Ray Train's `TorchTrainer` over this lease's nodes, and what its end means.
 
-Exit codes as in tasks.node.ray_node. Ray's own checkpoints are not used: the run store is the only memory of a run.
+Exit codes as in tasks.run_store_keys. Ray's own checkpoints are not used: the run store is the only memory of a run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.node.environment import NodeEnv
-from tasks.node.ray_node import EXIT_BROKEN, EXIT_BUG, EXIT_FINISHED, EXIT_STOPPED, NODE_RESOURCE
+from tasks.node.ray_node import NODE_RESOURCE
+from tasks.run_store_keys import EXIT_BROKEN, EXIT_BUG, EXIT_FINISHED, EXIT_STOPPED
 from tasks.spec import RunSpec
 
 JOIN_SECONDS = 60.0

@@ -20,6 +20,7 @@ from typing import Any
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from cost.errors import SlmError
+from tasks import run_store_keys as keys
 from tasks.node.environment import NodeEnv
 from tasks.node.ray_node import KV_NAMESPACE, KV_READY, NODE_RESOURCE, reachable
 from tasks.ray_train.workers import Regroup, ask, first_line, newest_epoch, receive
@@ -111,7 +112,7 @@ def repeated_failure(failures: Iterable[Mapping[str, Any]], lease_id: str) -> Ma
 def read_failures(store: Store) -> list[dict[str, Any]]:
     """All that workers recorded, oldest first; what cannot be read is left out."""
     failures = []
-    for key in store.list("failures/"):
+    for key in store.list(keys.FAILURES):
         try:
             failures.append(json.loads(store.read(key)))
         except (StoreKeyMissing, ValueError):
@@ -236,7 +237,7 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         """What the newest epoch began from."""
         epoch = newest_epoch(self._store)
         try:
-            return None if epoch is None else json.loads(self._store.read(f"epochs/{epoch}.json"))["parent"]
+            return None if epoch is None else json.loads(self._store.read(keys.incarnation(epoch)))["parent"]
         except (StoreKeyMissing, ValueError, KeyError):
             return None
 

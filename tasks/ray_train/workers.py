@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cost.errors import SlmError
+from tasks import run_store_keys as keys
 from tasks.node.environment import NodeEnv, boottime
 from tasks.node.notice import plan
 from tasks.ray_train.compile_cache import CompileCache
@@ -299,10 +300,8 @@ class NodeSignals:
 
     def _save_seconds(self) -> float:
         """What the newest save took, by rank 0's account, whichever group it was of; 0 where nobody knows."""
-        from trainer.metrics import PROGRESS_KEY
-
         try:
-            return float(json.loads(self._store.read(PROGRESS_KEY))["checkpoint_save_seconds"])
+            return float(json.loads(self._store.read(keys.PROGRESS))["checkpoint_save_seconds"])
         except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
             return 0.0
 
@@ -314,7 +313,7 @@ class NodeSignals:
     def _obey(self) -> bool:
         """Read the supervisor's newest command; whether it is a new wish for a checkpoint."""
         try:
-            facts = json.loads(self._store.read(f"control/{self._env.lease_id}.json"))
+            facts = json.loads(self._store.read(keys.control(self._env.lease_id)))
             command, number = facts["command"], int(facts["number"])
         except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
             return False  # none yet; a store that is lost says so when the next checkpoint fails
@@ -347,15 +346,17 @@ def fingerprint(error: BaseException) -> str:
     ours = ("trainer", "tasks", "cost")
     place = "unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).parent.name in ours:
-            place = f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.name}"
+        folders = Path(frame.filename).parts[:-1]
+        package = next((at for at in range(len(folders) - 1, -1, -1) if folders[at] in ours), None)
+        if package is not None:
+            place = f"{'/'.join(folders[package:])}/{Path(frame.filename).name}:{frame.name}"
     message = re.sub(r"0x[0-9a-f]+|[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", str(error), flags=re.IGNORECASE)
     digest = hashlib.sha256(message.encode()).hexdigest()[:8]
     return f"{type(error).__name__} in {place} [{digest}]"
 
 
 def record_failure(store: Store, env: NodeEnv, error: BaseException, step: int) -> None:
-    """Write failures/NNNN.json under the next free number."""
+    """Write it under the next free number."""
     facts = {
         "lease_id": env.lease_id,
         "group": int(ASKED.group.get("number", 0)),
@@ -367,15 +368,15 @@ def record_failure(store: Store, env: NodeEnv, error: BaseException, step: int) 
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     env.say(f"failure at step {step}: {first_line(error)}\n{facts['traceback']}")
-    number = len(store.list("failures/"))
-    while not store.create(f"failures/{number:04d}.json", json.dumps(facts, indent=1).encode()):
+    number = len(store.list(keys.FAILURES))
+    while not store.create(keys.failure(number), json.dumps(facts, indent=1).encode()):
         number += 1
 
 
 def newest_epoch(store: Store) -> int | None:
     """The number of the newest group of workers that has begun."""
-    numbers = [int(found[1]) for key in store.list("epochs/") if (found := re.fullmatch(r"epochs/(\d+)\.json", key))]
-    return max(numbers, default=None)
+    numbers = (keys.incarnation_number(key) for key in store.list(keys.INCARNATIONS))
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def first_line(error: BaseException) -> str:
@@ -403,7 +404,7 @@ class Phases:
         return {name: round(max(0.0, at - before), 3) for (_, before), (name, at) in pairs}
 
     def write(self, store: Store, env: NodeEnv, world_size: int) -> None:
-        """phases/{lease_id}-{n}.json; not worth a training run if the store refuses."""
+        """Under the next free number of the lease; not worth a training run if the store refuses."""
         began = self._stamps[0][1]
         facts = {
             "lease_id": env.lease_id,
@@ -416,7 +417,7 @@ class Phases:
         }
         number = int(self._group.get("number", 1))
         try:
-            while not store.create(f"phases/{env.lease_id}-{number}.json", json.dumps(facts, indent=1).encode()):
+            while not store.create(keys.phases(env.lease_id, number), json.dumps(facts, indent=1).encode()):
                 number += 1
         except StoreError as error:
             env.say(str(error))

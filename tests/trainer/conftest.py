@@ -159,7 +159,8 @@ def run_group(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, str(Path(__file__).parent / "group_worker.py"), str(data_dir), str(folder)]
+            worker = Path(__file__).parents[1] / "support" / "group_worker.py"
+            command = [sys.executable, str(worker), str(data_dir), str(folder)]
             log = (folder / f"log{rank}").open("w")
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
             log.close()

@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cost.errors import SlmError
 from trainer.checkpoints.parts import Damaged as Damaged
 from trainer.checkpoints.parts import Part
+from trainer.run_store import keys
 from trainer.run_store.base import Store, StoreKeyMissing
 
-MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
 KEPT_AT_LEAST = 2
 """One could be damaged; and a zombie between its last look and its last deletion cannot take what a newer epoch
 starts from, because that is its own newest but one at the worst."""
-
-_EPOCH_KEY = re.compile(r"epochs/(\d+)\.json")
-_CHECKPOINT_KEY = re.compile(r"checkpoints/epoch=(\d+)/step=(\d+)/(.+)")
 
 
 class Superseded(SlmError):
@@ -56,7 +52,7 @@ class Place(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        return f"checkpoints/epoch={self.epoch}/step={self.step}/"
+        return keys.checkpoint_folder(self.epoch, self.step)
 
     def __str__(self) -> str:
         return f"step {self.step} of epoch {self.epoch}"
@@ -113,9 +109,9 @@ class Manifest:
 
 def newest_epoch(store: Store) -> int:
     """The number of the newest epoch, -1 before the first."""
-    found = (_EPOCH_KEY.fullmatch(key) for key in store.list("epochs/"))
-    newest = max((int(match[1]) for match in found if match), default=-1)
-    while _exists(store, f"epochs/{newest + 1}.json"):  # a list may lag behind
+    found = (keys.incarnation_number(key) for key in store.list(keys.INCARNATIONS))
+    newest = max((number for number in found if number is not None), default=-1)
+    while _exists(store, keys.incarnation(newest + 1)):  # a list may lag behind
         newest += 1
     return newest
 
@@ -124,7 +120,7 @@ def begin_epoch(store: Store, start: EpochStart) -> bool:
     """Record it; False when another group of workers took that number first."""
     parent = None if start.parent is None else start.parent._asdict()
     record = {**asdict(start), "parent": parent}
-    return store.create(f"epochs/{start.epoch}.json", json.dumps(record).encode())
+    return store.create(keys.incarnation(start.epoch), json.dumps(record).encode())
 
 
 def require_newest(store: Store, epoch: int) -> None:
@@ -138,7 +134,7 @@ def checkpoints_of_chain(store: Store) -> list[Place]:
     """Every checkpoint with a manifest that the newest epoch descends from or made, newest first."""
     complete: dict[int, set[int]] = {}
     for epoch, step, name in _checkpoint_keys(store):
-        if name == MANIFEST:
+        if name == keys.MANIFEST:
             complete.setdefault(epoch, set()).add(step)
     places: list[Place] = []
     epoch, limit = newest_epoch(store), None
@@ -158,14 +154,14 @@ def publish(store: Store, manifest: Manifest) -> None:
     """Make what its parts hold a checkpoint; raises Superseded when a newer epoch has begun."""
     require_newest(store, manifest.epoch)
     place = Place(manifest.epoch, manifest.step)
-    store.write(place.prefix + MANIFEST, manifest.to_bytes())
-    store.write(_published_key(manifest.epoch), json.dumps({"step": manifest.step}).encode())
+    store.write(place.prefix + keys.MANIFEST, manifest.to_bytes())
+    store.write(keys.newest_checkpoint(manifest.epoch), json.dumps({"step": manifest.step}).encode())
 
 
 def read_manifest(store: Store, place: Place) -> Manifest:
     """Raises Damaged when it is gone or not one."""
     try:
-        return Manifest.from_bytes(store.read(place.prefix + MANIFEST))
+        return Manifest.from_bytes(store.read(place.prefix + keys.MANIFEST))
     except StoreKeyMissing as error:
         raise Damaged("its manifest is missing") from error
 
@@ -185,12 +181,12 @@ def prune(store: Store, epoch: int, keep_last: int, milestone_every_steps: int |
         if found <= epoch and Place(found, step) not in kept
     ]
     require_newest(store, epoch)
-    for key in sorted(doomed, key=lambda key: not key.endswith("/" + MANIFEST)):
+    for key in sorted(doomed, key=lambda key: not key.endswith("/" + keys.MANIFEST)):
         store.delete(key)
 
 
 def _parent_of(store: Store, epoch: int) -> Place | None:
-    key = f"epochs/{epoch}.json"
+    key = keys.incarnation(epoch)
     try:
         parent = json.loads(store.read(key))["parent"]
         return None if parent is None else Place(int(parent["epoch"]), int(parent["step"]))
@@ -201,17 +197,13 @@ def _parent_of(store: Store, epoch: int) -> Place | None:
         ) from error
 
 
-def _published_key(epoch: int) -> str:
-    return f"checkpoints/epoch={epoch}/newest.json"
-
-
 def _published_step(store: Store, epoch: int) -> set[int]:
     """The step that this epoch saved last, if that is still there."""
     try:
-        step = int(json.loads(store.read(_published_key(epoch)))["step"])
+        step = int(json.loads(store.read(keys.newest_checkpoint(epoch)))["step"])
     except (StoreKeyMissing, ValueError, KeyError, TypeError):
         return set()
-    return {step} if _exists(store, Place(epoch, step).prefix + MANIFEST) else set()
+    return {step} if _exists(store, Place(epoch, step).prefix + keys.MANIFEST) else set()
 
 
 def _exists(store: Store, key: str) -> bool:
@@ -223,5 +215,5 @@ def _exists(store: Store, key: str) -> bool:
 
 
 def _checkpoint_keys(store: Store) -> list[tuple[int, int, str]]:
-    found = (_CHECKPOINT_KEY.fullmatch(key) for key in store.list("checkpoints/"))
-    return [(int(match[1]), int(match[2]), match[3]) for match in found if match]
+    found = (keys.checkpoint_file(key) for key in store.list(keys.CHECKPOINTS))
+    return [file for file in found if file is not None]

@@ -41,6 +41,7 @@ from trainer.checkpoints.lineage import (
 from trainer.checkpoints.parts import write_part
 from trainer.checkpoints.staging import Staging, empty_tensors, read_into
 from trainer.config import TrainConfig
+from trainer.run_store import keys
 from trainer.run_store.base import Store
 
 log = logging.getLogger(__name__)
@@ -214,8 +215,9 @@ class Checkpoints:
         """In the saving thread of each rank."""
         assert self._staging is not None
         staging = self._staging
-        key = f"part-{self.rank:05d}.bin"
-        parts = self._together(lambda: write_part(self.store, place.prefix, key, staging.content()))
+        parts = self._together(
+            lambda: write_part(self.store, place.prefix, keys.checkpoint_part(self.rank), staging.content())
+        )
         manifest = Manifest(place.epoch, place.step, self.world_size, tuple(parts), staging.tensors, dict(facts))
         self._on_first_rank(lambda: self._publish(manifest))
 
@@ -264,7 +266,7 @@ class Checkpoints:
         if skipped:
             raise SlmError(
                 f"no checkpoint of this run in {self.store.uri} is whole ({'; '.join(skipped)}); bring the files "
-                "back, or delete checkpoints/ and epochs/ there to begin at step 0."
+                f"back, or delete {keys.CHECKPOINTS} and {keys.INCARNATIONS} there to begin at step 0."
             )
         return None, skipped
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from orchestrator.backends.aws.account import AwsAccount, AwsRefused, AwsTrouble
+from orchestrator.backends.aws.account import AwsAccount
+from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 
 PRODUCT = "Linux/UNIX"
 _FAMILY = re.compile(r"([a-z]+)(\d+)")
@@ -75,8 +76,8 @@ class Ec2Market:
             return None
         try:
             found = self._account.ask("service-quotas", region, "get_service_quota", ServiceCode="ec2", QuotaCode=code)
-        except AwsRefused as refused:
-            if refused.trouble is AwsTrouble.MISSING:
+        except ProviderRefused as refused:
+            if refused.reason is RefusalReason.MISSING:
                 return None
             raise
         limit = int(found["Quota"]["Value"])
@@ -88,8 +89,8 @@ class Ec2Market:
         try:
             quota = self.quota(region, instance_type, spot=spot)
             needed = num_nodes * self.vcpus(region, instance_type) if quota is not None else 0
-        except AwsRefused as refused:
-            if refused.trouble is AwsTrouble.DENIED:  # who may rent but not ask is told by the rent itself
+        except ProviderRefused as refused:
+            if refused.reason is RefusalReason.DENIED:  # who may rent but not ask is told by the rent itself
                 return None
             raise
         if quota is None or needed <= quota.free:

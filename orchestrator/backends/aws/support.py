@@ -14,10 +14,11 @@ from typing import Any
 
 from cost.ledger.leases import Lease
 from cost.market.offers import Offer
-from orchestrator.backends.aws.account import AwsAccount, AwsRefused, AwsTrouble, Ec2Instance
+from orchestrator.backends.aws.account import AwsAccount, Ec2Instance
 from orchestrator.backends.aws.spot_market import Ec2Market
 from orchestrator.backends.aws.time_limit import Ec2Limit
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState
+from orchestrator.backends.provider_account import ProviderRefused
 from orchestrator.backends.sky.task import label as label_of
 
 PRICE_SECONDS = 60.0
@@ -73,7 +74,7 @@ class AwsArm:
         if self._clock() - at >= PRICE_SECONDS:
             try:
                 price = self.market.spot_usd_per_hour(*key)
-            except AwsRefused:
+            except ProviderRefused:
                 return None  # not read is not confirmed: it is charged at its bound
             self._prices[key] = (self._clock(), price)
         return price
@@ -100,9 +101,9 @@ class AwsArm:
         """Of a lease, in whatever state; by their ids where the record has all, else by our labels."""
         region, ids = region_of(record, lease), ids_of(record)
         if len(ids) >= lease.num_nodes:
-            return list(self.account.look_at(region, ids).values())
+            return list(self.account.describe(region, ids).values())
         names = {lease.lease_id, label_of(lease.lease_id), record.get("name_on_cloud") or lease.lease_id}
-        return self.account.of_cluster(region, *names)
+        return self.account.cluster_instances(region, *names)
 
 
 class AwsInstances:
@@ -170,11 +171,11 @@ class AwsInstances:
         """All that costs money and is ours.
 
         Raises:
-            AwsRefused: AWS could not be looked at, and something of ours may be there.
+            ProviderRefused: AWS could not be looked at, and something of ours may be there.
         """
         try:
             return [instance for instance in self._account.instances() if instance.state != "shutting-down"]
-        except AwsRefused:
+        except ProviderRefused:
             if self._is_expected():
                 raise
             return []
@@ -191,22 +192,22 @@ class AwsInstances:
             return self._arm.market.spot_usd_per_hour(
                 instance.region, instance.zone, instance.instance_type
             ) or Decimal(0)
-        except AwsRefused:
+        except ProviderRefused:
             return Decimal(0)
 
 
 def reason_of(instance: Ec2Instance) -> str:
     """Why an instance ended, in words."""
-    if instance.why in TAKEN_BACK:
-        return f"was taken back by AWS ({instance.why})"
-    if instance.why == "Client.InstanceInitiatedShutdown":
-        return f"was powered off from inside ({instance.why})"
-    return f"was terminated ({instance.why or 'AWS gives no reason'})"
+    if instance.state_reason in TAKEN_BACK:
+        return f"was taken back by AWS ({instance.state_reason})"
+    if instance.state_reason == "Client.InstanceInitiatedShutdown":
+        return f"was powered off from inside ({instance.state_reason})"
+    return f"was terminated ({instance.state_reason or 'AWS gives no reason'})"
 
 
 def was_taken_back(instance: Ec2Instance) -> bool:
     """Whether AWS interrupted it."""
-    return instance.why in TAKEN_BACK
+    return instance.state_reason in TAKEN_BACK
 
 
 def region_of(record: Record, lease: Lease) -> str:
@@ -223,4 +224,4 @@ def run_of(lease_id: str) -> str:
     return "-".join(lease_id.split("-")[2:-1])
 
 
-__all__ = ["AwsArm", "AwsInstances", "AwsTrouble", "label_of", "was_taken_back"]
+__all__ = ["AwsArm", "AwsInstances", "label_of", "was_taken_back"]

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from orchestrator.backends.aws.account import AwsAccount, AwsRefused, AwsTrouble, Ec2Instance
+from orchestrator.backends.aws.account import AwsAccount, Ec2Instance
 from orchestrator.backends.base import BackendError
+from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 
 ROLE_NAME = "slm-end-nodes"
 """What the scheduler acts as; made at the first rent, the same for all runs of an account."""
@@ -61,7 +62,7 @@ class Ec2Limit:
             try:
                 self._put(region, wanted)
                 return
-            except AwsRefused as refused:
+            except ProviderRefused as refused:
                 if refused.code != "ValidationException" or "assume" not in str(refused) or attempt == ROLE_TRIES - 1:
                     raise
                 self._sleep(ROLE_PAUSE_SECONDS)
@@ -69,8 +70,8 @@ class Ec2Limit:
     def _put(self, region: str, wanted: dict[str, Any]) -> None:
         try:
             self._account.ask("scheduler", region, "update_schedule", **wanted)
-        except AwsRefused as refused:
-            if refused.trouble is not AwsTrouble.MISSING:
+        except ProviderRefused as refused:
+            if refused.reason is not RefusalReason.MISSING:
                 raise
             self._account.ask("scheduler", region, "create_schedule", **wanted)
 
@@ -98,8 +99,8 @@ class Ec2Limit:
         """When the schedule acts, as AWS has it; None where there is none."""
         try:
             found = self._account.ask("scheduler", region, "get_schedule", Name=SCHEDULE_PREFIX + instance_id)
-        except AwsRefused as refused:
-            if refused.trouble is AwsTrouble.MISSING:
+        except ProviderRefused as refused:
+            if refused.reason is RefusalReason.MISSING:
                 return None
             raise
         text = str(found["ScheduleExpression"]).removeprefix("at(").removesuffix(")")
@@ -110,8 +111,8 @@ class Ec2Limit:
         for item in instance_ids:
             try:
                 self._account.ask("scheduler", region, "delete_schedule", Name=SCHEDULE_PREFIX + item)
-            except AwsRefused as refused:
-                if refused.trouble is not AwsTrouble.MISSING:
+            except ProviderRefused as refused:
+                if refused.reason is not RefusalReason.MISSING:
                     raise
 
     def role_arn(self) -> str:
@@ -119,8 +120,8 @@ class Ec2Limit:
         if not self._role_arn:
             try:
                 found = self._account.ask("iam", "us-east-1", "get_role", RoleName=ROLE_NAME)
-            except AwsRefused as refused:
-                if refused.trouble is not AwsTrouble.MISSING:
+            except ProviderRefused as refused:
+                if refused.reason is not RefusalReason.MISSING:
                     raise
                 trust = json.dumps(trust_policy())
                 found = self._account.ask(
@@ -154,9 +155,9 @@ class Ec2Limit:
                     Attribute="instanceInitiatedShutdownBehavior",
                     Value=TERMINATE,
                 )
-            except AwsRefused as refused:
+            except ProviderRefused as refused:
                 # A one-time spot request knows no stop, and some attributes of it cannot be modified.
-                if not (instance.is_spot and refused.trouble is AwsTrouble.UNSUPPORTED):
+                if not (instance.is_spot and refused.reason is RefusalReason.UNSUPPORTED):
                     raise
             else:
                 said = self.shutdown_behaviour(region, instance.instance_id)

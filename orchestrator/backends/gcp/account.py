@@ -1,7 +1,7 @@
-"""GCP beside SkyPilot: Google's own client library, and what it says in our words.
+"""GCP beside SkyPilot: calls through Google's client library, and the machines of ours in a project.
 
-SkyPilot creates. The library is the one that SkyPilot itself uses on GCP (`skypilot[gcp]`), imported when the first
-question is asked; it finds credentials and the project where Google's own tools do.
+SkyPilot creates machines. The library is the one that SkyPilot itself uses on GCP (`skypilot[gcp]`), imported at the
+first call; it finds credentials and the project where Google's own tools do.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
-from enum import StrEnum
+from datetime import datetime
 from typing import Any
 
 from orchestrator.backends.base import BackendError
+from orchestrator.backends.provider_account import (
+    LEASE_LABEL,
+    ProviderAccount,
+    ProviderRefused,
+    RefusalReason,
+    all_pages,
+    utc_now,
+)
 
 SERVICES: Mapping[str, tuple[str, str]] = {"compute": ("v1", "compute/v1/"), "cloudscheduler": ("v1", "")}
 """Version and path of each service that is asked."""
@@ -24,65 +30,38 @@ NUM_RETRIES = 3
 HTTP_NOT_FOUND, HTTP_FORBIDDEN, HTTP_UNAUTHORIZED = 404, 403, 401
 
 
-class GcpTrouble(StrEnum):
-    """Why GCP did not do it."""
-
-    CREDENTIALS = "credentials"
-    EXPIRED = "expired"
-    DISABLED = "disabled"
-    DENIED = "denied"
-    NETWORK = "network"
-    MISSING = "missing"
-    OTHER = "other"
-
-
-_FACTS: Mapping[GcpTrouble, str] = {
-    GcpTrouble.CREDENTIALS: "there are no credentials for GCP",
-    GcpTrouble.EXPIRED: "GCP does not accept the credentials any longer",
-    GcpTrouble.DISABLED: "the service is switched off in this project",
-    GcpTrouble.DENIED: "these GCP credentials may not do it",
-    GcpTrouble.NETWORK: "GCP does not answer",
-}
-_WAYS_OUT: Mapping[GcpTrouble, str] = {
-    GcpTrouble.CREDENTIALS: "run: gcloud auth application-default login",
-    GcpTrouble.EXPIRED: "renew them: gcloud auth application-default login",
-    GcpTrouble.DISABLED: "switch it on: gcloud services enable {service}.googleapis.com --project {project}",
-    GcpTrouble.DENIED: (
+FIXES: Mapping[RefusalReason, str] = {
+    RefusalReason.CREDENTIALS: "run: gcloud auth application-default login",
+    RefusalReason.EXPIRED: "renew them: gcloud auth application-default login",
+    RefusalReason.DISABLED: "enable it: gcloud services enable {service}.googleapis.com --project {project}",
+    RefusalReason.DENIED: (
         "give this user the roles cloudscheduler.admin, compute.viewer and iam.serviceAccountUser in the project"
     ),
-    GcpTrouble.NETWORK: "look at this machine's network, then run the command again",
-    GcpTrouble.MISSING: "it may have ended meanwhile",
-    GcpTrouble.OTHER: "run the command again; if it stays, leave GCP out with --clouds",
+    RefusalReason.NETWORK: "check this machine's network, then run the command again",
+    RefusalReason.MISSING: "it may have ended meanwhile",
+    RefusalReason.OTHER: "run the command again; if the error remains, leave GCP out with --clouds",
 }
-
-
-class GcpRefused(BackendError):
-    """One call that failed: which, in which project, why, and what to do about it."""
-
-    def __init__(self, operation: str, project: str, trouble: GcpTrouble, detail: str) -> None:
-        self.trouble = trouble
-        fact = _FACTS.get(trouble, "GCP refused")
-        way_out = _WAYS_OUT[trouble].format(service=operation.split(".", maxsplit=1)[0], project=project or "PROJECT")
-        said = " ".join(detail.split())[:200]
-        super().__init__(f"{operation} in project {project or '(none)'}: {fact} ({said}); {way_out}.")
 
 
 @dataclass(frozen=True, slots=True)
 class GcpInstance:
-    """One machine of ours, as Compute Engine has it."""
+    """One machine of ours, as Compute Engine shows it."""
 
     number: str
     """Its id, which no later machine gets; names are used again."""
     name: str
     zone: str
     service_account: str
-    """What it may act as; empty for one without."""
+    """The account that the machine may act as; empty for a machine without one."""
     lease: str
     """Its label `slm-lease`."""
 
 
-class GcpAccount:
-    """Questions to one project. May be used by several threads."""
+class GcpAccount(ProviderAccount):
+    """The machines of one project. May be used by several threads."""
+
+    provider = "GCP"
+    fixes = FIXES
 
     def __init__(
         self,
@@ -90,25 +69,19 @@ class GcpAccount:
         project: str = "",
         *,
         endpoint: str = "",
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """`credentials`, `project`: by default those of the environment; `endpoint`: another server than Google's."""
+        super().__init__(clock)
         self._credentials = credentials
         self._project = project
         self._endpoint = endpoint
-        self._clock = clock
-        self._ahead = timedelta(0)
-        """By how much GCP's clock was ahead of this machine's in the newest reply."""
         self._local = threading.local()  # the library's connections serve one thread each
         self._lock = threading.Lock()
 
-    def now(self) -> datetime:
-        """GCP's time: what is set there must not depend on this machine's clock."""
-        return self._clock() + self._ahead
-
     @property
     def project(self) -> str:
-        """Raises GcpRefused where the environment has no credentials or names no project."""
+        """Raises ProviderRefused where the environment has no credentials or names no project."""
         self._require_credentials("auth.default")
         return self._project
 
@@ -116,7 +89,7 @@ class GcpAccount:
         """The reply to one call: `operation` begins with its service, `request` makes it from the service's client.
 
         Raises:
-            GcpRefused: Sorted by what to do about it.
+            ProviderRefused: Sorted by what to do about it.
         """
         self._require_credentials(operation)
         import google.auth.exceptions as auth_errors
@@ -124,42 +97,38 @@ class GcpAccount:
         import httplib2
 
         try:
-            call = request(self._client(operation.split(".", maxsplit=1)[0]))
-            call.add_response_callback(self._learn_time)
+            call = request(self._client(service_name(operation)))
+            call.add_response_callback(self.learn_clock_offset)
             return dict(call.execute(num_retries=NUM_RETRIES) or {})
         except googleapiclient.errors.HttpError as error:
-            trouble = trouble_of(int(error.resp.status), error.content.decode("utf-8", "replace"))
-            raise GcpRefused(operation, self._project, trouble, f"{error.resp.status}: {error.reason}") from error
+            status = int(error.resp.status)
+            reason = refusal_reason(status, error.content.decode("utf-8", "replace"))
+            raise self._refused(operation, reason, str(error.reason), code=str(status)) from error
         except auth_errors.TransportError as error:
-            raise GcpRefused(operation, self._project, GcpTrouble.NETWORK, str(error)) from error
+            raise self._refused(operation, RefusalReason.NETWORK, str(error)) from error
         except auth_errors.GoogleAuthError as error:
-            raise GcpRefused(operation, self._project, GcpTrouble.EXPIRED, str(error)) from error
+            raise self._refused(operation, RefusalReason.EXPIRED, str(error)) from error
         except (OSError, httplib2.HttpLib2Error) as error:
-            raise GcpRefused(operation, self._project, GcpTrouble.NETWORK, str(error)) from error
+            raise self._refused(operation, RefusalReason.NETWORK, str(error)) from error
 
-    def pages(self, operation: str, request: Callable[[Any, str | None], Any]) -> Iterator[dict[str, Any]]:
-        """Every page of a call that has several; `request` also takes the token of the page. Raises as `ask`."""
+    def pages(self, operation: str, request: Callable[[Any, str | None], Any]) -> Iterator[Mapping[str, Any]]:
+        """Every page of a call that answers in pages; `request` also takes the token of the page. Raises as `ask`."""
+        return all_pages(lambda token: self.ask(operation, lambda client: request(client, token)), "nextPageToken")
 
-        def of_page(token: str | None) -> Callable[[Any], Any]:
-            return lambda client: request(client, token)
-
-        token = None
-        while True:
-            page = self.ask(operation, of_page(token))
-            yield page
-            token = page.get("nextPageToken")
-            if not token:
-                return
-
-    def of_lease(self, label: str, project: str) -> list[GcpInstance]:
-        """Every machine with this label `slm-lease`, in whatever zone and state. Raises GcpRefused."""
-        wanted = f'labels.slm-lease="{label}"'
+    def lease_instances(self, label: str, project: str) -> list[GcpInstance]:
+        """Every machine with this label `slm-lease`, in whatever zone and state. Raises ProviderRefused."""
+        wanted = f'labels.{LEASE_LABEL}="{label}"'
         pages = self.pages(
             "compute.instances.aggregatedList",
             lambda client, token: client.instances().aggregatedList(project=project, filter=wanted, pageToken=token),
         )
-        places = (place for page in pages for place in page.get("items", {}).values())
-        return [instance_of(item) for place in places for item in place.get("instances", ())]
+        zones = (zone for page in pages for zone in page.get("items", {}).values())
+        return [_instance(raw) for zone in zones for raw in zone.get("instances", ())]
+
+    def _refused(self, operation: str, reason: RefusalReason, detail: str, *, code: str = "") -> ProviderRefused:
+        place = f"project {self._project or '(none)'}"
+        names = {"service": service_name(operation), "project": self._project or "PROJECT"}
+        return self.refused(operation, place, reason, detail, code=code, **names)
 
     def _require_credentials(self, operation: str) -> None:
         with self._lock:
@@ -174,12 +143,12 @@ class GcpAccount:
             try:
                 credentials, project = google.auth.default()
             except google.auth.exceptions.GoogleAuthError as error:
-                raise GcpRefused(operation, self._project, GcpTrouble.CREDENTIALS, str(error)) from error
+                raise self._refused(operation, RefusalReason.CREDENTIALS, str(error)) from error
             self._credentials = self._credentials or credentials
             self._project = self._project or project or ""
             if not self._project:
                 detail = "the credentials name no project; set GOOGLE_CLOUD_PROJECT"
-                raise GcpRefused(operation, "", GcpTrouble.CREDENTIALS, detail)
+                raise self._refused(operation, RefusalReason.CREDENTIALS, detail)
 
     def _client(self, service: str) -> Any:
         clients = self._local.__dict__
@@ -198,34 +167,34 @@ class GcpAccount:
             )
         return clients[service]
 
-    def _learn_time(self, reply: Any) -> None:
-        said = reply.get("date")
-        if said:
-            self._ahead = parsedate_to_datetime(said) - self._clock()
+
+def service_name(operation: str) -> str:
+    """`compute` for `compute.regions.get`."""
+    return operation.split(".", maxsplit=1)[0]
 
 
-def instance_of(item: Mapping[str, Any]) -> GcpInstance:
-    accounts = item.get("serviceAccounts") or ()
-    return GcpInstance(
-        number=str(item["id"]),
-        name=str(item["name"]),
-        zone=str(item["zone"]).rsplit("/", maxsplit=1)[-1],
-        service_account=str(accounts[0]["email"]) if accounts else "",
-        lease=str((item.get("labels") or {}).get("slm-lease", "")),
-    )
-
-
-def trouble_of(status: int, content: str) -> GcpTrouble:
-    """Sorted by HTTP status and by the reason in the body (google.rpc.ErrorInfo)."""
+def refusal_reason(status: int, content: str) -> RefusalReason:
+    """From the HTTP status and the reason in the body (google.rpc.ErrorInfo)."""
     if status == HTTP_NOT_FOUND:
-        return GcpTrouble.MISSING
+        return RefusalReason.MISSING
     if status == HTTP_UNAUTHORIZED:
-        return GcpTrouble.EXPIRED
+        return RefusalReason.EXPIRED
     if status != HTTP_FORBIDDEN:
-        return GcpTrouble.OTHER
+        return RefusalReason.OTHER
     try:
         details = json.loads(content)["error"].get("details") or ()
         reasons = {detail.get("reason") for detail in details}
     except (ValueError, KeyError, AttributeError, TypeError):
         reasons = set()
-    return GcpTrouble.DISABLED if "SERVICE_DISABLED" in reasons else GcpTrouble.DENIED
+    return RefusalReason.DISABLED if "SERVICE_DISABLED" in reasons else RefusalReason.DENIED
+
+
+def _instance(raw: Mapping[str, Any]) -> GcpInstance:
+    accounts = raw.get("serviceAccounts") or ()
+    return GcpInstance(
+        number=str(raw["id"]),
+        name=str(raw["name"]),
+        zone=str(raw["zone"]).rsplit("/", maxsplit=1)[-1],
+        service_account=str(accounts[0]["email"]) if accounts else "",
+        lease=str((raw.get("labels") or {}).get(LEASE_LABEL, "")),
+    )

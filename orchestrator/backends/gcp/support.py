@@ -16,7 +16,8 @@ from typing import Any
 
 from cost.ledger.leases import Lease
 from orchestrator.backends.base import BackendError
-from orchestrator.backends.gcp.account import GcpAccount, GcpInstance, GcpRefused, GcpTrouble
+from orchestrator.backends.gcp.account import GcpAccount, GcpInstance
+from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 from orchestrator.backends.sky.task import label
 
 LOCATION = "us-central1"
@@ -60,8 +61,8 @@ class GcpArm:
             parent = self._parent(self.account.project)
             try:
                 self._jobs("list", lambda jobs: jobs.list(parent=parent, pageSize=1))
-            except GcpRefused as refused:
-                if refused.trouble in (GcpTrouble.DISABLED, GcpTrouble.DENIED):
+            except ProviderRefused as refused:
+                if refused.reason in (RefusalReason.DISABLED, RefusalReason.DENIED):
                     return f"nothing would end a hung node: {refused}"
                 raise
             self._may_schedule = True
@@ -97,12 +98,12 @@ class GcpArm:
             parent = self._parent(self._project(record))
             mine = f"{JOB_PREFIX}{label(lease.lease_id)}-"
             for name in [name for name in self._all_jobs(parent) if name.rsplit("/", maxsplit=1)[-1].startswith(mine)]:
-                with contextlib.suppress(GcpRefused):
+                with contextlib.suppress(ProviderRefused):
                     self._jobs("delete", lambda jobs, name=name: jobs.delete(name=name))
 
     def instances(self, record: Record, lease: Lease) -> list[GcpInstance]:
         """Of a lease, in whatever zone and state, by our label."""
-        return self.account.of_lease(label(lease.lease_id), self._project(record))
+        return self.account.lease_instances(label(lease.lease_id), self._project(record))
 
     # -- the job -----------------------------------------------------------------------------------
 
@@ -121,8 +122,8 @@ class GcpArm:
         fields = ",".join(item for item in job if item != "name")
         try:
             said = self._jobs("patch", lambda jobs: jobs.patch(name=job["name"], updateMask=fields, body=job))
-        except GcpRefused as refused:
-            if refused.trouble is not GcpTrouble.MISSING:
+        except ProviderRefused as refused:
+            if refused.reason is not RefusalReason.MISSING:
                 raise
             said = self._jobs("create", lambda jobs: jobs.create(parent=self._parent(project), body=job))
         if said.get("state") == "PAUSED":  # by somebody's hand; an update does not wake it

@@ -14,6 +14,7 @@ from pathlib import Path
 from cost.errors import UserError
 from orchestrator.backends.local.records import Node
 from tasks import guard
+from tasks.run_store_keys import SPEC
 from tasks.stores.opening import open_store
 from trainer.run_store.base import DirectoryStore
 
@@ -99,7 +100,7 @@ def environment_of(order: Order, node: Node, store: Path, head_port: int) -> dic
         **guard.KEEP_ENVIRONMENT,
         **order.environment,
         "TMPDIR": node.tmp_dir,
-        "SLM_SPEC": str(store / "spec.json"),
+        "SLM_SPEC": str(store / SPEC),
         "SLM_STORE": order.store_uri,
         "SLM_LEASE": node.lease_id,
         "SLM_RANK": str(node.rank),

@@ -28,10 +28,10 @@ from orchestrator.backends.sky.names import cluster_name, lease_names
 from orchestrator.backends.sky.task import CREDENTIALS_FILE, FACTS_FILE, NodeTerms, facts_of, task_of
 from orchestrator.backends.sky.terminators import Arm, armable, autodown_minutes
 from tasks import guard
+from tasks import run_store_keys as keys
 from tasks.node.bootstrap import node_ranks
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
 
-RECORDS = "clusters/"
 CALL_SECONDS = 120.0
 """Longest wait for a look."""
 SERVER_TRIES = 3
@@ -40,7 +40,6 @@ END_SECONDS = 300.0
 """Longest wait for an end; the caller tries again."""
 LAUNCH_SLACK_SECONDS = 120.0
 """Beyond a create's own limit, for giving it up."""
-EXIT_UNGUARDED = 3
 """As the guard itself ends where it refuses to start."""
 LIVE = ("UP", "INIT")
 CODE = ("tasks", "trainer", "cost")
@@ -162,14 +161,14 @@ class SkyBackend:
         ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
         price = self._price(lease, record)
         try:
-            request = self._word(f"guard/{lease.lease_id}/0/request.json")
+            request = self._word(keys.guard_request(lease.lease_id, 0))
         except StoreError:  # its silence is the store's: nothing is concluded from it
             return LeaseState(LeasePhase.RUNNING, ranks, None, price, "the run store is away")
         if request is None:
             silent = time.time() - float(record.get("started_at") or time.time())
             if silent > self._settings.guard_seconds:
                 detail = f"its guard has said nothing for {silent:.0f} s"
-                return LeaseState(LeasePhase.ENDED, ranks, EXIT_UNGUARDED, price, detail)
+                return LeaseState(LeasePhase.ENDED, ranks, keys.EXIT_UNGUARDED, price, detail)
             return LeaseState(LeasePhase.STARTING, ranks, None, price)
         self._tell_ready(lease, record)
         code = request.get("exit_code")
@@ -273,11 +272,11 @@ class SkyBackend:
         if self._store is None:
             return
         with contextlib.suppress(StoreError):
-            self._store.write(f"{RECORDS}{lease.lease_id}.json", json.dumps(record, indent=1).encode())
+            self._store.write(keys.cluster(lease.lease_id), json.dumps(record, indent=1).encode())
 
     def _record(self, lease: Lease) -> dict[str, Any]:
         if lease.lease_id not in self._records:
-            record = self._read(f"{RECORDS}{lease.lease_id}.json")
+            record = self._read(keys.cluster(lease.lease_id))
             if record is None:
                 return {}
             self._records[lease.lease_id] = record
@@ -304,7 +303,7 @@ class SkyBackend:
         """Once for each lease that was created here: where the time went until its first node was set up."""
         if lease.lease_id in self._ready or "seconds" not in record:
             return
-        setup = self._read(f"setup/{lease.lease_id}/0.json")
+        setup = self._read(keys.set_up(lease.lease_id, 0))
         if setup is None:
             return
         self._ready.add(lease.lease_id)

@@ -97,7 +97,7 @@ def test_waits_grow_but_stay_bounded() -> None:
 def test_an_unaffordable_offer_is_passed_over() -> None:
     assert decide(replace(PREEMPTED, remaining_usd=Decimal("1.50"))) == Relaunch(NEAR, 2, delay_seconds=0.0)
     stop = decide(replace(PREEMPTED, remaining_usd=Decimal("0.50")))
-    assert stop == Stop(StopReason.BUDGET, "$0.50 is left and the smallest lease sets aside $1.00")
+    assert stop == Stop(StopReason.BUDGET, "$0.50 of the cap is left and the smallest lease reserves $1.00")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_an_offer_above_its_bound_is_left_for_the_next_and_the_last_one_ends_the
     assert decide(one_blocked) == Relaunch(FAR, 2, delay_seconds=0.0)
     both = replace(one_blocked, blocked_until_ms={(NEAR.offer_id, 2): 2000, (FAR.offer_id, 2): 2000}, detail="$9/h")
     stop = decide(both)
-    assert stop == Stop(StopReason.GAVE_UP, "every offer costs more than it may; last: $9/h")
+    assert stop == Stop(StopReason.GAVE_UP, "every offer costs more than its worst-case price; the last one: $9/h")
 
 
 def test_a_run_moves_only_where_the_rest_and_a_restart_cost_clearly_less() -> None:

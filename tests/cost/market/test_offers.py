@@ -61,7 +61,7 @@ def test_a_spot_price_of_zero_is_missing_not_free() -> None:
 def test_spot_at_the_on_demand_price_is_no_discount() -> None:
     quotes = read(f"1x_A100-80GB,A100-80GB,1.0,8,117,{info('A100 PCIe', 80)},1.39,1.39,IN", cloud="RunPod")
     assert [o.spot for o in quotes.offers] == [False]
-    assert quotes.skipped[0].reason == "spot price is no discount"
+    assert quotes.skipped[0].reason == "the spot price is no lower than the on-demand price"
 
 
 def test_an_auction_floor_is_no_price() -> None:
@@ -79,7 +79,7 @@ def test_spot_without_on_demand_and_the_reverse() -> None:
 
 def test_a_fraction_of_a_gpu_is_no_offer() -> None:
     quotes = read(f"g6f.2xlarge,L4,0.25,8,32,{info('L4', 5722)},0.475,0.1213,us-east-2", cloud="AWS")
-    assert [s.reason for s in quotes.skipped] == ["a fraction of a GPU (0.25)"]
+    assert [s.reason for s in quotes.skipped] == ["the row is for a fraction of a GPU (0.25)"]
 
 
 @pytest.mark.parametrize(("region", "kept"), [("France, FR, EU", "France, FR, EU"), (", US, NA", "US, NA")])
@@ -90,7 +90,7 @@ def test_regions_may_hold_commas_and_empty_parts(region: str, kept: str) -> None
 
 def test_a_row_of_skypilot_without_a_region_cannot_be_placed() -> None:
     quotes = read(f"ECS3GPU8,H100,4,64,1024,{info('H100', 81920)},7.56,,", cloud="Seeweb")
-    assert [s.reason for s in quotes.skipped] == ["no region is stated, so SkyPilot cannot place it"]
+    assert [s.reason for s in quotes.skipped] == ["no region is stated, so SkyPilot cannot rent it"]
     # A price tracker may leave the region open.
     assert any(offer.region == "any" and offer.cloud == "runpod" for offer in load_reference_offers().offers)
 
@@ -113,7 +113,7 @@ def test_crlf_and_another_column_order() -> None:
 
 def test_a_gcp_accelerator_without_its_host_is_no_node() -> None:
     quotes = read(",L4,1,,,,0.56,0.22,us-central1", cloud="GCP")
-    assert [s.reason for s in quotes.skipped] == ["the price of an accelerator without its host machine"]
+    assert [s.reason for s in quotes.skipped] == ["the price is of an accelerator without its host machine"]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_the_same_offer_listed_twice_keeps_the_cheaper_price_and_says_so() -> No
     lines = f"x,H200,1,8,64,{info('H200', 143771)},3.0,,US\nx,H200,1,8,64,{info('H200', 143771)},2.5,,US"
     quotes = read(lines)
     assert [o.usd_per_hour for o in quotes.offers] == [Decimal("2.5")]
-    assert "listed twice; the dearer price, $3.0, is left out" in quotes.skipped[0].reason
+    assert "listed twice; the higher price, $3.0, was skipped" in quotes.skipped[0].reason
 
 
 def test_rows_of_skypilots_python_interface_are_read_too() -> None:

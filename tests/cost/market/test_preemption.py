@@ -83,14 +83,14 @@ def test_own_runs_move_the_rate_and_make_it_surer() -> None:
     assert after.standard_deviation < before.standard_deviation
     assert "0 in 10.0 node-hours" in after.source
     seen = Hazards((Sighting("aws", "V100", 1, 3, 1.0), Sighting("aws", "V100", 1, 1, 2.3)))
-    assert seen.of(offer()).per_node_hour == pytest.approx(6 / 10)
-    assert seen.of(offer(accelerator="T4")) == prior("aws", "T4", 1)
+    assert seen.for_offer(offer()).per_node_hour == pytest.approx(6 / 10)
+    assert seen.for_offer(offer(accelerator="T4")) == prior("aws", "T4", 1)
 
 
 def test_on_demand_nodes_only_fail() -> None:
     # 419 failures in 54 days of 16,384 GPUs: one per 50,600 GPU-hours.
-    rate = Hazards().of(offer(spot=False, gpus=8)).per_node_hour
+    rate = Hazards().for_offer(offer(spot=False, gpus=8)).per_node_hour
     assert 8 / rate == pytest.approx(50_680, rel=0.01)
-    assert Hazards(fixed_per_node_hour=0.5).of(offer(spot=False, gpus=8)).per_node_hour == rate
-    assert Hazards(fixed_per_node_hour=0.5).of(offer()).per_node_hour == 0.5
-    assert Hazards(fixed_per_node_hour=0.0).of(offer()).per_node_hour == 0.0
+    assert Hazards(fixed_per_node_hour=0.5).for_offer(offer(spot=False, gpus=8)).per_node_hour == rate
+    assert Hazards(fixed_per_node_hour=0.5).for_offer(offer()).per_node_hour == 0.5
+    assert Hazards(fixed_per_node_hour=0.0).for_offer(offer()).per_node_hour == 0.0

@@ -17,7 +17,7 @@ from cost.outcome.scaling_law import (
     predict,
 )
 from cost.outcome.scores import core_band, hellaswag_band, published_scores
-from cost.plan.frontier import shape_of
+from cost.plan.frontier import model_shape
 
 
 def test_the_law_by_hand() -> None:
@@ -96,7 +96,7 @@ def test_repeated_tokens_count_less_and_four_epochs_still_count() -> None:
 
 
 def test_a_mixture_lies_between_its_active_and_its_total_weights() -> None:
-    work = shape_of(1e9, num_experts=8, num_active_experts=2)
+    work = model_shape(1e9, num_experts=8, num_active_experts=2)
     found = predict(work, CHINCHILLA)
     total = CHINCHILLA.nats_per_token(work.matrix_params, work.num_tokens)
     active = CHINCHILLA.nats_per_token(work.active_matrix_params, work.num_tokens)
@@ -114,13 +114,13 @@ def test_bits_per_byte_and_nats_round_trip() -> None:
 
 def test_hellaswag_is_a_band_of_near_runs_or_unknown() -> None:
     # 1.3e9 parameters x 1.2e10 tokens: near the naive 1B (28.8 %) and llmq's 1.5B (53.0 %), far from the rest.
-    near = hellaswag_band(shape_of(1.3e9, tokens_per_param=9.2), None)
+    near = hellaswag_band(model_shape(1.3e9, tokens_per_param=9.2), None)
     assert near.num_rows == 2
     assert near.low == pytest.approx(0.288 - 1.96 * math.sqrt(0.288 * 0.712 / 10042), abs=1e-4)
     assert near.high == pytest.approx(0.530 + 1.96 * math.sqrt(0.530 * 0.470 / 10042), abs=1e-4)
-    far = hellaswag_band(shape_of(1e7), None)
+    far = hellaswag_band(model_shape(1e7), None)
     assert (far.known, far.low, far.num_rows) == (False, None, 0)
-    assert "no published run within 4x" in far.basis
+    assert "no published run has between 1/4 and 4 times its compute" in far.basis
 
 
 def test_core_is_known_only_between_its_rows() -> None:

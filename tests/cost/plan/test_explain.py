@@ -8,7 +8,7 @@ import pytest
 
 from cost.market.offers import load_reference_offers
 from cost.plan.explain import explain
-from cost.plan.frontier import shape_of
+from cost.plan.frontier import model_shape
 from cost.plan.planner import Emulation, Market, make_plan
 
 OFFERS = load_reference_offers().offers
@@ -17,9 +17,9 @@ OFFERS = load_reference_offers().offers
 @pytest.mark.parametrize("cloud", ["verda", "aws", "gcp", "vast", "runpod"])
 def test_explanations_agree_with_the_estimate(cloud: str) -> None:
     market = Market()
-    plan = make_plan(shape_of(5e8), OFFERS, budget_usd=Decimal(100), clouds=[cloud], max_nodes=2, market=market)
+    plan = make_plan(model_shape(5e8), OFFERS, budget_usd=Decimal(100), clouds=[cloud], max_nodes=2, market=market)
     for item in (plan.ranked[0], plan.ranked[-1]):
-        found = {entry.name: entry for entry in explain(plan, item, market.hazards.of(item.offer))}
+        found = {entry.name: entry for entry in explain(plan, item, market.hazards.for_offer(item.offer))}
         for line in item.lines:
             assert found[line.name].value == pytest.approx(float(line.usd), abs=2e-6), line.name
         assert found["total"].value == pytest.approx(float(item.total_usd))
@@ -35,9 +35,9 @@ def test_explanations_agree_with_the_estimate(cloud: str) -> None:
 
 
 def test_every_explanation_has_a_formula_inputs_and_a_source() -> None:
-    plan = make_plan(shape_of(1e8), OFFERS, budget_usd=Decimal(100))
+    plan = make_plan(model_shape(1e8), OFFERS, budget_usd=Decimal(100))
     assert plan.best is not None
-    for entry in explain(plan, plan.best, Market().hazards.of(plan.best.offer)):
+    for entry in explain(plan, plan.best, Market().hazards.for_offer(plan.best.offer)):
         assert entry.formula
         assert entry.inputs, entry.name
         assert entry.source, entry.name
@@ -45,17 +45,17 @@ def test_every_explanation_has_a_formula_inputs_and_a_source() -> None:
 
 
 def test_the_loss_follows_from_the_constants_shown() -> None:
-    plan = make_plan(shape_of(1e8), OFFERS, budget_usd=Decimal(100))
+    plan = make_plan(model_shape(1e8), OFFERS, budget_usd=Decimal(100))
     assert plan.best is not None
-    found = {entry.name: entry for entry in explain(plan, plan.best, Market().hazards.of(plan.best.offer))}
+    found = {entry.name: entry for entry in explain(plan, plan.best, Market().hazards.for_offer(plan.best.offer))}
     x = found["predicted_loss"].inputs
     by_formula = x["E"] + x["A"] / x["N"] ** x["alpha"] + x["B"] / (x["k"] * x["D"]) ** x["beta"]
     assert found["predicted_loss"].value == pytest.approx(by_formula)
 
 
 def test_an_emulated_plan_can_be_explained() -> None:
-    work = shape_of(1e8, tokens_per_param=0.1)
+    work = model_shape(1e8, tokens_per_param=0.1)
     plan = make_plan(work, OFFERS, budget_usd=Decimal(100), emulation=Emulation(2, 30.0, 1))
     assert plan.best is not None
-    found = {entry.name: entry.value for entry in explain(plan, plan.best, Market().hazards.of(plan.best.offer))}
+    found = {entry.name: entry.value for entry in explain(plan, plan.best, Market().hazards.for_offer(plan.best.offer))}
     assert found["train_hours"] == pytest.approx(plan.best.train_hours)

@@ -10,7 +10,7 @@ import pytest
 from cost.errors import UserError
 from cost.market.offers import Offer, load_reference_offers
 from cost.outcome.scaling_law import law_for
-from cost.plan.frontier import choose_model, frontier, ladder, shape_of, undominated
+from cost.plan.frontier import choose_model, frontier, ladder, model_shape, undominated
 from cost.plan.planner import Market
 
 OFFERS = load_reference_offers().offers
@@ -24,7 +24,7 @@ def offer(price: str, *, region: str = "here", accelerator: str = "H100-SXM", sp
 @pytest.mark.parametrize("size", [1e8, 3e8, 1.1e9, 3e9])
 @pytest.mark.parametrize("experts", [1, 8])
 def test_a_shape_has_about_the_parameters_asked_for(size: float, experts: int) -> None:
-    shape = shape_of(size, tokens_per_param=10, num_experts=experts, num_active_experts=min(2, experts))
+    shape = model_shape(size, tokens_per_param=10, num_experts=experts, num_active_experts=min(2, experts))
     assert shape.num_params == pytest.approx(size, rel=0.03)
     assert shape.num_tokens == 10 * shape.num_params
     assert shape.width % 128 == 0
@@ -36,7 +36,7 @@ def test_a_ladder_has_both_ends() -> None:
     assert (rungs[0], rungs[-1]) == (1e9, 2e9)
     assert all(1 < high / low <= 1.05 + 1e-9 for low, high in itertools.pairwise(rungs))
     assert ladder(1e9, 1e9) == [1e9]
-    with pytest.raises(UserError, match=r"from 3e\+09 to 1e\+09 is no range; write for example 1.1e9..3e9"):
+    with pytest.raises(UserError, match=r"3e\+09..1e\+09 is not a valid range of parameters; write for example 1.1e9"):
         ladder(3e9, 1e9)
 
 

@@ -132,7 +132,7 @@ def test_a_model_too_large_for_a_device_is_refused_with_the_numbers() -> None:
     huge = small(num_layers=96, width=12288, num_heads=96, hidden_size=4 * 12288, global_batch_size=8)
     found = plan(offer("2"), work=huge)
     assert found.best is None
-    assert "GiB per device at least; of 80 on H100-SXM, 73.6 can be counted on" in found.rejected[0].reason
+    assert "GiB per device; H100-SXM has 80 GiB, of which 73.6 GiB are usable" in found.rejected[0].reason
 
 
 def test_a_layout_never_needs_more_memory_than_the_device_has() -> None:
@@ -142,7 +142,7 @@ def test_a_layout_never_needs_more_memory_than_the_device_has() -> None:
 
 def test_more_devices_than_sequences_is_refused() -> None:
     found = plan(offer("2", gpus=8), work=small(global_batch_size=4))
-    assert found.rejected[0].reason == "8 devices, but only 4 sequences per step"
+    assert found.rejected[0].reason == "the cluster has 8 devices, but a step has only 4 sequences"
 
 
 def test_every_card_computes_in_fp32_but_not_every_one_in_bf16() -> None:
@@ -193,7 +193,7 @@ def test_emulated_speed_is_that_of_this_machine_for_every_offer() -> None:
 def test_requests_that_make_no_sense_are_named() -> None:
     with pytest.raises(UserError, match="no objective 'speed'; choose one of usd_per_param"):
         plan(offer("2"), objective="speed")
-    with pytest.raises(UserError, match="nodes from 3 to 2 is no range"):
+    with pytest.raises(UserError, match="nodes from 3 to 2 is not a valid range"):
         plan(offer("2"), min_nodes=3, max_nodes=2)
     with pytest.raises(UserError, match="no accelerator 'H9000' in the hardware table"):
         plan(offer("2"), gpus=["H9000"])
@@ -208,7 +208,7 @@ def test_a_machine_without_an_offer_is_estimated_too() -> None:
     assert same == found
     tight = fastest_layout(work, machine("H100-SXM", memory_gib=2.0), default_calibration())
     assert isinstance(tight, NoLayout)
-    assert "of 2 on H100-SXM, 1.8 can be counted on" in tight.reason
+    assert "H100-SXM has 2 GiB, of which 1.8 GiB are usable" in tight.reason
 
 
 def test_each_offer_gets_the_faster_precision_that_its_card_has() -> None:
@@ -227,7 +227,7 @@ def test_each_offer_gets_the_faster_precision_that_its_card_has() -> None:
 def test_where_no_precision_fits_the_reason_is_the_memory() -> None:
     huge = small(num_layers=96, width=12288, num_heads=96, hidden_size=4 * 12288)
     found = plan(offer("0.3", accelerator="V100", memory=16.0), work=huge, market=Market(precisions=("bf16", "fp32")))
-    assert "GiB per device at least; of 16 on V100" in found.rejected[0].reason
+    assert "GiB per device; V100 has 16 GiB" in found.rejected[0].reason
 
 
 def test_the_local_cloud_is_planned_in_the_faster_precision_too() -> None:

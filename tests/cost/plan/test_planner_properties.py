@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from cost.market.offers import Offer, load_reference_offers
 from cost.performance.workload import Workload
-from cost.plan.frontier import shape_of
+from cost.plan.frontier import model_shape
 from cost.plan.planner import OBJECTIVES, Objective, Plan, make_plan
 
 TABLE = load_reference_offers().offers
-WORK = shape_of(3e8)
-LARGE = shape_of(1.2e10, tokens_per_param=1)
+WORK = model_shape(3e8)
+LARGE = model_shape(1.2e10, tokens_per_param=1)
 budgets = st.decimals("0.05", 500, places=2)
 few_offers = st.lists(st.sampled_from(TABLE), min_size=1, max_size=12, unique_by=lambda offer: offer.offer_id)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -157,13 +157,13 @@ def test_folders_without_usable_traces_are_named(tmp_path: Path) -> None:
         read_traces(tmp_path)
     write(tmp_path, "x", [1])
     write(tmp_path, "y", [1], gap=60)
-    with pytest.raises(UserError, match=r"different gaps \(60 s, 360 s\); put them into different folders"):
+    with pytest.raises(UserError, match=r"different gaps between samples \(60 s, 360 s\); put them into"):
         read_traces(tmp_path)
     write(tmp_path, "y", [])
-    with pytest.raises(UserError, match="has no ticks"):
+    with pytest.raises(UserError, match="has no samples"):
         read_traces(tmp_path)
     (tmp_path / "y.json").write_text("{}")
-    with pytest.raises(UserError, match="is no availability trace"):
+    with pytest.raises(UserError, match="is not an availability trace"):
         read_traces(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_the_bench_prints_what_the_policies_reach(tmp_path: Path) -> None:
 def test_the_bench_names_an_empty_folder(tmp_path: Path) -> None:
     done = bench(str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: no .json traces")
+    assert done.stderr.startswith("error: there are no .json traces")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no spot traces at {REAL}")

@@ -8,13 +8,13 @@ import pytest
 
 from cost.market.offers import Offer
 from cost.market.preemption import Hazard, Hazards
-from cost.plan.frontier import shape_of
+from cost.plan.frontier import model_shape
 from cost.plan.planner import Estimate, Market, make_plan
 from cost.plan.policy import Traces
 from cost.plan.simulate import simulate
 
 NEVER = Hazard(0, 1.0, "never")
-WORK = shape_of(2e8, tokens_per_param=20)
+WORK = model_shape(2e8, tokens_per_param=20)
 
 
 def estimate(rate: float, *, on_demand: str | None = "3", spot: bool = True) -> Estimate:

@@ -8,7 +8,7 @@ import pytest
 
 from cost.errors import UserError
 from cost.market.offers import Offer, load_reference_offers
-from cost.plan.frontier import choose_model, shape_of
+from cost.plan.frontier import choose_model, model_shape
 from cost.plan.planner import make_plan
 from cost.plan.sizes import largest_range
 
@@ -19,7 +19,7 @@ OFFERS: tuple[Offer, ...] = tuple(offer for offer in load_reference_offers().off
 def test_the_lower_end_can_be_paid_for_and_the_upper_cannot(budget: int) -> None:
     low, high = largest_range(OFFERS, budget_usd=Decimal(budget), tokens_per_param=20.0)
     assert high == 2 * low
-    affordable = [make_plan(shape_of(size), OFFERS, budget_usd=Decimal(budget)).affordable for size in (low, high)]
+    affordable = [make_plan(model_shape(size), OFFERS, budget_usd=Decimal(budget)).affordable for size in (low, high)]
     assert affordable == [True, False]
 
 
@@ -34,5 +34,5 @@ def test_more_money_never_trains_a_smaller_model() -> None:
 
 
 def test_a_budget_for_nothing_is_told() -> None:
-    with pytest.raises(UserError, match=r"\$0.01 pays not even for 1e\+07 parameters at 20 tokens each"):
+    with pytest.raises(UserError, match=r"\$0.01 does not pay for even 1e\+07 parameters at 20 tokens each"):
         largest_range(OFFERS, budget_usd=Decimal("0.01"), tokens_per_param=20.0)

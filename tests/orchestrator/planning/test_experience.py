@@ -74,7 +74,7 @@ def test_the_plan_expects_the_losses_that_own_runs_saw(home: Home) -> None:
     known = experience_of(home)
     before = prior("aws", "H100-SXM", 8)
     rate = (before.losses + 20) / (before.node_hours + 20)
-    hazard = planned(known).hazards.of(SPOT)
+    hazard = planned(known).hazards.for_offer(SPOT)
     assert hazard.per_node_hour == pytest.approx(rate)
     assert hazard.source.startswith("our own runs: 20 in 20.0 node-hours; before: ")
 

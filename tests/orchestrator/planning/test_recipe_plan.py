@@ -70,10 +70,10 @@ def test_a_number_of_nodes_that_was_asked_for_is_kept() -> None:
 
 
 def test_a_node_of_the_local_cloud_has_no_more_cores_than_its_worker_has_threads() -> None:
-    one_thread = planning.emulation_of(demo("training.num_threads=1", "nodes.max=1"))
+    one_thread = planning.local_emulation(demo("training.num_threads=1", "nodes.max=1"))
     assert one_thread is not None
     assert one_thread.num_cores == 1
-    assert planning.emulation_of(demo("backend=sky")) is None
+    assert planning.local_emulation(demo("backend=sky")) is None
 
 
 def test_what_is_asked_for_replaces_what_the_recipe_says() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from cost.ledger.journal import JournalDamaged
 from cost.ledger.leases import Lease
 from cost.ledger.ledger import Fenced, Ledger, replay
 from cost.market.offers import Offer
-from orchestrator.runs.journal import StoreJournal, enter, key_of, recover
+from orchestrator.runs.journal import StoreJournal, enter, recover
 from orchestrator.runs.records import Run, Runs
+from tasks.run_store_keys import ledger_record
 from trainer.run_store.base import DirectoryStore, StoreError
 
 HOUR_MS = 3_600_000
@@ -126,7 +126,7 @@ def test_a_reservation_stands_in_the_store_before_it_counts(laptop: Machine, sto
         reserve(ledger)
     assert ledger.accounts() == [] and ledger.balance().held_usd == 0
     reserve(ledger)
-    newest = json.loads(store.read(key_of(1)))
+    newest = json.loads(store.read(ledger_record(1)))
     assert [entry["held_micro_usd"] for entry in newest["entries"]] == [1_000_000]
 
 
@@ -159,7 +159,7 @@ def test_what_lowers_the_sum_is_written_here_while_the_store_is_away(laptop: Mac
     assert ledger.balance().spent_usd == Decimal("0.5")
     store.lost_before = 0
     assert ledger.mirror()
-    kinds = [entry["kind"] for entry in json.loads(store.read(key_of(2)))["entries"]]
+    kinds = [entry["kind"] for entry in json.loads(store.read(ledger_record(2)))["entries"]]
     assert kinds == ["accrue", "settle", "release"]
 
 
@@ -244,32 +244,6 @@ def test_costs_that_are_no_nodes_are_set_aside_charged_and_released(laptop: Mach
     adds_up(ledger)
 
 
-def test_the_stage_of_leases_and_entries_is_in_the_copy(laptop: Machine, desktop: Machine) -> None:
-    ledger = laptop.enter(laptop.create().run_id)
-    ledger.reserve_stage("count", Decimal(3), at_ms=START_MS)
-    ledger.begin_stage("count", at_ms=START_MS)
-    ledger.reserve(replace(a_lease(), stage="count"), expires_ms=START_MS + HOUR_MS, latency_ms=0, at_ms=START_MS)
-    run = recover(desktop.runs, desktop.store)
-    copied = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch)
-    assert [entry.stage for entry in copied.entries()] == ["count"] * 3
-    assert [account.lease.stage for account in copied.accounts()] == ["count"]
-
-
-def test_records_of_before_there_were_stages_are_read_as_those_of_pre_training(
-    laptop: Machine, desktop: Machine, store: FlakyStore
-) -> None:
-    reserve(laptop.enter(laptop.create().run_id))
-    for key in store.list("books/"):
-        record = json.loads(store.read(key))
-        for row in (*record["entries"], *record["leases"]):
-            del row["stage"]
-        store.write(key, json.dumps(record).encode())
-    run = recover(desktop.runs, desktop.store)
-    copied = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch)
-    assert [entry.stage for entry in copied.entries()] == ["pretrain"]
-    assert [account.lease.stage for account in copied.accounts()] == ["pretrain"]
-
-
 def test_a_node_that_lived_shortly_is_charged_for_its_shortest_billed_time(laptop: Machine) -> None:
     ledger = laptop.enter(laptop.create().run_id)
     lease = a_lease(nodes=2, minimum_billed_seconds=1800.0)
@@ -291,8 +265,8 @@ def test_what_was_never_rented_owes_no_shortest_time(laptop: Machine) -> None:
 
 def test_a_damaged_record_stops_everything_that_would_spend(laptop: Machine, desktop: Machine) -> None:
     reserve(laptop.enter(laptop.create().run_id))
-    laptop.store.write(key_of(1), b'{"epoch"')
-    with pytest.raises(JournalDamaged, match="record 1 of the books"):
+    laptop.store.write(ledger_record(1), b'{"epoch"')
+    with pytest.raises(JournalDamaged, match="record 1 of the ledger"):
         recover(desktop.runs, desktop.store)
 
 

@@ -16,7 +16,7 @@ from orchestrator.supervisor import background
 HOLDER = """
 import sys, time
 from pathlib import Path
-from orchestrator import background
+from orchestrator.supervisor import background
 from orchestrator.runs.records import SupervisorLock
 assert background.is_child() and not background.is_child()
 with SupervisorLock(Path(sys.argv[1]), "demo-1"):

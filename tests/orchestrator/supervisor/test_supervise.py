@@ -331,7 +331,7 @@ def test_a_bug_stops_the_run_and_says_what_it_was(tmp_path: Path) -> None:
 def test_a_cluster_that_breaks_again_and_again_is_given_up(tmp_path: Path) -> None:
     world = World(tmp_path, breaks_at_start=True)
     assert world.supervisor().run() is RunState.FAILED
-    assert "breakdowns in a row" in world.runs.get(world.run.run_id).reason
+    assert "failures in a row" in world.runs.get(world.run.run_id).reason
     assert world.runs.get(world.run.run_id).failures == 6
     check_books(world)
 
@@ -365,7 +365,7 @@ def test_books_that_can_not_be_written_end_the_nodes(tmp_path: Path) -> None:
     world = World(tmp_path, num_steps=600)
     supervisor = world.supervisor()
     world.clock.after(30.0, lambda: world.db.execute("PRAGMA max_page_count = 1") and None)
-    with pytest.raises(DatabaseError, match=r"the books cannot be written: .*full; free some disk space"):
+    with pytest.raises(DatabaseError, match=r"the ledger cannot be written: .*full; free disk space"):
         supervisor.run()
     assert world.backend.list_alive() == []
     world.db.execute("PRAGMA max_page_count = 1000000")
@@ -522,7 +522,7 @@ def test_a_price_above_the_bound_ends_the_node_before_its_first_grant(world: Wor
 def test_prices_above_their_bound_everywhere_end_the_run(world: World) -> None:
     world.backend.usd_per_hour = PRICE * 3
     assert world.supervisor().run() is RunState.FAILED
-    assert "every offer costs more than it may" in world.runs.get(world.run.run_id).reason
+    assert "every offer costs more than its worst-case price" in world.runs.get(world.run.run_id).reason
     assert len(world.backend.starts) == 2 and world.backend.list_alive() == []
 
 

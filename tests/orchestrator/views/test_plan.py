@@ -171,11 +171,11 @@ def test_many_reasons_are_cut_short() -> None:
 def test_a_loss_out_of_the_laws_reach_is_not_shown() -> None:
     tiny = plan_of("training.tokens_per_param=0.01")
     assert known_loss(planning.winner(tiny)) is None
-    assert any("no loss is predicted: 1.57e+06 tokens lie outside" in line for line in full(tiny, width=200))
+    assert any("no loss is predicted: 1.57e+06 tokens are outside" in line for line in full(tiny, width=200))
     assert render_plan.row(planning.winner(tiny))["loss"] == "-"
     facts = render.plain(plan_facts.estimate_facts(planning.winner(tiny)))
     assert facts["predicted_loss_nats"] is None
-    assert "tokens lie outside" in facts["loss_unknown_because"]
+    assert "tokens are outside" in facts["loss_unknown_because"]
     usual = plan_facts.estimate_facts(planning.winner(plan_of()))
     assert usual["predicted_loss_nats"] > 2
     assert usual["loss_unknown_because"] is None
@@ -214,7 +214,7 @@ def test_how_good_and_how_sure_is_said() -> None:
     assert "our trainer is not measured on this GPU yet" in text
     assert "nats per token (80 %: " in text
     assert "CORE: unknown, no published run on an unknown corpus" in text
-    known = plan_of(belief=planning.belief_of("fineweb", None))
+    known = plan_of(belief=planning.data_belief("fineweb", None))
     assert "bits per byte; law fineweb/muon" in "\n".join(full(known, width=300))
 
 
@@ -254,7 +254,7 @@ def test_the_chance_falls_with_the_budget() -> None:
     recipe = load_recipe("gpt2-124m")
 
     def share(budget: Decimal) -> float:
-        found = advice.chance_of(planning.planned_for(recipe, PRICES, budget_usd=budget))
+        found = advice.finish_chance(planning.planned_for(recipe, PRICES, budget_usd=budget))
         assert found is not None
         return found.finished_share
 
@@ -266,18 +266,18 @@ def test_the_chance_falls_with_the_budget() -> None:
 
 def test_a_plan_of_years_is_drawn_less_often_and_ends_with_its_money() -> None:
     endless = load_recipe("gpt2-124m", ["training.tokens_per_param=200000"])
-    found = advice.chance_of(planning.planned_for(endless, PRICES, budget_usd=Decimal(100)))
+    found = advice.finish_chance(planning.planned_for(endless, PRICES, budget_usd=Decimal(100)))
     assert found == Chance(0.0, advice.CHANCE_RUNS)  # twelve hours are paid for, so its hundred draws stay short
-    rich = advice.chance_of(planning.planned_for(endless, PRICES, budget_usd=Decimal(10**6)))
+    rich = advice.finish_chance(planning.planned_for(endless, PRICES, budget_usd=Decimal(10**6)))
     assert rich is not None
     assert rich.num_runs == advice.FEWEST_CHANCE_RUNS
 
 
 def test_an_on_demand_offer_and_the_local_cloud_have_the_chance_that_they_have() -> None:
     on_demand = planning.planned_for(load_recipe("gpt2-124m"), PRICES, budget_usd=Decimal(1000), spot=False)
-    assert advice.chance_of(on_demand) == Chance(1.0, advice.CHANCE_RUNS)
+    assert advice.finish_chance(on_demand) == Chance(1.0, advice.CHANCE_RUNS)
     local = planning.planned_for(load_recipe("demo", ["local.market=calm"]), PRICES, budget_usd=Decimal(100))
-    assert advice.chance_of(local) is None
+    assert advice.finish_chance(local) is None
 
 
 def test_the_layout_and_what_own_runs_saw_are_said() -> None:

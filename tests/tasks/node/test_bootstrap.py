@@ -17,10 +17,11 @@ import pytest
 
 from orchestrator.backends.sky.backend import staged
 from tasks import guard
-from tasks.data.store_data import DATA_LIST, SetUpError, fetch_data, offer_data
+from tasks.data.store_data import SetUpError, fetch_data, offer_data
 from tasks.node import bootstrap as rented
 from tasks.node import rented_node
 from tasks.recipe.schema import load_recipe
+from tasks.run_store_keys import DATA_LIST
 from tasks.spec import RunSpec
 from trainer.run_store.base import DirectoryStore
 

@@ -174,7 +174,7 @@ def int_of(text: str) -> None:
 def test_the_same_bug_has_the_same_fingerprint_whatever_its_numbers() -> None:
     assert fingerprint(raised("loss 3.5e-1 at 0x7f12")) == fingerprint(raised("loss 7 at 0xa0"))
     assert fingerprint(raised("loss 1")) != fingerprint(raised("norm 1"))
-    assert fingerprint(raised("loss 1")).startswith("ValueError in tasks/test_workers.py:int_of")
+    assert fingerprint(raised("loss 1")).startswith("ValueError in tasks/ray_train/test_workers.py:int_of")
 
 
 def test_failures_are_recorded_under_free_numbers(tmp_path: Path, store: Store) -> None:

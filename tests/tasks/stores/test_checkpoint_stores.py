@@ -16,11 +16,12 @@ from torch import Tensor
 
 from tasks.stores.s3 import S3Store
 from tests.support.s3_server import BUCKET, CREDENTIALS, s3_server
-from trainer.checkpoints.lineage import MANIFEST, Manifest, Place, Superseded, checkpoints_of_chain, read_manifest
+from trainer.checkpoints.lineage import Manifest, Place, Superseded, checkpoints_of_chain, read_manifest
 from trainer.checkpoints.manager import Checkpoints, Counters, Identity
 from trainer.checkpoints.parts import write_part
 from trainer.config import TrainConfig
 from trainer.run_store.base import DirectoryStore, Store
+from trainer.run_store.keys import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[3]
 IDENTITY = Identity(TrainConfig(), "tokenizer", "data")

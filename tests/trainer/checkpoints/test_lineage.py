@@ -10,7 +10,6 @@ import pytest
 
 from cost.errors import SlmError
 from trainer.checkpoints.lineage import (
-    MANIFEST,
     Damaged,
     EpochStart,
     Manifest,
@@ -26,6 +25,7 @@ from trainer.checkpoints.lineage import (
 )
 from trainer.checkpoints.parts import read_span, verify_part, write_part
 from trainer.run_store.base import DirectoryStore, Store
+from trainer.run_store.keys import MANIFEST
 
 
 @pytest.fixture

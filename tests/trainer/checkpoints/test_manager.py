@@ -22,10 +22,11 @@ import pytest
 import torch
 
 from cost.errors import SlmError, UserError
-from trainer.checkpoints.lineage import MANIFEST, Manifest, checkpoints_of_chain
+from trainer.checkpoints.lineage import Manifest, checkpoints_of_chain
 from trainer.config import TrainConfig
 from trainer.loop import Result, Signal
 from trainer.run_store.base import Bytes, DirectoryStore, StoreError
+from trainer.run_store.keys import MANIFEST
 
 RunSingle = Callable[..., Result]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import trainer.loss
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.model import loss
 from trainer.model.loss import IGNORED, linear_cross_entropy
 
 
@@ -29,7 +29,7 @@ def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.loss, "CHUNK_LOGITS_CPU", 5 * 40)  # chunks of 5, 5, 5, 5 and 3 tokens
+    monkeypatch.setattr(loss, "CHUNK_LOGITS_CPU", 5 * 40)  # chunks of 5, 5, 5, 5 and 3 tokens
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

@@ -16,11 +16,12 @@ import pytest
 
 from cost.ledger.leases import Lease
 from orchestrator import cli
-from orchestrator.backends.aws.account import AwsAccount, AwsRefused, AwsTrouble
+from orchestrator.backends.aws.account import AwsAccount, refusal_reason
 from orchestrator.backends.aws.spot_market import Ec2Market, quota_code
 from orchestrator.backends.aws.support import AwsArm, AwsInstances, label_of, was_taken_back
 from orchestrator.backends.aws.time_limit import ROLE_NAME, Ec2Limit
 from orchestrator.backends.base import BackendError
+from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 from orchestrator.backends.registry import every_backend
 from orchestrator.settings import Home
 from orchestrator.upkeep.inventory import Outcome, Verdict, reconcile
@@ -169,7 +170,7 @@ def test_an_instance_that_would_only_stop_is_told_until_it_would_end(aws: AwsClo
     ec2 = boto3.client("ec2")
     limit = Ec2Limit(an_account())
     assert limit.shutdown_behaviour(REGION, node) == "stop"  # what SkyPilot's template leaves it at
-    (found,) = an_account().look_at(REGION, [node]).values()
+    (found,) = an_account().describe(REGION, [node]).values()
     limit.end_on_shutdown(REGION, found)
     asked = ec2.describe_instance_attribute(InstanceId=node, Attribute="instanceInitiatedShutdownBehavior")
     assert asked["InstanceInitiatedShutdownBehavior"]["Value"] == "terminate"
@@ -263,18 +264,16 @@ def test_each_machine_counts_against_its_own_quota(machine: str, spot: bool, cod
 def test_capacity_quota_credentials_and_an_old_token_are_told_apart() -> None:
     from botocore.exceptions import ClientError
 
-    from orchestrator.backends.aws.account import trouble_of
-
     told = {
-        "InsufficientInstanceCapacity": AwsTrouble.CAPACITY,
-        "MaxSpotInstanceCountExceeded": AwsTrouble.QUOTA,
-        "VcpuLimitExceeded": AwsTrouble.QUOTA,
-        "AuthFailure": AwsTrouble.CREDENTIALS,
-        "RequestExpired": AwsTrouble.EXPIRED,
-        "UnauthorizedOperation": AwsTrouble.DENIED,
+        "InsufficientInstanceCapacity": RefusalReason.CAPACITY,
+        "MaxSpotInstanceCountExceeded": RefusalReason.QUOTA,
+        "VcpuLimitExceeded": RefusalReason.QUOTA,
+        "AuthFailure": RefusalReason.CREDENTIALS,
+        "RequestExpired": RefusalReason.EXPIRED,
+        "UnauthorizedOperation": RefusalReason.DENIED,
     }
-    for code, trouble in told.items():
-        assert trouble_of(ClientError({"Error": {"Code": code}}, "RunInstances")) == (trouble, code)
+    for code, reason in told.items():
+        assert refusal_reason(ClientError({"Error": {"Code": code}}, "RunInstances")) == (reason, code)
 
 
 # -- everything that is ours, anywhere --------------------------------------------------------------------
@@ -343,7 +342,7 @@ def test_without_credentials_nobody_asks_aws(home: Home, monkeypatch: pytest.Mon
 def test_a_key_for_another_service_is_no_problem_until_something_was_rented(aws: AwsCloud, home: Home) -> None:
     with aws.cloud.verifying():
         assert AwsInstances(an_account(), is_expected=lambda: False).list_alive() == []
-        with pytest.raises(AwsRefused, match="slm doctor --iam"):
+        with pytest.raises(ProviderRefused, match="slm doctor --iam"):
             AwsInstances(an_account()).list_alive()
 
 

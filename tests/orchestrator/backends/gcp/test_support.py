@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from cost.ledger.leases import Lease
 from cost.market.providers import KillerKind, provider, refusal
 from orchestrator.backends.base import BackendError
-from orchestrator.backends.gcp.account import GcpAccount, GcpRefused, GcpTrouble
+from orchestrator.backends.gcp.account import GcpAccount
 from orchestrator.backends.gcp.support import GcpArm, ends_at
+from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 from orchestrator.backends.sky.terminators import armable
 from tests.support.backend_contract import OFFER, lease_of
 from tests.support.gcp_cloud import COMPUTE, JOBS, LEASE, PROJECT, GcpCloud, gcp_cloud, refused
@@ -130,27 +131,27 @@ def test_a_quota_that_is_too_small_is_said_with_both_numbers(gcp: GcpCloud) -> N
 
 
 @pytest.mark.parametrize(
-    ("reply", "trouble", "said"),
+    ("reply", "reason", "said"),
     [
         (
             (403, refused(403, "has not been used in project", "SERVICE_DISABLED")),
-            GcpTrouble.DISABLED,
+            RefusalReason.DISABLED,
             f"gcloud services enable cloudscheduler.googleapis.com --project {PROJECT}",
         ),
-        ((403, refused(403, "denied", "IAM_PERMISSION_DENIED")), GcpTrouble.DENIED, "cloudscheduler.admin"),
-        ((403, {"strange": 1}), GcpTrouble.DENIED, "may not do it"),
-        ((401, refused(401, "invalid credentials")), GcpTrouble.EXPIRED, "gcloud auth application-default login"),
-        ((400, refused(400, "bad")), GcpTrouble.OTHER, "GCP refused"),
+        ((403, refused(403, "denied", "IAM_PERMISSION_DENIED")), RefusalReason.DENIED, "cloudscheduler.admin"),
+        ((403, {"strange": 1}), RefusalReason.DENIED, "do not permit it"),
+        ((401, refused(401, "invalid credentials")), RefusalReason.EXPIRED, "gcloud auth application-default login"),
+        ((400, refused(400, "bad")), RefusalReason.OTHER, "GCP refused"),
     ],
 )
 def test_what_gcp_refuses_is_said_with_the_way_out(
-    gcp: GcpCloud, reply: tuple[int, dict[str, Any]], trouble: GcpTrouble, said: str
+    gcp: GcpCloud, reply: tuple[int, dict[str, Any]], reason: RefusalReason, said: str
 ) -> None:
     gcp.start("head")
     gcp.refuse[JOBS] = reply
-    with pytest.raises(GcpRefused) as caught:
+    with pytest.raises(ProviderRefused) as caught:
         GcpArm(gcp.account()).limit(RECORD, a_lease(), 600.0)
-    assert caught.value.trouble is trouble
+    assert caught.value.reason is reason
     assert said in str(caught.value)
 
 
@@ -168,11 +169,13 @@ def test_no_credentials_and_no_network_are_told_apart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, gcp: GcpCloud
 ) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
-    with pytest.raises(GcpRefused, match=r"no credentials for GCP .* run: gcloud auth application-default login"):
+    with pytest.raises(
+        ProviderRefused, match=r"no valid credentials for GCP .* run: gcloud auth application-default login"
+    ):
         GcpArm(GcpAccount()).limit({}, a_lease(), 600.0)
     away = GcpAccount(gcp.account()._credentials, PROJECT, endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("orchestrator.backends.gcp.account.NUM_RETRIES", 0)
-    with pytest.raises(GcpRefused, match="GCP does not answer"):
+    with pytest.raises(ProviderRefused, match="GCP does not answer"):
         GcpArm(away).limit(RECORD, a_lease(), 600.0)
 
 

@@ -22,7 +22,7 @@ from orchestrator.backends.sky.client import SkyClient, SkyRefusal
 from tests.support.backend_contract import OFFER, BackendContract, lease_of
 from trainer.run_store.base import DirectoryStore
 
-STAND_IN = Path(__file__).with_name("sky_stand_in.py")
+STAND_IN = Path(__file__).resolve().parents[3] / "support" / "sky_stand_in.py"
 SECRET = "[default]\naws_secret_access_key = not-to-be-seen\n"
 
 

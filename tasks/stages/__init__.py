@@ -1,1 +1,0 @@
-"""Stages of a run: what each needs, reads, writes and runs."""
