@@ -46,6 +46,7 @@ SPEC = "spec.json"
 GRANTS = "grants/"
 LEDGER = "books/"
 CLUSTERS = "clusters/"
+STAGES = "stages/"
 DATA = "data/"
 DATA_LIST = "files.json"
 """In the folder of a prepared data set, written last: names and sizes of its files."""
@@ -69,6 +70,16 @@ def control(lease_id: str) -> str:
 def cluster(lease_id: str) -> str:
     """What another machine needs to find and end a cluster that SkyPilot created."""
     return f"{CLUSTERS}{lease_id}.json"
+
+
+def stage_folder(name: str) -> str:
+    """Of one stage, without the last `/`: its manifest and, but for the first training, all that it writes."""
+    return f"{STAGES}{name}"
+
+
+def stage_manifest(name: str) -> str:
+    """What a stage has made; it is complete when this is there: `tasks.stages.manifest`."""
+    return f"{stage_folder(name)}/manifest.json"
 
 
 def data_folder(name: str) -> str:

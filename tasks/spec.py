@@ -1,6 +1,7 @@
-"""What one attempt of a run is told: the recipe, the places, and how many workers. JSON in the run store.
+"""What one attempt at a stage of a run is told: recipe, stage, places, and how many workers. JSON in the run store.
 
-Invariant: a spec is written whole by the supervisor and never changed by a node. Imports no numpy, torch or ray.
+The recipe in it lists no stages: a node knows the stage that its lease belongs to, and no other. Invariant: a spec is
+written whole by the supervisor and never changed by a node. Imports no numpy, torch or ray.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cost.errors import SlmError
-from tasks.recipe.schema import Recipe
+from tasks.recipe.schema import AnyStage, Recipe
+from tasks.recipe.stages import PretrainOptions
 from tasks.run_store_keys import SPEC
 from trainer.config import TrainConfig
 
@@ -35,7 +37,7 @@ class Losses(BaseModel):
 
 
 class RunSpec(BaseModel):
-    """One attempt: which lease trains what, from where, with how many workers."""
+    """One attempt: which lease does what, from where, with how many workers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,6 +45,9 @@ class RunSpec(BaseModel):
     lease_id: str
     attempt: PositiveInt
     recipe: Recipe
+    stage: AnyStage = Field(default_factory=PretrainOptions)
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Digest of the manifest of each earlier stage, for the manifest of this one."""
     store_uri: str
     data_dir: str
     num_nodes: PositiveInt

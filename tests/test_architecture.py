@@ -23,6 +23,8 @@ TORCH_FREE = (
     "tasks.recipe.schema",
     "tasks.run_store_keys",
     "tasks.spec",
+    "tasks.stages.registry",
+    "tasks.stages.manifest",
     "tasks.stores.opening",
     "tasks.guard",
     "trainer.config",

@@ -14,7 +14,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from cost.ledger.leases import Lease, cost_units, units_to_micro_usd, usd
+from cost.ledger.leases import FIRST_STAGE, Lease, cost_units, units_to_micro_usd, usd
 from cost.market.offers import Offer
 
 OPEN, SETTLED = "open", "settled"
@@ -124,6 +124,7 @@ COLUMNS = (
     "minimum_ms",
     "floor_ms",
     "ttl_seconds",
+    "stage",
 )
 _PUT = (
     f"INSERT INTO leases ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
@@ -162,6 +163,7 @@ def account_row(account: LeaseAccount) -> dict[str, Any]:
         "minimum_ms": account.minimum_ms,
         "floor_ms": account.floor_ms,
         "ttl_seconds": lease.ttl_seconds,
+        "stage": lease.stage,
     }
 
 
@@ -179,6 +181,7 @@ def account_from_row(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> Lea
         epoch=epoch,
         minimum_billed_seconds=row["minimum_ms"] / 1000,
         ttl_seconds=row["ttl_seconds"],
+        stage=row["stage"] if "stage" in row.keys() else FIRST_STAGE,  # noqa: SIM118 (a sqlite3.Row is no mapping)
     )
     return LeaseAccount(
         lease=lease,

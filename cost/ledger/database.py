@@ -105,6 +105,11 @@ MIGRATIONS: tuple[str, ...] = (
         WHERE run_id = NEW.run_id;
     END;
     """,
+    # A run is a list of stages; all that it cost before there were any was its training.
+    """
+    ALTER TABLE leases ADD COLUMN stage TEXT NOT NULL DEFAULT 'pretrain';
+    ALTER TABLE entries ADD COLUMN stage TEXT NOT NULL DEFAULT 'pretrain';
+    """,
 )
 
 

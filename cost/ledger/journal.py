@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 from cost.errors import SlmError
 from cost.ledger.accounts import account_from_row, merged, put
+from cost.ledger.leases import FIRST_STAGE
 
-ENTRY_FIELDS = ("lease_id", "kind", "key", "spent_micro_usd", "held_micro_usd", "at_ms", "note")
+ENTRY_FIELDS = ("lease_id", "kind", "key", "spent_micro_usd", "held_micro_usd", "at_ms", "note", "stage")
+INSERT_ENTRY = f"(run_id, {', '.join(ENTRY_FIELDS)}) VALUES ({', '.join('?' * (1 + len(ENTRY_FIELDS)))})"
 
 
 class JournalDamaged(SlmError):
@@ -113,8 +115,8 @@ def apply(db: sqlite3.Connection, run_id: str, found: Found, *, epoch: int) -> b
     content, aligned = found.content, False
     for entry in content["entries"]:
         db.execute(
-            f"INSERT OR IGNORE INTO entries (run_id, {', '.join(ENTRY_FIELDS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            [run_id, *(entry[name] for name in ENTRY_FIELDS)],
+            f"INSERT OR IGNORE INTO entries {INSERT_ENTRY}",
+            [run_id, *({"stage": FIRST_STAGE, **entry}[name] for name in ENTRY_FIELDS)],
         )
     for row in content["leases"]:
         incoming = account_from_row(row, epoch=epoch)
@@ -158,8 +160,12 @@ def _align(db: sqlite3.Connection, run_id: str, lease_id: str, spent: int, held:
         return False
     kind = "reserve" if more_spent + more_held > 0 else "release"
     key = f"{lease_id}/record {found.number}.{sums['number']}"
+    newest = db.execute(
+        "SELECT stage FROM entries WHERE run_id = ? AND lease_id = ? ORDER BY seq DESC LIMIT 1", (run_id, lease_id)
+    ).fetchone()
+    stage = FIRST_STAGE if newest is None else newest["stage"]
     db.execute(
-        f"INSERT INTO entries (run_id, {', '.join(ENTRY_FIELDS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (run_id, lease_id, kind, key, more_spent, more_held, sums["at_ms"], "as the run store has it"),
+        f"INSERT INTO entries {INSERT_ENTRY}",
+        (run_id, lease_id, kind, key, more_spent, more_held, sums["at_ms"], "as the run store has it", stage),
     )
     return True

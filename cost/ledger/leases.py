@@ -13,6 +13,8 @@ from cost.market.offers import Offer
 
 MICRO = 1_000_000
 MILLISECONDS_PER_HOUR = 3_600_000
+FIRST_STAGE = "pretrain"
+"""What every lease worked for before runs had stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Lease:
     """Billed seconds that the provider charges for each node at least."""
     ttl_seconds: float = 0.0
     """Real seconds from its start after which the provider ends a node, where that cannot be moved; 0 where it can."""
+    stage: str = FIRST_STAGE
+    """Name of the stage of the run that it works for."""
 
 
 def micro_usd(usd: Decimal) -> int:

@@ -28,8 +28,10 @@ from cost.ledger import journal as records
 from cost.ledger.accounts import OPEN, SETTLED, LeaseAccount, Line, account_from_row, put
 from cost.ledger.database import transaction
 from cost.ledger.journal import Journal, line_id
-from cost.ledger.leases import Lease, cost_units, micro_usd, usd
+from cost.ledger.leases import FIRST_STAGE, Lease, cost_units, micro_usd, usd
 
+STAGE_LINE = "stage "
+"""Before the name of a stage: the line that holds its planned cost until it begins."""
 TAKE_OVER_TRIES = 50
 """Each one lost means that another supervisor took the run over in that moment, or that the store shows it late."""
 
@@ -63,6 +65,8 @@ class LedgerEntry:
     held_micro_usd: int
     at_ms: int
     note: str
+    stage: str = FIRST_STAGE
+    """Of the run, that it is charged to or reserved for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class Ledger:
         self.run_id = run_id
         self.epoch = epoch
         self._journal = journal
+        self.stage = FIRST_STAGE
+        """The stage that the run is in: whom costs that are no node's are charged to."""
         self._unsure = False
         """Whether the journal may hold a record that this ledger lacks: its reply, or our commit, was lost."""
         self._tries = 0
@@ -117,6 +123,7 @@ class Ledger:
                 held_micro_usd=row["held_micro_usd"],
                 at_ms=row["at_ms"],
                 note=row["note"],
+                stage=row["stage"],
             )
             for row in rows
         ]
@@ -194,7 +201,7 @@ class Ledger:
             self._check_cap(account.held_micro_usd)
             put(self._db, account)
             note = f"{lease.num_nodes} x {lease.offer.offer_id} at most ${usd(worst)}/h each"
-            self._write(EntryKind.RESERVE, lease.lease_id, 0, account.held_micro_usd, at_ms, note)
+            self._write(EntryKind.RESERVE, lease.lease_id, 0, account.held_micro_usd, at_ms, note, lease.stage)
         return account
 
     def renew(self, lease_id: str, *, expires_ms: int, at_ms: int) -> LeaseAccount:
@@ -267,9 +274,10 @@ class Ledger:
             account = self.accrue(lease_id, at_ms=max(ended_ms, account.floor_ms) if rented else ended_ms)
             closed = replace(account, state=SETTLED, num_nodes=0, ended_ms=ended_ms, outcome=outcome)
             put(self._db, closed)
-            self._write(EntryKind.SETTLE, lease_id, 0, 0, at_ms, f"{outcome}: ${usd(closed.spent_micro_usd)}")
+            stage, note = account.lease.stage, f"{outcome}: ${usd(closed.spent_micro_usd)}"
+            self._write(EntryKind.SETTLE, lease_id, 0, 0, at_ms, note, stage)
             if account.held_micro_usd:
-                self._write(EntryKind.RELEASE, lease_id, 0, -account.held_micro_usd, at_ms, "unused")
+                self._write(EntryKind.RELEASE, lease_id, 0, -account.held_micro_usd, at_ms, "unused", stage)
         self.mirror()
         return closed
 
@@ -322,6 +330,24 @@ class Ledger:
             line = self._line(name)
             after = replace(line, reserved_micro_usd=min(line.reserved_micro_usd, line.spent_micro_usd))
             self._change_line(line, after, EntryKind.RELEASE, at_ms, "unused")
+
+    # -- stages ----------------------------------------------------------------------------------
+
+    def reserve_stage(self, name: str, planned_usd: Decimal, *, at_ms: int) -> Decimal:
+        """Hold what a later stage is planned to cost, or what is free where that is less; returns what is held now.
+
+        What is held for it already counts, so that repeating it changes nothing.
+        """
+        with self._writing(raises=True):
+            held = usd(self._line(STAGE_LINE + name).held_micro_usd)
+            affordable = min(planned_usd, held + max(Decimal(0), self.balance().free_usd))
+            self.set_aside(STAGE_LINE + name, affordable, at_ms=at_ms)
+            return max(held, affordable)
+
+    def begin_stage(self, name: str, *, at_ms: int) -> None:
+        """From now on the run is in this stage, and what was reserved for it is free for its leases."""
+        self.stage = name
+        self.release_line(STAGE_LINE + name, at_ms=at_ms)
 
     def set_cap(self, cap_usd: Decimal) -> None:
         """Change the cap; never below what is spent and held.
@@ -431,7 +457,7 @@ class Ledger:
         if kind is EntryKind.RESERVE:
             self._check_cap(spent + held)
         put(self._db, after)
-        self._write(kind, after.lease.lease_id, spent, held, at_ms, note)
+        self._write(kind, after.lease.lease_id, spent, held, at_ms, note, after.lease.stage)
         return after
 
     def _line(self, name: str) -> Line:
@@ -449,7 +475,8 @@ class Ledger:
             "INSERT OR REPLACE INTO lines (run_id, name, reserved_micro_usd, spent_micro_usd) VALUES (?, ?, ?, ?)",
             (self.run_id, after.name, after.reserved_micro_usd, after.spent_micro_usd),
         )
-        self._write(kind, line_id(self.run_id, after.name), spent, held, at_ms, note)
+        reserved_for = after.name.removeprefix(STAGE_LINE) if after.name.startswith(STAGE_LINE) else self.stage
+        self._write(kind, line_id(self.run_id, after.name), spent, held, at_ms, note, reserved_for)
 
     def _check_cap(self, rise_micro_usd: int) -> None:
         free = self.balance().free_usd
@@ -463,13 +490,13 @@ class Ledger:
         if row["epoch"] != self.epoch:
             raise Fenced(run_id=self.run_id, mine=self.epoch, current=row["epoch"])
 
-    def _write(self, kind: EntryKind, lease_id: str, spent: int, held: int, at_ms: int, note: str) -> None:
+    def _write(self, kind: EntryKind, lease_id: str, spent: int, held: int, at_ms: int, note: str, stage: str) -> None:
         # A key is never used for two different lines, also when a write of ours was undone here and stands in the
         # journal: epoch, tries and count name one moment of one supervisor.
         count = self._db.execute("SELECT COUNT(*) FROM entries WHERE lease_id = ?", (lease_id,)).fetchone()[0]
         self._db.execute(
-            "INSERT INTO entries (run_id, lease_id, kind, key, spent_micro_usd, held_micro_usd, at_ms, note) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO entries (run_id, lease_id, kind, key, spent_micro_usd, held_micro_usd, at_ms, note, stage) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 self.run_id,
                 lease_id,
@@ -479,6 +506,7 @@ class Ledger:
                 held,
                 at_ms,
                 note,
+                stage,
             ),
         )
 

@@ -270,12 +270,16 @@ def ledger(view: LedgerView, console: Console) -> None:
     say(console, f"{view.run_id} has spent {dollars(balance.spent_usd)} of {dollars(balance.cap_usd)}; {left}.", "")
     figures = ("#", "spent $", "set aside $")
     shown = table(
-        "#", "billed time (UTC)", "lease", "entry", *figures[1:], "note", right=figures, fold=("note",), gap=1
+        *("#", "billed time (UTC)", "stage", "lease", "entry", *figures[1:], "note"),
+        right=figures,
+        fold=("note",),
+        gap=1,
     )
     for entry in view.entries:
         shown.add_row(
             str(entry.seq),
             f"{billed_time(entry.at_ms):%m-%d %H:%M:%S}",
+            entry.stage,
             entry.lease_id.rpartition("-")[2],
             entry.kind.value,
             _change(entry.spent_micro_usd),
@@ -283,7 +287,7 @@ def ledger(view: LedgerView, console: Console) -> None:
             entry.note,
         )
     spent, held = f"{balance.spent_usd:.6f}", f"{balance.held_usd:.6f}"
-    shown.add_row("", "", "", "balance", spent, held, f"{balance.free_usd:.6f} free", style="bold")
+    shown.add_row("", "", "", "", "balance", spent, held, f"{balance.free_usd:.6f} free", style="bold")
     say(console, shown)
     following(console, f"slm status {view.run_id}")
 
@@ -295,6 +299,7 @@ def ledger_facts(view: LedgerView) -> dict[str, Any]:
         {
             "seq": entry.seq,
             "billed_at": billed_time(entry.at_ms),
+            "stage": entry.stage,
             "lease_id": entry.lease_id,
             "entry": entry.kind,
             "spent_usd": usd(entry.spent_micro_usd),
@@ -306,6 +311,7 @@ def ledger_facts(view: LedgerView) -> dict[str, Any]:
     leases = [
         {
             "lease_id": account.lease.lease_id,
+            "stage": account.lease.stage,
             "state": account.state,
             "offer": account.lease.offer.offer_id,
             "num_nodes": account.lease.num_nodes,

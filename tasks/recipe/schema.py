@@ -16,12 +16,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cost.errors import UserError
 from cost.performance.workload import Workload
+from tasks.recipe import stages as stage_lists
+from tasks.recipe.stages import StageOptions
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.model.presets import expand
 
@@ -176,6 +189,10 @@ class Cloud(_Part):
     """What lies on the prepaid account of a cloud, where only its end stops a hung node (RunPod, Vast)."""
 
 
+AnyStage = Annotated[SerializeAsAny[StageOptions], BeforeValidator(stage_lists.parse)]
+"""Options of a stage, as the model of its kind."""
+
+
 class Recipe(_Part):
     """One run, from corpus to budget."""
 
@@ -194,6 +211,8 @@ class Recipe(_Part):
     offers: Offers = Field(default_factory=Offers)
     local: Local = Field(default_factory=Local)
     cloud: Cloud = Field(default_factory=Cloud)
+    stages: tuple[AnyStage, ...] | None = None
+    """What the run does, one after the other under one budget; null: it prepares the data and pre-trains."""
     budget_usd: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] = Decimal(100)
 
     @model_validator(mode="after")
@@ -202,6 +221,22 @@ class Recipe(_Part):
         if problems:
             raise Inconsistent(problems)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unsaid_stages(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that lists no stages is written as it always was, so that its digest stays."""
+        content: dict[str, Any] = write(self)
+        if self.stages is None:
+            content.pop("stages", None)
+        return content
+
+    def stage_list(self) -> tuple[StageOptions, ...]:
+        """What the run does, in order."""
+        return stage_lists.usual() if self.stages is None else self.stages
+
+    def without_stages(self) -> Recipe:
+        """The same recipe as one stage needs it, which knows nothing of the others."""
+        return self.model_copy(update={"stages": None})
 
     def workload(self) -> Workload:
         """Shape and length of the run, as the planner sees it."""
@@ -386,7 +421,12 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("data.corpus", f"source name {name!r} should be letters, digits and _ only")
 
 
-CHECKS = (_check_model, _check_optimizer, _check_training, _check_data)
+def _check_stages(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.stages is not None:
+        yield from (Problem("stages", message) for message in stage_lists.problems_of(recipe.stages))
+
+
+CHECKS = (_check_model, _check_optimizer, _check_training, _check_data, _check_stages)
 
 
 def _is_rate(text: str) -> bool:

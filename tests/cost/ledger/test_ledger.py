@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cost.errors import BudgetExceeded, SlmError
-from cost.ledger.database import MIGRATIONS, DatabaseError, connect, migrate
+from cost.ledger.accounts import offer_text
+from cost.ledger.database import MIGRATIONS, DatabaseError, connect, migrate, split_statements
 from cost.ledger.leases import Lease
 from cost.ledger.ledger import EntryKind, Fenced, Ledger, replay
 from cost.market.offers import Offer
@@ -234,6 +235,79 @@ def test_migrating_twice_changes_nothing(db: sqlite3.Connection) -> None:
     before = db.execute("SELECT sql FROM sqlite_master").fetchall()
     migrate(db)
     assert [tuple(row) for row in db.execute("SELECT sql FROM sqlite_master")] == [tuple(row) for row in before]
+
+
+def test_books_of_before_there_were_stages_are_read_as_those_of_pre_training(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    old = sqlite3.connect(path, isolation_level=None)
+    old.row_factory = sqlite3.Row
+    before_stages = next(i for i, script in enumerate(MIGRATIONS) if "ADD COLUMN stage" in script)
+    for script in MIGRATIONS[:before_stages]:
+        for statement in split_statements(script):
+            old.execute(statement)
+    old.execute(f"PRAGMA user_version = {before_stages}")
+    new_run(old)
+    old.execute(
+        "INSERT INTO leases VALUES ('slm-abc123-run-1-1', 'run-1', 1, ?, 2, 'open', 2, 1000000, 1000000, 0, 60, 5, "
+        "?, ?, ?, NULL, 0, '', 0, 0, 0)",
+        (offer_text(an_offer()), START_MS, START_MS, START_MS + HOUR_MS),
+    )
+    old.execute(
+        "INSERT INTO entries (run_id, lease_id, kind, key, spent_micro_usd, held_micro_usd, at_ms, note) "
+        "VALUES ('run-1', 'slm-abc123-run-1-1', 'reserve', 'k', 0, 2000000, ?, '')",
+        (START_MS,),
+    )
+    old.close()
+    ledger = Ledger(connect(path), "run-1", epoch=1)
+    assert [entry.stage for entry in ledger.entries()] == ["pretrain"]
+    assert [account.lease.stage for account in ledger.accounts()] == ["pretrain"]
+    assert ledger.balance().held_usd == 2
+
+
+def test_each_entry_says_which_stage_it_is_for(ledger: Ledger) -> None:
+    ledger.reserve_stage("count", Decimal(3), at_ms=START_MS)
+    reserve(ledger, a_lease())
+    ledger.charge("disks", Decimal("0.5"), at_ms=START_MS)
+    ledger.settle(a_lease().lease_id, ended_ms=START_MS, at_ms=START_MS, outcome="finished")
+    ledger.begin_stage("count", at_ms=START_MS)
+    ledger.charge("disks", Decimal("0.75"), at_ms=START_MS)
+    reserve(ledger, replace(a_lease(2), stage="count"))
+    stages = [(entry.kind.value, entry.stage) for entry in ledger.entries()]
+    assert stages == [
+        ("reserve", "count"),
+        ("reserve", "pretrain"),
+        ("accrue", "pretrain"),
+        ("settle", "pretrain"),
+        ("release", "pretrain"),
+        ("release", "count"),
+        ("accrue", "count"),
+        ("reserve", "count"),
+    ]
+    assert [account.lease.stage for account in ledger.accounts()] == ["pretrain", "count"]
+
+
+def test_what_is_reserved_for_a_later_stage_is_not_free_until_that_stage_begins(ledger: Ledger) -> None:
+    # A cap of $100, and two nodes at $1 an hour.
+    assert ledger.reserve_stage("count", Decimal(97), at_ms=START_MS) == 97
+    with pytest.raises(BudgetExceeded):
+        reserve(ledger, a_lease(), hours=2)
+    reserve(ledger, a_lease(), hours=1)
+    assert ledger.balance().free_usd == 1
+    ledger.begin_stage("count", at_ms=START_MS)
+    assert ledger.balance().free_usd == 98
+
+
+def test_reserving_for_a_stage_again_changes_nothing(ledger: Ledger) -> None:
+    ledger.reserve_stage("count", Decimal(5), at_ms=START_MS)
+    entries = len(ledger.entries())
+    assert ledger.reserve_stage("count", Decimal(5), at_ms=START_MS) == 5
+    assert len(ledger.entries()) == entries
+
+
+def test_a_later_stage_gets_what_is_left_where_that_is_less_than_planned(ledger: Ledger) -> None:
+    reserve(ledger, a_lease(), hours=49)
+    assert ledger.reserve_stage("count", Decimal(5), at_ms=START_MS) == 2
+    assert ledger.balance().free_usd == 0
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,32 @@ def test_costs_that_are_no_nodes_are_set_aside_charged_and_released(laptop: Mach
     ledger.close_lines(at_ms=START_MS)
     assert (ledger.balance().spent_usd, ledger.balance().held_usd) == (Decimal(7), Decimal(0))
     adds_up(ledger)
+
+
+def test_the_stage_of_leases_and_entries_is_in_the_copy(laptop: Machine, desktop: Machine) -> None:
+    ledger = laptop.enter(laptop.create().run_id)
+    ledger.reserve_stage("count", Decimal(3), at_ms=START_MS)
+    ledger.begin_stage("count", at_ms=START_MS)
+    ledger.reserve(replace(a_lease(), stage="count"), expires_ms=START_MS + HOUR_MS, latency_ms=0, at_ms=START_MS)
+    run = recover(desktop.runs, desktop.store)
+    copied = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch)
+    assert [entry.stage for entry in copied.entries()] == ["count"] * 3
+    assert [account.lease.stage for account in copied.accounts()] == ["count"]
+
+
+def test_records_of_before_there_were_stages_are_read_as_those_of_pre_training(
+    laptop: Machine, desktop: Machine, store: FlakyStore
+) -> None:
+    reserve(laptop.enter(laptop.create().run_id))
+    for key in store.list("books/"):
+        record = json.loads(store.read(key))
+        for row in (*record["entries"], *record["leases"]):
+            del row["stage"]
+        store.write(key, json.dumps(record).encode())
+    run = recover(desktop.runs, desktop.store)
+    copied = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch)
+    assert [entry.stage for entry in copied.entries()] == ["pretrain"]
+    assert [account.lease.stage for account in copied.accounts()] == ["pretrain"]
 
 
 def test_a_node_that_lived_shortly_is_charged_for_its_shortest_billed_time(laptop: Machine) -> None:

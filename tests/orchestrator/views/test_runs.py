@@ -232,8 +232,9 @@ BOOKS = LedgerView(
 def test_the_books_begin_with_the_balance_and_show_every_entry() -> None:
     lines = shown(render.ledger, BOOKS).splitlines()
     assert lines[0] == "demo-1 has spent $2.00 of $100.00; $0.500 set aside, $97.50 free."
-    assert lines[3].split() == ["7", "01-15", "08:00:00", "1", "reserve", "+2.500000", "2", "x", "p5"]
-    assert lines[4].split() == ["8", "01-15", "08:07:30", "1", "accrue", "+2.000000", "-2.000000", "450", "s"]
+    assert lines[3].split() == ["7", "01-15", "08:00:00", "pretrain", "1", "reserve", "+2.500000", "2", "x", "p5"]
+    charged = ["8", "01-15", "08:07:30", "pretrain", "1", "accrue", "+2.000000", "-2.000000", "450", "s"]
+    assert lines[4].split() == charged
     assert lines[5].split() == ["balance", "2.000000", "0.500000", "97.500000", "free"]
     assert lines[-1] == "Next: slm status demo-1"
 
@@ -242,6 +243,7 @@ def test_the_books_as_json_are_in_dollars() -> None:
     facts = render.plain(render.ledger_facts(BOOKS))
     assert (facts["cap_usd"], facts["spent_usd"], facts["held_usd"], facts["free_usd"]) == (100, 2, 0.5, 97.5)
     assert facts["entries"][1]["spent_usd"] == 2.0
+    assert facts["entries"][1]["stage"] == facts["leases"][0]["stage"] == "pretrain"
     assert facts["entries"][1]["billed_at"] == "2027-01-15T08:07:30+00:00"
     assert facts["leases"][0]["spent_usd"] == 2.0
     assert facts["leases"][0]["outcome"] == "preempted"

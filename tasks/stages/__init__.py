@@ -1,0 +1,1 @@
+"""Stages of a run: what each needs, reads, writes and runs."""
