@@ -173,7 +173,7 @@ def account_from_row(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> Lea
         lease_id=row["lease_id"],
         run_id=row["run_id"],
         attempt=row["attempt"],
-        offer=offer_of(row["offer_json"]),
+        offer=offer_from_json(row["offer_json"]),
         num_nodes=row["nodes_asked"],
         worst_usd_per_hour=usd(row["worst_micro_usd"]),
         first_grant_seconds=row["first_grant_seconds"],
@@ -202,7 +202,7 @@ def account_from_row(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> Lea
 
 
 @lru_cache(maxsize=256)
-def offer_of(text: str) -> Offer:
+def offer_from_json(text: str) -> Offer:
     """Read an offer from its row in the ledger."""
     content = json.loads(text)
     for field in ("usd_per_hour", "on_demand_usd_per_hour"):

@@ -11,6 +11,8 @@ from decimal import ROUND_CEILING, Decimal
 
 from cost.market.offers import Offer
 
+LEASE_PREFIX = "slm-"
+"""What the name of everything that we rent begins with."""
 MICRO = 1_000_000
 MILLISECONDS_PER_HOUR = 3_600_000
 FIRST_STAGE = "pretrain"
@@ -41,6 +43,16 @@ class Lease:
     """Real seconds from its start after which the provider ends a node, where that cannot be moved; 0 where it can."""
     stage: str = FIRST_STAGE
     """Name of the stage of the run that it works for."""
+
+
+def lease_id_for(owner: str, run_id: str, attempt: int) -> str:
+    """The name of a lease, which says whose it is; `owner` holds no dash."""
+    return f"{LEASE_PREFIX}{owner}-{run_id}-{attempt}"
+
+
+def run_id_from_lease_id(name: str) -> str:
+    """The run's id inside the name of a lease; empty for a name that is not a lease's."""
+    return "-".join(name.split("-")[2:-1])
 
 
 def micro_usd(usd: Decimal) -> int:

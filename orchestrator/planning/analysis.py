@@ -182,7 +182,7 @@ def simulate_plan(
         UserError: No offer can run the recipe, or the market cannot be read.
     """
     best = planning.winner(planned.plan)
-    hazard, traces = market_of(market, planned.hazards.for_offer(best.offer), best.num_nodes)
+    hazard, traces = simulated_market(market, planned.hazards.for_offer(best.offer), best.num_nodes)
     done = simulate(
         best,
         num_tokens=planned.plan.workload.num_tokens,
@@ -197,7 +197,7 @@ def simulate_plan(
     return Simulated(best, hazard, market or "prior", len(traces.zones) if traces else num_zones, done)
 
 
-def market_of(market: str | None, believed: Hazard, num_nodes: int) -> tuple[Hazard, Traces | None]:
+def simulated_market(market: str | None, believed: Hazard, num_nodes: int) -> tuple[Hazard, Traces | None]:
     """calm, hazard:PER_HOUR, trace:FILE_OR_FOLDER, or what the plan believed.
 
     Raises:

@@ -25,6 +25,7 @@ from cost.performance.throughput import Calibration, default_calibration
 from cost.plan.explain import Explanation, explain
 from cost.plan.planner import Emulation, Estimate, Market, Objective, Plan, Rejected, make_plan
 from cost.plan.plans import known_loss
+from cost.spelling import did_you_mean
 from orchestrator.backends.cloud_support import arms
 from orchestrator.backends.local import schedule
 from orchestrator.backends.sky.terminators import armable
@@ -119,7 +120,7 @@ def planned_for(
             spot=recipe.offers.spot if spot is None else spot,
             deadline_hours=deadline_hours,
             emulation=emulation,
-            market=market_of(recipe, hazards, belief or Belief(), calibration, starts=known.starts),
+            market=planner_market(recipe, hazards, belief or Belief(), calibration, starts=known.starts),
             speed=1.0 if emulation is None else EMULATED_SPEED,
         )
         plan = plan if allow_unguarded or emulation is not None else guarded(plan)
@@ -308,7 +309,7 @@ def as_begun(home: Home, recipe: Recipe) -> Recipe:
     return recipe if begun is None else recipe.in_precision(begun)
 
 
-def market_of(
+def planner_market(
     recipe: Recipe,
     hazards: Hazards,
     belief: Belief,
@@ -372,9 +373,8 @@ def known_clouds(names: Collection[str] | None, offers: Sequence[Offer]) -> tupl
     known = sorted({offer.cloud for offer in offers})
     for name in names:
         if name.lower() not in known:
-            raise UserError(
-                f"no offer is of cloud {name!r}{nearest(name.lower(), known)} There are {', '.join(known)}."
-            )
+            hint = did_you_mean(name.lower(), known) or "."
+            raise UserError(f"no offer is of cloud {name!r}{hint} There are {', '.join(known)}.")
     return tuple(name.lower() for name in names)
 
 
@@ -392,17 +392,10 @@ def known_gpus(names: Collection[str] | None) -> tuple[str, ...] | None:
         family = [entry for entry in known if entry.upper().startswith(name.upper() + "-")]
         single = canonical_name(name)
         if not family and single is None:
-            raise UserError(f"no GPU is called {name!r}{nearest(name.upper(), known)} There are {', '.join(known)}.")
+            hint = did_you_mean(name.upper(), known) or "."
+            raise UserError(f"no GPU is called {name!r}{hint} There are {', '.join(known)}.")
         found += family or [single or name]
     return tuple(dict.fromkeys(found))
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a sentence that names the most similar one."""
-    from difflib import get_close_matches  # only on the way to an error
-
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "."
 
 
 def winner(plan: Plan) -> Estimate:

@@ -6,7 +6,6 @@ the run's epoch in the books, so that a supervisor that lost the run can write n
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from cost.errors import SlmError, UserError
 from cost.ledger.database import transaction
 from cost.ledger.leases import usd
+from cost.spelling import did_you_mean
 from orchestrator.clock import utc, wall_ms
 
 LOCK_TRIES = 5
@@ -125,17 +125,16 @@ class Runs:
         """
         row = self.db.execute("SELECT * FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         if row is not None:
-            return run_of(row)
+            return run_from_row(row)
         names = [run.run_id for run in self.all()]
         if not names:
             raise UserError(f"there is no run {run_id}: nothing was launched yet; start with: slm launch demo")
-        near = difflib.get_close_matches(run_id, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}."
-        raise UserError(f"there is no run {run_id}; {hint}")
+        hint = did_you_mean(run_id, names) or f"; there are: {', '.join(names)}."
+        raise UserError(f"there is no run {run_id}{hint}")
 
     def all(self) -> list[Run]:
         """Every run, oldest first."""
-        return [run_of(row) for row in self.db.execute("SELECT * FROM runs ORDER BY CAST(created_at AS INTEGER)")]
+        return [run_from_row(row) for row in self.db.execute("SELECT * FROM runs ORDER BY CAST(created_at AS INTEGER)")]
 
     def pick(self, run_id: str | None) -> Run:
         """The named run, or the only one there is.
@@ -205,7 +204,7 @@ class Runs:
         )
 
 
-def run_of(row: sqlite3.Row) -> Run:
+def run_from_row(row: sqlite3.Row) -> Run:
     return Run(
         run_id=row["run_id"],
         recipe_name=row["recipe_name"],

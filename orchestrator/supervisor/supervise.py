@@ -16,7 +16,7 @@ from typing import Any
 from cost.errors import BudgetExceeded, SlmError
 from cost.ledger.accounts import LeaseAccount
 from cost.ledger.database import DatabaseError
-from cost.ledger.leases import Lease, usd
+from cost.ledger.leases import Lease, lease_id_for, usd
 from cost.ledger.ledger import Ledger
 from cost.ledger.recovery import (
     BLOCK_MS,
@@ -309,7 +309,7 @@ class Supervisor:
             ttl = seconds_for(self._balance_left(offer, terms), worst * num_nodes, self.clock.scale)
         term = min(max(terms.term_seconds, terms.startup_seconds + terms.drain_seconds), affordable)
         lease = Lease(
-            lease_id=f"slm-{self.owner}-{self.run_record.run_id}-{attempt}",
+            lease_id=lease_id_for(self.owner, self.run_record.run_id, attempt),
             run_id=self.run_record.run_id,
             attempt=attempt,
             offer=offer,

@@ -33,6 +33,7 @@ from pydantic import (
 
 from cost.errors import UserError
 from cost.performance.workload import Workload
+from cost.spelling import did_you_mean
 from tasks.recipe import stages as stage_lists
 from tasks.recipe.stages import StageOptions
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
@@ -169,7 +170,7 @@ class Local(_Part):
         rate = argument.partition(",")[0]  # what follows is the market's to understand
         good = {"calm": argument == "" and ":" not in value, "trace": argument != "", "hazard": _is_rate(rate)}
         if not good.get(kind, False):
-            raise ValueError(f"should be calm, hazard:PER_HOUR or trace:FILE{_did_you_mean(kind, list(good))}")
+            raise ValueError(f"should be calm, hazard:PER_HOUR or trace:FILE{did_you_mean(kind, list(good))}")
         return value
 
 
@@ -413,7 +414,7 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data.special_tokens", f"should hold {END_OF_TEXT} and no token twice or empty")
     for name in data.weights or {}:
         if name not in data.sources():
-            hint = _did_you_mean(name, data.sources())
+            hint = did_you_mean(name, data.sources())
             sources = ", ".join(data.sources())
             yield Problem(f"data.weights.{name}", f"is no source of this corpus, which has {sources}{hint}")
     for name in data.sources():
@@ -434,13 +435,6 @@ def _is_rate(text: str) -> bool:
         return 0 <= float(text) < math.inf
     except ValueError:
         return False
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    from difflib import get_close_matches  # only on the way to an error
-
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 # ---------------------------------------------------------------- reading

@@ -12,7 +12,6 @@ import re
 import typing
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cost.errors import UserError
+from cost.spelling import closest, did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 MAX_SHOWN_CHARACTERS = 60
@@ -164,8 +164,7 @@ def find(name_or_path: str | Path, folder: Path) -> Path:
     if path.suffix in SUFFIXES or len(path.parts) > 1:
         raise UserError(f"no recipe file {path}; `slm recipes` lists the recipes that have a name.")
     names = sorted(file.stem for file in folder.glob("*.yaml"))
-    close = get_close_matches(text, names, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]}?" if close else "."
+    hint = did_you_mean(text, names, cutoff=0.4) or "."
     raise UserError(f"no recipe is called {text!r}{hint} There are {', '.join(names)}, or give a path to a YAML file.")
 
 
@@ -250,19 +249,18 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 def _nearest_key(key: Key, known: dict[Key, Any]) -> str:
     siblings = [entry[-1] for entry in known if entry[:-1] == key[:-1]]
     for cutoff in (0.75, 0.5):
-        if close := get_close_matches(key[-1], siblings, n=1, cutoff=cutoff):
-            return f"did you mean {'.'.join((*key[:-1], close[0]))}?"
+        if name := closest(key[-1], siblings, cutoff):
+            return f"did you mean {'.'.join((*key[:-1], name))}?"
         elsewhere = {entry[-1]: entry for entry in reversed(list(known))}
-        if close := get_close_matches(key[-1], list(elsewhere), n=1, cutoff=cutoff):
-            return f"did you mean {'.'.join(elsewhere[close[0]])}?"
+        if name := closest(key[-1], elsewhere, cutoff):
+            return f"did you mean {'.'.join(elsewhere[name])}?"
     where = ".".join(key[:-1]) or "a recipe"
     return f"{where} has {', '.join(siblings)}." if siblings else f"{where} has no keys."
 
 
 def _nearest_value(given: Any, annotation: Any) -> str:
     choices = [str(c) for arg in (annotation, *typing.get_args(annotation)) for c in _literals(arg)]
-    close = get_close_matches(str(given), choices, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
+    return did_you_mean(str(given), choices, cutoff=0.4)
 
 
 def _literals(annotation: Any) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cost.ledger.leases import LEASE_PREFIX
 from orchestrator.backends.provider_account import (
     LEASE_LABEL,
     ProviderAccount,
@@ -24,7 +25,7 @@ from orchestrator.backends.provider_account import (
     all_pages,
     utc_now,
 )
-from orchestrator.backends.sky.names import PREFIX, name_without_user
+from orchestrator.backends.sky.names import name_without_user
 
 CLUSTER_TAG = "skypilot-cluster-name"
 """Which SkyPilot sets on each instance (sky/provision/constants.py)."""
@@ -227,7 +228,7 @@ class AwsAccount(ProviderAccount):
         filters = [{"Name": "tag-key", "Values": [LEASE_LABEL, CLUSTER_TAG]}]
         if states is not None:
             filters.append({"Name": "instance-state-name", "Values": list(states)})
-        return (found for found in self._matching(region, filters) if found.lease.startswith(PREFIX))
+        return (found for found in self._matching(region, filters) if found.lease.startswith(LEASE_PREFIX))
 
     def _matching(self, region: str, filters: Sequence[Mapping[str, Any]]) -> Iterator[Ec2Instance]:
         for page in self.pages("ec2", region, "describe_instances", Filters=list(filters)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from cost.ledger.leases import Lease
+from cost.ledger.leases import Lease, run_id_from_lease_id
 from cost.market.offers import Offer
 from orchestrator.backends.aws.account import AwsAccount, Ec2Instance
 from orchestrator.backends.aws.spot_market import Ec2Market
@@ -145,15 +145,22 @@ class AwsInstances:
         return LeaseState(phase, tuple(range(len(alive))))
 
     def list_alive(self) -> Sequence[Instance]:
-        found = self._found()
+        alive = self._found()  # before the ledger is read, so that a lease written meanwhile is known
         leases = {label_of(lease): lease for lease in self._known_leases()}
         by_name: dict[str, list[Ec2Instance]] = {}
-        for entry in found:
-            by_name.setdefault(leases.get(entry.lease, entry.lease), []).append(entry)
+        for found in alive:
+            by_name.setdefault(leases.get(found.lease, found.lease), []).append(found)
         return [
-            Instance(item.instance_id, name, run_of(name), rank, self._usd_per_hour(item), item.launched_at)
-            for name, several in sorted(by_name.items())
-            for rank, item in enumerate(sorted(several, key=lambda each: (each.launched_at, each.instance_id)))
+            Instance(
+                found.instance_id,
+                name,
+                run_id_from_lease_id(name),
+                rank,
+                self._usd_per_hour(found),
+                found.launched_at,
+            )
+            for name, nodes in sorted(by_name.items())
+            for rank, found in enumerate(sorted(nodes, key=lambda node: (node.launched_at, node.instance_id)))
         ]
 
     def stop(self, lease: Lease) -> None:
@@ -217,11 +224,6 @@ def region_of(record: Record, lease: Lease) -> str:
 def ids_of(record: Record) -> list[str]:
     """Instance ids that the record has."""
     return [str(entry[0]) for entry in record.get("instances") or () if str(entry[0]).startswith("i-")]
-
-
-def run_of(lease_id: str) -> str:
-    """The run's name inside a lease's."""
-    return "-".join(lease_id.split("-")[2:-1])
 
 
 __all__ = ["AwsArm", "AwsInstances", "label_of", "was_taken_back"]

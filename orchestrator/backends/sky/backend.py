@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cost.errors import UserError
-from cost.ledger.leases import Lease
+from cost.ledger.leases import Lease, run_id_from_lease_id
 from cost.market.offers import Offer
 from cost.market.providers import PriceBound, provider, refusal
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState, NoCapacity
@@ -207,7 +207,7 @@ class SkyBackend:
             order = [entry for entry, _ in record.get("instances") or ()]
             started = datetime.fromtimestamp(float(cluster.get("started") or time.time()), UTC)
             price = Decimal(cluster.get("usd_per_hour") or 0)
-            run_id = record.get("run_id") or run_of(lease_id)
+            run_id = record.get("run_id") or run_id_from_lease_id(lease_id)
             found += [
                 Instance(item, lease_id, run_id, order.index(item) if item in order else rank, price, started)
                 for rank, item in enumerate(cluster["seen"])
@@ -337,12 +337,6 @@ def in_order(record: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, A
     instances = record.get("instances") or ()
     ranks = node_ranks([ip for _, ip in instances], known)
     return {**record, "instances": sorted(instances, key=lambda instance: ranks[instance[1]])}
-
-
-def run_of(lease_id: str) -> str:
-    """The run's name inside a lease's."""
-    parts = lease_id.split("-")
-    return "-".join(parts[2:-1])
 
 
 @contextlib.contextmanager

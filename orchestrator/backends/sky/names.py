@@ -9,8 +9,9 @@ import hashlib
 import re
 from collections.abc import Iterable
 
+from cost.ledger.leases import LEASE_PREFIX
+
 LONGEST = 26
-PREFIX = "slm-"
 USER_HASH = re.compile(r"-[0-9a-f]{8}$")
 """What SkyPilot appends to a name on the cloud: which of its installations made it."""
 _LEASE = re.compile(r"slm-([0-9a-f]+)-(.+)-(\d+)")
@@ -23,9 +24,9 @@ def cluster_name(lease_id: str) -> str:
         return lease_id
     parts = _LEASE.fullmatch(lease_id)
     if parts is None:
-        return f"{PREFIX}{_digest(lease_id, 20)}"
+        return f"{LEASE_PREFIX}{_digest(lease_id, 20)}"
     owner, run, attempt = parts.groups()
-    return f"{PREFIX}{owner[:6]}-{_digest(run, 6)}-{attempt}"[:LONGEST]
+    return f"{LEASE_PREFIX}{owner[:6]}-{_digest(run, 6)}-{attempt}"[:LONGEST]
 
 
 def name_without_user(name_on_cloud: str) -> str:

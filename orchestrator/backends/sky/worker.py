@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cost.ledger.leases import LEASE_PREFIX
 from orchestrator.backends.sky.errors import Failure, Trouble, classify
-from orchestrator.backends.sky.names import PREFIX, name_without_user
+from orchestrator.backends.sky.names import name_without_user
 
 TICK_SECONDS = 1.0
 SLURM_LOOK_SECONDS = 4.0
@@ -224,7 +225,7 @@ def listed(_: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     with contextlib.suppress(Exception):
         for job in global_user_state.get_clusters():
-            if job["name"].startswith(PREFIX):
+            if job["name"].startswith(LEASE_PREFIX):
                 record = _record(job["name"])
                 if record.get("provider_config"):
                     found[record["name_on_cloud"]] = {**record, "started": job.get("launched_at")}
@@ -260,7 +261,7 @@ def _slurm_jobs() -> list[dict[str, Any]]:
             continue
         for line in output.splitlines() if code == 0 else ():
             name, _, rest = line.strip().partition("|")
-            if not name.startswith(PREFIX):
+            if not name.startswith(LEASE_PREFIX):
                 continue
             partition = rest.split("|")[0]
             found.append(

@@ -32,7 +32,7 @@ def read() -> Quotes:
         spot = spot_partitions(cluster)
         for node, partition in places(slurm_utils.slurm_node_info(slurm_cluster_name=cluster)):
             price = slurm_catalog._get_pricing(region=cluster, zone=partition)
-            offer = offer_of(
+            offer = node_offer(
                 node, cluster, partition, price, spot=spot.get(partition, is_spot_name(partition)), day=today
             )
             if isinstance(offer, Skipped):
@@ -51,7 +51,7 @@ def places(nodes: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
                 yield node, partition.strip().rstrip("*")
 
 
-def offer_of(
+def node_offer(
     node: Mapping[str, Any], cluster: str, partition: str, price: Mapping[str, Any], *, spot: bool, day: str
 ) -> Offer | Skipped:
     """A whole node as an offer, or why it is none."""

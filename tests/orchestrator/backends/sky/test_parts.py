@@ -201,14 +201,14 @@ NODE = {"partition": "spot*,ondemand", "gpu_type": "H100", "total_gpus": 2, "vcp
 
 def test_a_partition_is_a_place_with_a_price_of_its_own() -> None:
     assert [place for _, place in catalog_slurm.places([NODE, {**NODE, "total_gpus": 0}])] == ["spot", "ondemand"]
-    offer = catalog_slurm.offer_of(NODE, "lab", "spot", {"accelerators": {"H100": 1.1}}, spot=True, day="2026-11-25")
+    offer = catalog_slurm.node_offer(NODE, "lab", "spot", {"accelerators": {"H100": 1.1}}, spot=True, day="2026-11-25")
     assert not isinstance(offer, catalog_slurm.Skipped)
     assert (offer.usd_per_hour, offer.instance_type) == (Decimal("2.2"), "16CPU--115GB--H100:2")
     assert (offer.region, offer.zone, offer.spot) == ("lab", "spot", True)
 
 
 def test_a_partition_without_a_price_is_no_offer() -> None:
-    skipped = catalog_slurm.offer_of(NODE, "lab", "spot", {}, spot=True, day="2026-11-25")
+    skipped = catalog_slurm.node_offer(NODE, "lab", "spot", {}, spot=True, day="2026-11-25")
     assert isinstance(skipped, catalog_slurm.Skipped)
     assert "no price; set slurm.cluster_configs.lab.pricing" in skipped.reason
 
@@ -221,8 +221,8 @@ def test_partitions_that_may_be_preempted_are_spot_markets() -> None:
 def test_spot_knows_the_price_of_the_same_node_that_is_not_preempted() -> None:
     price = {"accelerators": {"H100": 1.1}}
     firm = {"accelerators": {"H100": 2.99}}
-    spot = catalog_slurm.offer_of(NODE, "lab", "spot", price, spot=True, day="")
-    other = catalog_slurm.offer_of(NODE, "lab", "ondemand", firm, spot=False, day="")
+    spot = catalog_slurm.node_offer(NODE, "lab", "spot", price, spot=True, day="")
+    other = catalog_slurm.node_offer(NODE, "lab", "ondemand", firm, spot=False, day="")
     assert not isinstance(spot, catalog_slurm.Skipped)
     assert not isinstance(other, catalog_slurm.Skipped)
     found = list(catalog_slurm.with_on_demand([spot, other]))
