@@ -29,7 +29,10 @@ from trainer.data.loader import Batch, Loader, TokenShards
 from trainer.memory import peak_bytes
 from trainer.metrics import Progress as Progress
 from trainer.metrics import Rate, Reporter, flops_per_token, peak_flops
-from trainer.model.transformer import IGNORED, parameters_sha256
+from trainer.model.loss import IGNORED
+from trainer.model.transformer import parameters_sha256
+from trainer.objectives.base import LossSum, Objective
+from trainer.objectives.pretrain import Pretrain
 from trainer.optim import Updates, scale_and_clip
 from trainer.parallel import fabric_precision as fabric_precision
 from trainer.parallel import set_up_model
@@ -89,6 +92,7 @@ class StepFacts:
 def train(
     config: TrainConfig,
     *,
+    objective: Objective | None = None,
     fabric: Any,
     data_dir: Path,
     store: Store,
@@ -100,11 +104,12 @@ def train(
 ) -> Result:
     """Train until done or told to stop; goes on from the newest whole checkpoint by itself.
 
-    Call it on every rank of a launched `fabric`. `stop_after` ends at that step as a stop signal would.
-    `start_seconds`, which the caller goes on filling, is reported as what the start took.
+    Call it on every rank of a launched `fabric`. `objective` is what is minimized, pre-training by default.
+    `stop_after` ends at that step as a stop signal would. `start_seconds`, which the caller goes on filling, is
+    reported as what the start took.
     Raises SlmError when the loss is not finite, StoreError when the store or a disk fails.
     """
-    run = _Run(config, fabric, data_dir, store, lease_id, signals, phase, start_seconds or {})
+    run = _Run(config, objective or Pretrain(), fabric, data_dir, store, lease_id, signals, phase, start_seconds or {})
     try:
         return run.until(config.num_steps if stop_after is None else min(stop_after, config.num_steps))
     finally:
@@ -117,6 +122,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
+        objective: Objective,
         fabric: Any,
         data_dir: Path,
         store: Store,
@@ -126,6 +132,7 @@ class _Run:
         start_seconds: Mapping[str, float],
     ) -> None:
         self.start_seconds = start_seconds
+        self.objective = objective
         self.config, self.fabric, self.store, self.signals, self.phase = config, fabric, store, signals, phase
         self.rank, self.world_size = fabric.global_rank, fabric.world_size
         self.started_at = self.saved_at = time.monotonic()
@@ -145,10 +152,12 @@ class _Run:
         phase("data")
 
         self.weights, self.model = set_up_model(config, fabric)
+        for module in objective.frozen_modules.values():
+            fabric.to_device(module.requires_grad_(False).eval())
         self.updates = Updates(self.weights, config.optimizer)
         phase("model")
 
-        self.identity = Identity(config, self.index.tokenizer_sha256, self.index.fingerprint)
+        self.identity = Identity(config, self.index.tokenizer_sha256, self.index.fingerprint, objective.name)
         self.checkpoints = Checkpoints(
             store,
             rank=self.rank,
@@ -205,7 +214,7 @@ class _Run:
         batch = self.loader.batch(step, self.rank, self.world_size)
         data_wait_seconds = time.monotonic() - began_at
 
-        loss_sum, num_targets, signal = self._agree(self._backward(batch), _num_targets(batch))
+        loss_sum, num_targets, signal = self._agree(self._backward(batch))
         loss = loss_sum / num_targets
         # Gradients are of sums, averaged over ranks: so scaled, they are those of the mean over all targets.
         norm = scale_and_clip(
@@ -230,19 +239,20 @@ class _Run:
         """Have forward and backward compiled, on the first piece of the coming batch; nothing of it is kept."""
         batch = self.loader.batch(self.at.step, self.rank, self.world_size)
         piece = next(self._micro_batches(batch, self.config.global_batch_size))
-        self.fabric.backward(self.model(*piece.given()))
+        self.fabric.backward(self.objective(self.model, piece).loss_sum)
         self.updates.zero_grad()
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch) -> LossSum:
         """Add the gradients of this rank's share, reduced over ranks with the last; returns its summed loss."""
-        loss_sum = torch.zeros((), device=self.fabric.device)
+        loss_sum, num_targets = self._zeros()
         pieces = list(self._micro_batches(batch, self.config.global_batch_size))
         for number, piece in enumerate(pieces, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
-                loss = self.model(*piece.given())
-                self.fabric.backward(loss)
-            loss_sum += loss.detach()
-        return loss_sum
+                loss = self.objective(self.model, piece)
+                self.fabric.backward(loss.loss_sum)
+            loss_sum += loss.loss_sum.detach()
+            num_targets += loss.num_targets
+        return LossSum(loss_sum, num_targets)
 
     def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[Batch]:
         """As many pieces on every rank, so that all join every collective; masked where a share has run out."""
@@ -254,14 +264,14 @@ class _Run:
                 piece = masked_batch(self.config.model.sequence_length, with_documents=batch.documents is not None)
             yield piece.to(self.fabric.device)
 
-    def _agree(self, loss_sum: Tensor, num_targets: int) -> tuple[float, int, Signal]:
+    def _agree(self, sums: LossSum) -> tuple[float, int, Signal]:
         """The one small all-reduce of a step: loss, count, and what any worker wants."""
         mine = self.signals.poll(self.at.step)
         self._note_saves()
         elapsed = time.monotonic() - self.saved_at
         due = self.rank == 0 and not self.checkpoints.is_saving and elapsed >= self.pace.interval_seconds
-        wishes = [num_targets, mine.checkpoint, mine.stop, due, mine.hold, self.checkpoints.has_failed]
-        total, count, checkpoint, stop, dues, holds, failures = self._sum(loss_sum, *wishes)
+        wishes = [mine.checkpoint, mine.stop, due, mine.hold, self.checkpoints.has_failed]
+        total, count, checkpoint, stop, dues, holds, failures = self._sum(sums, *wishes)
         if failures > 0:  # on all ranks at this step: each raises what one of them met
             self.checkpoints.wait()
         return total, int(count), Signal(checkpoint > 0, stop > 0, mine.reason, due=dues > 0, hold=holds > 0)
@@ -281,19 +291,25 @@ class _Run:
     def _evaluate(self) -> float:
         """Mean held-out loss in nats per token, over all ranks."""
         batch = self.heldout.batch(0, self.rank, self.world_size)
-        loss_sum = torch.zeros((), device=self.fabric.device)
+        loss_sum, num_targets = self._zeros()
         with torch.no_grad():
             for piece in self._micro_batches(batch, self.heldout.global_batch_size):
-                loss_sum += self.model(*piece.given())
-        total, count = self._sum(loss_sum, _num_targets(batch))
+                loss = self.objective(self.model, piece)
+                loss_sum += loss.loss_sum
+                num_targets += loss.num_targets
+        total, count = self._sum(LossSum(loss_sum, num_targets))
         return total / count
 
-    def _sum(self, tensor: Tensor, *numbers: float) -> list[float]:
-        """The sum over ranks of each."""
-        rest = torch.tensor(numbers, dtype=torch.float64, device=tensor.device)
-        both = torch.cat((tensor.double().view(1), rest))
-        sums: list[float] = self.fabric.all_reduce(both, reduce_op="sum").tolist()
-        return sums
+    def _zeros(self) -> LossSum:
+        zero = torch.zeros((), device=self.fabric.device)
+        return LossSum(zero, zero.long())
+
+    def _sum(self, sums: LossSum, *numbers: float) -> list[float]:
+        """The sum over ranks of the loss, of the number of targets and of each number."""
+        rest = torch.tensor(numbers, dtype=torch.float64, device=sums.loss_sum.device)
+        both = torch.cat((torch.stack((sums.loss_sum.double(), sums.num_targets.double())), rest))
+        totals: list[float] = self.fabric.all_reduce(both, reduce_op="sum").tolist()
+        return totals
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps but counters and random state: the very tensors that training uses."""
@@ -382,10 +398,6 @@ def masked_batch(sequence_length: int, *, with_documents: bool = False) -> Batch
     tokens_BT = torch.zeros((1, sequence_length), dtype=torch.int64)
     documents_BT = tokens_BT.int() if with_documents else None
     return Batch(tokens_BT, torch.full_like(tokens_BT, IGNORED), documents_BT)
-
-
-def _num_targets(batch: Batch) -> int:
-    return int((batch.targets != IGNORED).sum())
 
 
 def _divides(interval: int | None, step: int) -> bool:

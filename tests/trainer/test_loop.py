@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cost.errors import SlmError, UserError
 from cost.performance.workload import Workload
 from trainer.checkpoints.lineage import EpochStart, Place, Superseded, begin_epoch, checkpoints_of_chain
 from trainer.config import ModelConfig, TrainConfig
+from trainer.data.loader import Batch
 from trainer.loop import PHASES, Result, Signal, fabric_precision
 from trainer.metrics import Progress, Rate, flops_per_token, peak_flops
+from trainer.model.loss import IGNORED
+from trainer.model.transformer import build_model, parameters_sha256
+from trainer.objectives.base import LossSum
 from trainer.run_store.base import DirectoryStore
 
 RunSingle = Callable[..., Result]
@@ -200,6 +205,59 @@ def test_a_superseded_run_that_has_nothing_left_to_save_writes_no_result_either(
     with pytest.raises(Superseded):
         run_single(tiny, tmp_path, phase=lambda name: takes_over.poll(0) if name == "load" else None)
     assert not (tmp_path / "result.json").exists()
+
+
+# --- objectives ---
+
+
+class Imitate:
+    """Predict what a frozen reference model finds most likely, whatever the text says."""
+
+    name = "imitate"
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.reference = build_model(config.model, seed=99)
+
+    @property
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        return {"reference": self.reference}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> LossSum:
+        with torch.no_grad():
+            predicted_BT = self.reference.logits(batch.tokens).argmax(-1)
+        counts_BT = batch.targets != IGNORED
+        return LossSum(model(batch.tokens, predicted_BT.where(counts_BT, IGNORED)), counts_BT.sum())
+
+
+def test_another_objective_trains_in_the_same_loop_and_resumes_to_the_same_weights(
+    tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
+) -> None:
+    pretrained = run_single(tiny, tmp_path / "pretrained")
+    whole = run_single(tiny, tmp_path / "whole", objective=Imitate(tiny))
+    run_single(tiny, tmp_path / "resumed", objective=Imitate(tiny), stop_after=3)
+    resumed = run_single(tiny, tmp_path / "resumed", objective=Imitate(tiny))
+    assert resumed == whole
+    assert whole.weights_sha256 != pretrained.weights_sha256
+
+
+def test_frozen_modules_are_neither_trained_nor_saved(
+    tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, saved_tensors: Callable[[Path], dict[str, torch.Tensor]]
+) -> None:
+    objective = Imitate(tiny)
+    run_single(tiny, tmp_path / "other", objective=objective)
+    reference = objective.reference
+    assert parameters_sha256(dict(reference.named_parameters())) == parameters_sha256(
+        dict(build_model(tiny.model, seed=99).named_parameters())
+    )
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in reference.parameters())
+    run_single(tiny, tmp_path / "pretrained")
+    assert saved_tensors(tmp_path / "other").keys() == saved_tensors(tmp_path / "pretrained").keys()
+
+
+def test_a_checkpoint_of_another_objective_is_refused(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
+    run_single(tiny, tmp_path, stop_after=2)
+    with pytest.raises(UserError, match="objective was pretrain and is imitate"):
+        run_single(tiny, tmp_path, objective=Imitate(tiny))
 
 
 # --- what metrics are made of ---

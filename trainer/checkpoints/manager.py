@@ -41,6 +41,7 @@ from trainer.checkpoints.lineage import (
 from trainer.checkpoints.parts import write_part
 from trainer.checkpoints.staging import Staging, empty_tensors, read_into
 from trainer.config import TrainConfig
+from trainer.objectives.pretrain import PRETRAIN
 from trainer.run_store import keys
 from trainer.run_store.base import Store
 
@@ -66,6 +67,8 @@ FREE_FIELDS = (
 )
 """What may differ between a checkpoint and the run that goes on from it: nothing here is part of what is learned."""
 
+BESIDE_CONFIG = ("tokenizer_sha256", "data_fingerprint", "objective")
+"""What else decides the weights."""
 CLOSE_SECONDS = 60.0
 """How long a save in flight may go on when training ended by an error."""
 
@@ -79,6 +82,7 @@ class Identity:
     config: TrainConfig
     tokenizer_sha256: str
     data_fingerprint: str
+    objective: str = PRETRAIN
 
     def facts(self) -> dict[str, Any]:
         """As plain JSON, with one digest of all that decides the weights."""
@@ -90,12 +94,13 @@ class Identity:
             "config_digest": hashlib.sha256(text.encode()).hexdigest(),
             "tokenizer_sha256": self.tokenizer_sha256,
             "data_fingerprint": self.data_fingerprint,
+            "objective": self.objective,
         }
 
     def require_same(self, saved: Mapping[str, Any]) -> None:
         """Raises UserError, naming what differs, unless `saved` is of this very run."""
-        mine = self.facts()
-        if all(mine[key] == saved.get(key) for key in ("config_digest", "tokenizer_sha256", "data_fingerprint")):
+        mine, saved = self.facts(), {"objective": PRETRAIN, **saved}  # older checkpoints name none
+        if all(mine[key] == saved.get(key) for key in ("config_digest", *BESIDE_CONFIG)):
             return
         then, now = _decisive(saved), _decisive(mine)
         names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
@@ -399,7 +404,7 @@ def _random_state(rank: int) -> dict[str, Tensor]:
 
 def _decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that must not change, one level deep, under the names that a recipe uses."""
-    flat: dict[str, Any] = {name: facts.get(name) for name in ("tokenizer_sha256", "data_fingerprint")}
+    flat: dict[str, Any] = {name: facts.get(name) for name in BESIDE_CONFIG}
     for name, value in facts.get("config", {}).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": each for inner, each in value.items()}
