@@ -25,6 +25,7 @@ from faults.world import ORIGIN_MS, Killed, SkewedClock, World
 from orchestrator.clock import start_ms
 from orchestrator.events import Event
 from orchestrator.runs.journal import StoreJournal, enter, recover
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState
 from orchestrator.supervisor import supervise as loop
 from orchestrator.supervisor.grants import heard_ms
@@ -114,7 +115,9 @@ class Machine:
         self.door = SupervisorsDoor(self.store, self.world)
         self._new_books()
         cap = Decimal(int(self.cap_usd * 1_000_000)) / 1_000_000
-        self.run = self.runs.create(recipe_name="r", recipe_digest="d", recipe_json="{}", options={}, cap_usd=cap)
+        self.run = self.runs.create(
+            recipe_name="r", recipe_digest="d", recipe_json="{}", options=RunOptions("fake"), cap_usd=cap
+        )
 
     def _new_books(self) -> None:
         self.db = sqlite3.connect(":memory:", isolation_level=None)

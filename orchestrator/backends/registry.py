@@ -94,7 +94,7 @@ def rents_through_skypilot(home: Home) -> bool:
     with suppress(DatabaseError, sqlite3.Error):
         if home.database.exists():
             with books(home) as runs:
-                return any(run.options.get("backend") == "sky" for run in runs.all())
+                return any(run.options.backend == "sky" for run in runs.all())
     return False
 
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
     from decimal import Decimal
     from pathlib import Path
 
-    from cost.market.offers import Offer
     from orchestrator.events import Emit
+    from orchestrator.runs.options import LaunchRequest
     from orchestrator.runs.status import RunStatus, RunSummary
     from orchestrator.settings import Home
     from orchestrator.supervisor.lease_watch import StopSwitch
@@ -24,22 +23,7 @@ class Actions(Protocol):
     """Everything that rents, ends or writes. Looking is `orchestrator.runs.status`, which needs no twin."""
 
     def launch(
-        self,
-        recipe: Recipe,
-        offers: Sequence[Offer],
-        *,
-        home: Home,
-        budget_usd: Decimal | None,
-        on_event: Emit,
-        switch: StopSwitch | None = None,
-        checkpoint_interval_seconds: float | None = None,
-        notify_target: str | None = None,
-        losses: Mapping[str, float] | None = None,
-        single_supervisor: bool = False,
-        store: str | None = None,
-        expected_usd: Mapping[str, Decimal] | None = None,
-        planned_speed: Mapping[str, float] | None = None,
-        allow_unguarded: bool = False,
+        self, request: LaunchRequest, *, home: Home, on_event: Emit, switch: StopSwitch | None = None
     ) -> RunSummary: ...
 
     def resume(

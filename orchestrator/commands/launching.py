@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -68,6 +69,7 @@ def launch(
     from orchestrator.planning import analysis as advice
     from orchestrator.planning import recipe_plan as planning
     from orchestrator.planning.experience import experience_of
+    from orchestrator.runs.options import LOCAL, LaunchRequest, RunOptions
     from orchestrator.supervisor import background
     from orchestrator.supervisor.losses import believed
     from orchestrator.views import plan as render_plan
@@ -107,30 +109,28 @@ def launch(
         return
     actions = actions_of(context)
     trained, offers = planning.fixed(chosen, plan)
+    run_options = RunOptions(
+        backend=trained.backend or LOCAL,
+        offers=tuple(offers),
+        checkpoint_interval_seconds=finite(best.checkpoint_interval_seconds),
+        expected_usd={estimate.offer.offer_id: estimate.bill.total_usd for estimate in reversed(plan.ranked)},
+        planned_speed={
+            estimate.offer.offer_id: estimate.tokens_per_second / estimate.layout.world_size
+            for estimate in reversed(plan.ranked)
+        },
+        single_supervisor=single_supervisor,
+        allow_unguarded=allow_unguarded,
+    )
+    losses = believed(best, planned.hazards.for_offer(best.offer), time_scale=run_options.time_scale(trained))
+    request = LaunchRequest(
+        recipe=trained,
+        options=replace(run_options, losses=losses),
+        budget_usd=budget,
+        store=absolute(store),
+        notify_target=notify,
+    )
     watched(
-        lambda emit, switch: actions.launch(
-            trained,
-            offers,
-            home=home.create(),
-            budget_usd=budget,
-            on_event=emit,
-            switch=switch,
-            checkpoint_interval_seconds=finite(best.checkpoint_interval_seconds),
-            notify_target=notify,
-            losses=believed(
-                best,
-                planned.hazards.for_offer(best.offer),
-                time_scale=chosen.local.time_scale if chosen.backend == "local" else 1.0,
-            ),
-            single_supervisor=single_supervisor,
-            store=absolute(store),
-            expected_usd={estimate.offer.offer_id: estimate.bill.total_usd for estimate in reversed(plan.ranked)},
-            planned_speed={
-                estimate.offer.offer_id: estimate.tokens_per_second / estimate.layout.world_size
-                for estimate in reversed(plan.ranked)
-            },
-            allow_unguarded=allow_unguarded,
-        ),
+        lambda emit, switch: actions.launch(request, home=home.create(), on_event=emit, switch=switch),
         chosen.name,
         as_json=as_json,
     )

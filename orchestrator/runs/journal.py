@@ -6,26 +6,20 @@ with the run elsewhere: recipe, options, cap and the name under which its nodes 
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cost.errors import UserError
 from cost.ledger.database import transaction
 from cost.ledger.journal import JournalDamaged, records_from
 from cost.ledger.ledger import take_over
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs, RunState
 from orchestrator.settings import Home
 from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
-
-OWNERS = "owners"
-"""Option of a run: the names under which its nodes were ever rented."""
-STORE = "store"
-"""Option of a run: where its run store is, if it is not in the home of this machine."""
-MARKET = "market"
-"""Option of a run on the local backend: the folder of the market that it rents from."""
 
 
 class StoreJournal:
@@ -58,7 +52,7 @@ class StoreJournal:
 
 def store_uri(run: Run, home: Home) -> str:
     """Where the run's store is."""
-    return str(run.options.get(STORE) or home.store_dir(run.run_id))
+    return str(run.options.store or home.store_dir(run.run_id))
 
 
 def run_id_in(store: Store) -> str:
@@ -99,13 +93,13 @@ def enter(runs: Runs, run_id: str, store: Store, *, owner: str) -> tuple[Run, St
 
 def facts_of(run: Run, *, owner: str) -> dict[str, Any]:
     """What another machine needs to go on with the run, `owner` being the name under which this one rents."""
-    owners = sorted({*run.options.get(OWNERS, ()), owner})
+    owners = tuple(sorted({*run.options.owners, owner}))
     return {
         "run_id": run.run_id,
         "recipe_name": run.recipe_name,
         "recipe_digest": run.recipe_digest,
         "recipe_json": run.recipe_json,
-        "options": {**run.options, OWNERS: owners},
+        "options": replace(run.options, owners=owners).content(),
         "created_ms": run.created_ms,
         "preemptions": run.preemptions,
         "failures": run.failures,
@@ -122,7 +116,7 @@ def recover(runs: Runs, store: Store) -> Run:
     """
     journal, facts = StoreJournal(store), facts_in(store)
     run_id = str(facts["run_id"])
-    options = {**facts["options"], STORE: store.uri}
+    options = replace(RunOptions.parse(facts["options"]), store=store.uri)
     with transaction(runs.db):
         row = runs.db.execute("SELECT * FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         if row is None:
@@ -133,11 +127,11 @@ def recover(runs: Runs, store: Store) -> Run:
             )
         else:
             runs.set_options(run_id, options)
-    take_over(runs.db, run_id, journal, {**facts, "options": facts["options"]})
+    take_over(runs.db, run_id, journal, facts)
     return runs.entered(run_id)
 
 
-def _insert(db: sqlite3.Connection, facts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _insert(db: sqlite3.Connection, facts: Mapping[str, Any], options: RunOptions) -> None:
     try:
         db.execute(
             "INSERT INTO runs (run_id, recipe_name, recipe_digest, recipe_json, options_json, cap_micro_usd, state, "
@@ -147,7 +141,7 @@ def _insert(db: sqlite3.Connection, facts: Mapping[str, Any], options: Mapping[s
                 facts["recipe_name"],
                 facts["recipe_digest"],
                 facts["recipe_json"],
-                json.dumps(options, sort_keys=True),
+                options.to_json(),
                 RunState.RECOVERING.value,
                 facts["preemptions"],
                 facts["failures"],

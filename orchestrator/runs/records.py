@@ -7,7 +7,6 @@ the run's epoch in the books, so that a supervisor that lost the run can write n
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sqlite3
 import time
@@ -16,13 +15,13 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from cost.errors import SlmError, UserError
 from cost.ledger.database import transaction
 from cost.ledger.leases import usd
 from cost.spelling import did_you_mean
 from orchestrator.clock import utc, wall_ms
+from orchestrator.runs.options import RunOptions
 
 LOCK_TRIES = 5
 LOCK_PAUSE_SECONDS = 0.05
@@ -64,7 +63,7 @@ class Run:
     recipe_name: str
     recipe_digest: str
     recipe_json: str
-    options: Mapping[str, Any]
+    options: RunOptions
     cap_usd: Decimal
     state: RunState
     reason: str
@@ -92,7 +91,7 @@ class Runs:
         recipe_name: str,
         recipe_digest: str,
         recipe_json: str,
-        options: Mapping[str, Any],
+        options: RunOptions,
         cap_usd: Decimal,
     ) -> Run:
         """Write a new run named after its recipe and a number."""
@@ -108,7 +107,7 @@ class Runs:
                     recipe_name,
                     recipe_digest,
                     recipe_json,
-                    json.dumps(dict(options), sort_keys=True, default=str),
+                    options.to_json(),
                     int(cap_usd * 1_000_000),
                     RunState.PLANNED.value,
                     now,
@@ -197,10 +196,10 @@ class Runs:
             (preemptions, failures, run_id),
         )
 
-    def set_options(self, run_id: str, options: Mapping[str, Any]) -> None:
+    def set_options(self, run_id: str, options: RunOptions) -> None:
         self.db.execute(
             "UPDATE runs SET options_json = ? WHERE run_id = ?",
-            (json.dumps(dict(options), sort_keys=True, default=str), run_id),
+            (options.to_json(), run_id),
         )
 
 
@@ -210,7 +209,7 @@ def run_from_row(row: sqlite3.Row) -> Run:
         recipe_name=row["recipe_name"],
         recipe_digest=row["recipe_digest"],
         recipe_json=row["recipe_json"],
-        options=json.loads(row["options_json"]),
+        options=RunOptions.from_json(row["options_json"]),
         cap_usd=usd(row["cap_micro_usd"]),
         state=RunState(row["state"]),
         reason=row["reason"],

@@ -175,8 +175,7 @@ def goodput_of(run: Run, home: Home, accounts: Sequence[LeaseAccount]) -> float 
     if store is None:
         return None
     recipe = Recipe.model_validate_json(run.recipe_json)
-    scale = recipe.local.time_scale if run.options.get("backend") == "local" else 1.0
-    return goodput(store, accounts, time_scale=scale)
+    return goodput(store, accounts, time_scale=run.options.time_scale(recipe))
 
 
 def stored(run: Run, home: Home) -> Store | None:

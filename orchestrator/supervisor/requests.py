@@ -12,13 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
-from typing import Any
 
 from cost.errors import SlmError, UserError
 from cost.ledger.database import transaction
@@ -32,6 +31,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
 from orchestrator.planning.replan import measured, replanned
 from orchestrator.runs import journal as journals
+from orchestrator.runs.options import LaunchRequest, RunOptions
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
 from orchestrator.runs.status import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
 from orchestrator.settings import Home
@@ -49,7 +49,6 @@ from tasks.spec import Losses, RunSpec
 from tasks.stores.opening import SUPERVISORS, below, open_for_training, open_store
 from trainer.run_store.base import Store
 
-LOCAL = "local"
 NODE_COMMAND = ("-m", "tasks", "node")
 MAX_CANDIDATES = 8
 STOP_WAIT_SECONDS = 120.0
@@ -58,86 +57,45 @@ STOP_WAIT_SECONDS = 120.0
 # -- launching ---------------------------------------------------------------------------------
 
 
-def launch(
-    recipe: Recipe,
-    offers: Sequence[Offer],
-    *,
-    home: Home,
-    budget_usd: Decimal | None,
-    on_event: Emit,
-    switch: StopSwitch | None = None,
-    checkpoint_interval_seconds: float | None = None,
-    notify_target: str | None = None,
-    losses: Mapping[str, float] | None = None,
-    single_supervisor: bool = False,
-    store: str | None = None,
-    expected_usd: Mapping[str, Decimal] | None = None,
-    planned_speed: Mapping[str, float] | None = None,
-    allow_unguarded: bool = False,
-) -> RunSummary:
-    """Run the recipe to its end on the first of `offers` that can be had.
+def launch(request: LaunchRequest, *, home: Home, on_event: Emit, switch: StopSwitch | None = None) -> RunSummary:
+    """Run the recipe to its end on the first of the offers that can be had.
 
-    An unfinished run of the same recipe whose supervisor is gone is gone on with instead of starting another; its cap
-    stays unless a budget is given, and it tells whom it told, unless a `notify_target` is given. `store` is the folder
-    or bucket under which a new run gets its run store, by default in this home. `expected_usd`: of the whole run, by
-    offer_id, for telling later whether another offer has become cheaper. `planned_speed`: tokens per second of one
-    device by offer_id. `allow_unguarded`: also where nothing would end a hung node.
+    An unfinished run of the same recipe whose supervisor is gone is continued instead of starting another; its cap
+    stays unless a budget is given, and it notifies whom it notified, unless another target is given.
 
     Raises:
         UserError: The budget pays for no lease, or a living supervisor already runs this recipe.
     """
     home.create()
-    backend = recipe.backend or LOCAL
+    recipe, options = request.recipe, request.options
     recipe.concrete_precision()  # a run is never created with one that is still open
-    cap_usd = recipe.budget_usd if budget_usd is None else budget_usd
-    if backend != LOCAL:
-        offers = require_cloud(recipe, offers, store=store, cap_usd=cap_usd, allow_unguarded=allow_unguarded)
+    cap_usd = recipe.budget_usd if request.budget_usd is None else request.budget_usd
+    if not options.is_local:
+        options = replace(options, offers=require_cloud(request, cap_usd=cap_usd))
     with books(home) as runs:
         known = unfinished(runs, recipe, home)
         if known is None:
-            require_one_lease(
-                candidates_of(offers, recipe, terms_of(recipe, backend), scale=scale_of(recipe, backend)),
-                cap_usd,
-                Decimal(0),
-            )
-            open_store(store or str(home.root / "store"))  # one that refuses says so before there is a run
-        run = known or created(
-            runs,
-            home,
-            recipe,
-            store=store,
-            cap_usd=cap_usd,
-            options={
-                "backend": backend,
-                "allow_unguarded": allow_unguarded,
-                "planned_speed": dict(planned_speed or {}),
-                "offers": [asdict(offer) for offer in offers[:MAX_CANDIDATES]],
-                "checkpoint_interval_seconds": checkpoint_interval_seconds,
-                "losses": losses,
-                "single_supervisor": single_supervisor,
-                "expected_usd": {name: str(usd) for name, usd in (expected_usd or {}).items()},
-            },
-        )
-        remember_whom_to_tell(home, run.run_id, notify_target)
-    return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
+            require_one_lease(candidates_of(recipe, options, terms_of(recipe, options)), cap_usd, Decimal(0))
+            open_store(request.store or str(home.root / "store"))  # one that refuses says so before there is a run
+            options = replace(options, offers=options.offers[:MAX_CANDIDATES])
+        run = known or created(runs, home, replace(request, options=options), cap_usd=cap_usd)
+        remember_whom_to_tell(home, run.run_id, request.notify_target)
+    return supervise(run.run_id, home=home, budget_usd=request.budget_usd, on_event=on_event, switch=switch)
 
 
-def created(
-    runs: Runs, home: Home, recipe: Recipe, *, store: str | None, cap_usd: Decimal, options: Mapping[str, Any]
-) -> Run:
+def created(runs: Runs, home: Home, request: LaunchRequest, *, cap_usd: Decimal) -> Run:
     """A new run, with the places that another machine would look for it in."""
     with transaction(runs.db):
         run = runs.create(
-            recipe_name=recipe.name,
-            recipe_digest=recipe.digest(),
-            recipe_json=recipe.model_dump_json(),
-            options=options,
+            recipe_name=request.recipe.name,
+            recipe_digest=request.recipe.digest(),
+            recipe_json=request.recipe.model_dump_json(),
+            options=request.options,
             cap_usd=cap_usd,
         )
-        places = {journals.MARKET: str(home.run_dir(run.run_id) / "market")}
-        if store is not None:
-            places[journals.STORE] = below(store, f"slm-{home.owner_id()}-{run.run_id}")
-        runs.set_options(run.run_id, {**options, **places})
+        store = None if request.store is None else below(request.store, f"slm-{home.owner_id()}-{run.run_id}")
+        market = str(home.run_dir(run.run_id) / "market")
+        runs.set_options(run.run_id, replace(request.options, store=store, market=market))
     return runs.get(run.run_id)
 
 
@@ -177,9 +135,9 @@ def resume(
     if run.state is RunState.SUCCEEDED:
         raise UserError(f"run {run.run_id} is complete; see: slm status {run.run_id}")
     remember_whom_to_tell(home, run.run_id, notify_target)
-    if single_supervisor and not run.options.get("single_supervisor"):
+    if single_supervisor and not run.options.single_supervisor:
         with books(home) as runs:
-            runs.set_options(run.run_id, {**run.options, "single_supervisor": True})
+            runs.set_options(run.run_id, replace(run.options, single_supervisor=True))
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
 
 
@@ -224,11 +182,9 @@ def supervise(
             ledger.set_cap(budget_usd)
         clock = clock_of(run, recipe, ledger, store, emit)
         data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
-        kind = run.options["backend"]
-        terms, scale = terms_of(recipe, kind), scale_of(recipe, kind)
-        offers = [offer_of(content) for content in run.options["offers"]]
-        backend = backend_of(recipe, run, store=store, home=home, offers=offers, emit=emit)
-        place = str(data_dir) if kind == LOCAL or switch.level else brought(store, data_dir, emit)
+        terms = terms_of(recipe, run.options)
+        backend = backend_of(recipe, run, store=store, home=home, emit=emit)
+        place = str(data_dir) if run.options.is_local or switch.level else brought(store, data_dir, emit)
         supervisor = Supervisor(
             run_record=run,
             runs=runs,
@@ -237,14 +193,17 @@ def supervise(
             store=store,
             clock=clock,
             terms=terms,
-            candidates=lambda _: candidates_now(
-                run, store, ledger, candidates_of(offers, recipe, terms, run.options.get("expected_usd"), scale=scale)
-            ),
+            candidates=lambda _: candidates_now(run, store, ledger, candidates_of(recipe, run.options, terms)),
             command=[sys.executable, *NODE_COMMAND],
             owner=home.owner_id(),
-            owners=run.options.get(journals.OWNERS, ()),
+            owners=run.options.owners,
             write_spec=lambda lease: write_spec(
-                lease, run, recipe, store, place, learned(run.options, ledger.accounts(), preemptions_of(runs, run))
+                lease,
+                run,
+                recipe,
+                store,
+                place,
+                learned(run.options.losses, ledger.accounts(), preemptions_of(runs, run)),
             ),
             emit=emit,
             switch=switch,
@@ -262,15 +221,15 @@ def store_of(run: Run, runs: Runs, home: Home) -> Store:
     return open_for_training(
         journals.store_uri(run, home),
         create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts(),
-        single_supervisor=bool(run.options.get("single_supervisor")),
+        single_supervisor=run.options.single_supervisor,
         patience=SUPERVISORS,
     )
 
 
 def extras_of(run: Run, recipe: Recipe, ledger: Ledger) -> Extras:
     """Storage and transfers of this run; its checkpoints are at most as far apart as it was planned."""
-    interval = run.options.get("checkpoint_interval_seconds") or recipe.train_config().checkpoint_interval_seconds
-    scale = scale_of(recipe, run.options["backend"])
+    interval = run.options.checkpoint_interval_seconds or recipe.train_config().checkpoint_interval_seconds
+    scale = run.options.time_scale(recipe)
     num_params = recipe.num_params()
     return Extras(
         ledger,
@@ -296,9 +255,7 @@ def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_
         )
 
 
-def require_cloud(
-    recipe: Recipe, offers: Sequence[Offer], *, store: str | None, cap_usd: Decimal, allow_unguarded: bool
-) -> list[Offer]:
+def require_cloud(request: LaunchRequest, *, cap_usd: Decimal) -> tuple[Offer, ...]:
     """The offers that may be rented; everything that can be known to be missing is told before there is a run.
 
     Raises:
@@ -306,58 +263,48 @@ def require_cloud(
     """
     from orchestrator.supervisor import cloud_leases as cloud
 
+    recipe, options = request.recipe, request.options
     if recipe.training.initial_weights is not None:
         raise UserError(
             "training.initial_weights is a folder of this machine, which nodes of a cloud do not reach yet."
         )
-    cloud.require_cloud_store(store)
+    cloud.require_cloud_store(request.store)
     cloud.node_credentials()
-    found, reasons = cloud.rentable(offers, recipe, free_usd=cap_usd, allow_unguarded=allow_unguarded)
-    if offers and not found:
+    found, reasons = cloud.rentable(options.offers, recipe, free_usd=cap_usd, allow_unguarded=options.allow_unguarded)
+    if options.offers and not found:
         raise UserError(f"no offer of the plan may be rented: {'; '.join(reasons)}")
-    return found
+    return tuple(found)
 
 
-def scale_of(recipe: Recipe, backend: str) -> float:
-    """Billed seconds in a real one."""
-    return recipe.local.time_scale if backend == LOCAL else 1.0
-
-
-def terms_of(recipe: Recipe, backend: str = LOCAL) -> TermsOf:
-    if backend == LOCAL:
+def terms_of(recipe: Recipe, options: RunOptions) -> TermsOf:
+    """How leases are paid, by offer."""
+    if options.is_local:
         return same_terms(Terms(term_seconds=recipe.local.lease_seconds))
     from orchestrator.supervisor.cloud_leases import terms_on_clouds
 
     return terms_on_clouds(recipe)
 
 
-def candidates_of(
-    offers: Sequence[Offer],
-    recipe: Recipe,
-    terms: TermsOf,
-    expected_usd: Mapping[str, str] | None = None,
-    *,
-    scale: float,
-) -> list[Candidate]:
+def candidates_of(recipe: Recipe, options: RunOptions, terms: TermsOf) -> list[Candidate]:
     """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease holds."""
-    counts, known = dict.fromkeys((recipe.nodes.max, recipe.nodes.min)), expected_usd or {}
+    scale = options.time_scale(recipe)
     return [
         Candidate(
             offer,
             count,
             needed_usd(offer, terms(offer), num_nodes=count, scale=scale),
-            Decimal(known[offer.offer_id]) if offer.offer_id in known else None,
+            options.expected_usd.get(offer.offer_id),
         )
-        for count in counts
-        for offer in offers
+        for count in dict.fromkeys((recipe.nodes.max, recipe.nodes.min))
+        for offer in options.offers
     ]
 
 
 def candidates_now(run: Run, store: Store, ledger: Ledger, candidates: list[Candidate]) -> list[Candidate]:
     """The plan's candidates in the order that the run's own speed suggests; the local cloud's GPUs are no GPUs."""
-    if run.options["backend"] == LOCAL:
+    if run.options.is_local:
         return candidates
-    seen = measured(store, ledger.accounts(), run.options.get("planned_speed") or {})
+    seen = measured(store, ledger.accounts(), run.options.planned_speed)
     return candidates if seen is None else replanned(candidates, [seen])
 
 
@@ -370,7 +317,7 @@ def write_spec(
     lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: str, losses: Losses | None = None
 ) -> None:
     """Tell the nodes of this lease what to do; `data_dir`: a folder, or where the data lie in the run store."""
-    workers_per_node = max(1, lease.offer.gpus_per_node if run.options["backend"] != LOCAL else 1)
+    workers_per_node = max(1, 1 if run.options.is_local else lease.offer.gpus_per_node)
     spec = RunSpec(
         run_id=run.run_id,
         lease_id=lease.lease_id,
@@ -382,7 +329,7 @@ def write_spec(
         workers_per_node=workers_per_node,
         min_workers=min(recipe.nodes.min, lease.num_nodes) * workers_per_node,
         max_workers=lease.num_nodes * workers_per_node,
-        checkpoint_interval_seconds=run.options["checkpoint_interval_seconds"]
+        checkpoint_interval_seconds=run.options.checkpoint_interval_seconds
         or recipe.train_config().checkpoint_interval_seconds,
         losses=losses,
     )
@@ -395,32 +342,31 @@ def backend_of(
     *,
     store: Store,
     home: Home,
-    offers: Sequence[Offer],
     emit: Emit,
 ) -> Backend:
     """The backend that the run was launched on."""
-    if run.options["backend"] != LOCAL:
+    if not run.options.is_local:
         from orchestrator.backends.registry import known_leases
         from orchestrator.supervisor.cloud_leases import sky_backend
 
         return sky_backend(
             home.run_dir(run.run_id),
             store,
-            offers,
+            run.options.offers,
             recipe,
-            allow_unguarded=bool(run.options.get("allow_unguarded")),
+            allow_unguarded=run.options.allow_unguarded,
             known_leases=lambda: known_leases(home),
             starts=home.starts,
             tell=lambda message: emit(Event("cloud", message, datetime.now(UTC))),
         )
     return LocalBackend(
-        Path(run.options.get(journals.MARKET) or home.run_dir(run.run_id) / "market"),
+        Path(run.options.market or home.run_dir(run.run_id) / "market"),
         run.run_id,
         store_uri=store.uri,
         market=recipe.local.market,
         time_scale=recipe.local.time_scale,
         seed=recipe.local.seed,
-        offers=offers,
+        offers=run.options.offers,
     )
 
 
@@ -432,7 +378,7 @@ def brought(store: Store, data_dir: Path, emit: Emit) -> str:
 
 def clock_of(run: Run, recipe: Recipe, ledger: Ledger, store: Store, emit: Emit) -> SystemClock:
     """Billed time of the run, never before the newest entry of its books or the newest grant of its nodes."""
-    scale = scale_of(recipe, run.options["backend"])
+    scale = run.options.time_scale(recipe)
     clock = SystemClock(
         origin_ms=run.created_ms,
         scale=scale,
@@ -532,12 +478,3 @@ def signals(switch: StopSwitch) -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-def offer_of(content: Mapping[str, Any]) -> Offer:
-    """An offer as it was written into a run's options."""
-    prices = {
-        name: None if content[name] is None else Decimal(content[name])
-        for name in ("usd_per_hour", "on_demand_usd_per_hour")
-    }
-    return Offer(**{**content, **prices})

@@ -21,7 +21,7 @@ from cost.ledger.journal import records_from
 from cost.ledger.ledger import Ledger
 from orchestrator.backends.base import Backend, BackendError, Instance
 from orchestrator.clock import SystemClock
-from orchestrator.runs.journal import OWNERS, StoreJournal
+from orchestrator.runs.journal import StoreJournal
 from orchestrator.runs.records import Run, Runs, is_supervised
 from orchestrator.runs.status import books, lock_path
 from orchestrator.settings import Home
@@ -178,7 +178,7 @@ def read_books(home: Home, now_ms: Callable[[Run, Ledger], int]) -> Known:
                 for run in runs.all()
                 for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
             }
-            return Known(owner, verdicts, {run.run_id: tuple(run.options.get(OWNERS, ())) for run in runs.all()})
+            return Known(owner, verdicts, {run.run_id: run.options.owners for run in runs.all()})
     except sqlite3.Error as error:
         raise DatabaseError(
             f"the books at {home.database} cannot be read, so nothing is ended: {error}; bring back a copy of the "
@@ -220,7 +220,7 @@ def next_record(run: Run, runs: Runs) -> int:
 def billed_now_ms(run: Run, ledger: Ledger) -> int:
     """A run's billed time, as a supervisor that started now would see it."""
     scale = 1.0
-    if run.options.get("backend") == "local":
+    if run.options.is_local:
         scale = Recipe.model_validate_json(run.recipe_json).local.time_scale
     return SystemClock(
         origin_ms=run.created_ms, scale=scale, floor_ms=ledger.newest_ms(), last_moment_ms=ledger.last_moment_ms()

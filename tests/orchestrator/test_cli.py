@@ -20,6 +20,7 @@ from cost.ledger.leases import Lease
 from cost.ledger.ledger import Ledger
 from cost.market.offers import load_reference_offers
 from orchestrator import cli
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs, RunState
 from orchestrator.settings import Home
 from tasks.recipe.schema import load_recipe
@@ -79,7 +80,11 @@ def add_run(home: Home, *, name: str = "demo") -> str:
     db = connect(home.create().database)
     runs = Runs(db)
     created = runs.create(
-        recipe_name=name, recipe_digest=name, recipe_json=recipe.model_dump_json(), options={}, cap_usd=Decimal(100)
+        recipe_name=name,
+        recipe_digest=name,
+        recipe_json=recipe.model_dump_json(),
+        options=RunOptions("fake"),
+        cap_usd=Decimal(100),
     )
     run = runs.take_over(created.run_id)
     lease = Lease(

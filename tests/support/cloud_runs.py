@@ -11,6 +11,7 @@ from cost.ledger.database import connect
 from cost.ledger.leases import Lease
 from cost.ledger.ledger import Ledger
 from cost.market.offers import Offer
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs
 from orchestrator.settings import Home
 from tasks.recipe.schema import Recipe, load_recipe
@@ -40,7 +41,7 @@ def ran_on(
         recipe_name=trained.name,
         recipe_digest=trained.digest(),
         recipe_json=trained.model_dump_json(),
-        options={"backend": backend, "offers": []},
+        options=RunOptions(backend),
         cap_usd=Decimal(10_000),
     )
     run = runs.take_over(created.run_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,11 +14,12 @@ from typing import Any
 import pytest
 
 from cost.errors import UserError
-from cost.market.offers import Offer, load_reference_offers
+from cost.market.offers import load_reference_offers
 from orchestrator import cli
 from orchestrator.backends.sky.enabled_clouds import Enabled
 from orchestrator.commands.launching import finite, with_backend
 from orchestrator.events import Emit, Event
+from orchestrator.runs.options import LaunchRequest, RunOptions
 from orchestrator.runs.records import RunState
 from orchestrator.runs.status import RunStatus, RunSummary
 from orchestrator.settings import Home
@@ -62,35 +62,21 @@ class FakeActions:
     called: dict[str, Any] = field(default_factory=dict)
 
     def launch(
-        self,
-        recipe: Recipe,
-        offers: Sequence[Offer],
-        *,
-        home: Home,
-        budget_usd: Decimal | None,
-        on_event: Emit,
-        switch: StopSwitch | None = None,
-        checkpoint_interval_seconds: float | None = None,
-        notify_target: str | None = None,
-        losses: Mapping[str, float] | None = None,
-        single_supervisor: bool = False,
-        store: str | None = None,
-        expected_usd: Mapping[str, Decimal] | None = None,
-        planned_speed: Mapping[str, float] | None = None,
-        allow_unguarded: bool = False,
+        self, request: LaunchRequest, *, home: Home, on_event: Emit, switch: StopSwitch | None = None
     ) -> RunSummary:
+        options = request.options
         self.called = {
             "action": "launch",
-            "recipe": recipe,
-            "offers": offers,
-            "budget_usd": budget_usd,
+            "recipe": request.recipe,
+            "offers": options.offers,
+            "budget_usd": request.budget_usd,
             "switch": switch,
-            "interval": checkpoint_interval_seconds,
-            "notify": notify_target,
-            "losses": losses,
-            "single_supervisor": single_supervisor,
-            "store": store,
-            "allow_unguarded": allow_unguarded,
+            "interval": options.checkpoint_interval_seconds,
+            "notify": request.notify_target,
+            "losses": options.losses,
+            "single_supervisor": options.single_supervisor,
+            "store": request.store,
+            "allow_unguarded": options.allow_unguarded,
         }
         return self._supervised(home, on_event)
 
@@ -308,9 +294,9 @@ def test_the_trainer_is_told_of_the_losses_that_the_plan_believes() -> None:
     actions = FakeActions()
     slm("launch", "demo", "--market", "hazard:0.5", "--spot", "--time-scale", "60", "--yes", actions=actions)
     losses = actions.called["losses"]
-    assert losses["losses"] / losses["node_hours"] == pytest.approx(0.5)
-    assert losses["time_scale"] == 60
-    assert losses["restart_seconds"] > 0
+    assert losses.losses / losses.node_hours == pytest.approx(0.5)
+    assert losses.time_scale == 60
+    assert losses.restart_seconds > 0
 
 
 def test_a_single_supervisor_is_promised_by_an_option() -> None:
@@ -388,7 +374,7 @@ def test_a_launch_after_a_crash_goes_on_in_the_precision_that_its_run_began_with
 def test_no_run_is_created_with_an_open_precision(home: Home) -> None:
     auto = load_recipe("demo", ["precision=auto"])
     with pytest.raises(UserError, match="leaves precision auto to the planner"):
-        real_launch(auto, [], home=home, budget_usd=None, on_event=lambda event: None)
+        real_launch(LaunchRequest(auto, RunOptions("local")), home=home, on_event=lambda event: None)
     assert not home.database.exists()
 
 

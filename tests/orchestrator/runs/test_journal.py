@@ -22,6 +22,7 @@ from cost.ledger.leases import Lease
 from cost.ledger.ledger import Fenced, Ledger, replay
 from cost.market.offers import Offer
 from orchestrator.runs.journal import StoreJournal, enter, recover
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs
 from tasks.run_store_keys import ledger_record
 from trainer.run_store.base import DirectoryStore, StoreError
@@ -57,7 +58,7 @@ class Machine:
 
     def create(self) -> Run:
         return self.runs.create(
-            recipe_name="tiny", recipe_digest="d", recipe_json="{}", options={"backend": "fake"}, cap_usd=Decimal(100)
+            recipe_name="tiny", recipe_digest="d", recipe_json="{}", options=RunOptions("fake"), cap_usd=Decimal(100)
         )
 
     def enter(self, run_id: str) -> Ledger:
@@ -188,7 +189,7 @@ def test_another_machine_rebuilds_the_books_and_takes_the_run(laptop: Machine, d
     theirs = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch, journal=StoreJournal(desktop.store))
     assert theirs.balance() == ledger.balance() and run.cap_usd == 100
     assert [(account.expires_ms, account.state) for account in theirs.accounts()] == [(START_MS + 2 * HOUR_MS, "open")]
-    assert run.options["owners"] == ["aaaaaa"] and run.options["store"] == desktop.store.uri
+    assert run.options.owners == ("aaaaaa",) and run.options.store == desktop.store.uri
     for act in (
         lambda: reserve(ledger, 2),
         lambda: ledger.renew(a_lease().lease_id, expires_ms=START_MS + 3 * HOUR_MS, at_ms=START_MS),
@@ -304,7 +305,9 @@ def test_a_folder_without_books_is_named(desktop: Machine) -> None:
 
 def test_a_run_of_the_same_name_is_not_overwritten(laptop: Machine, desktop: Machine) -> None:
     laptop.enter(laptop.create().run_id)
-    desktop.runs.create(recipe_name="tiny", recipe_digest="other", recipe_json="{}", options={}, cap_usd=Decimal(1))
+    desktop.runs.create(
+        recipe_name="tiny", recipe_digest="other", recipe_json="{}", options=RunOptions("fake"), cap_usd=Decimal(1)
+    )
     with pytest.raises(UserError, match="another run stands in these books as tiny-1"):
         recover(desktop.runs, desktop.store)
 

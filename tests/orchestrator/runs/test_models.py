@@ -16,6 +16,7 @@ import pytest
 
 from cost.ledger.database import connect
 from orchestrator import cli
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs
 from orchestrator.settings import Home
 from tasks.data.tokenizer import train_tokenizer
@@ -47,7 +48,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     runs = Runs(db)
     for _ in range(2):
         recipe = load_recipe("demo").model_dump_json()
-        created = runs.create(recipe_name="demo", recipe_digest="d", recipe_json=recipe, options={}, cap_usd=Decimal(1))
+        created = runs.create(
+            recipe_name="demo", recipe_digest="d", recipe_json=recipe, options=RunOptions("fake"), cap_usd=Decimal(1)
+        )
         assert created.run_id in ("demo-1", "demo-2")
     db.close()
     store = home.store_dir("demo-1")

@@ -17,7 +17,10 @@ from cost.errors import SlmError, UserError
 from cost.ledger.database import connect
 from orchestrator.clock import SystemClock, utc, wall_ms
 from orchestrator.events import Event, EventLog, read_events
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import MOVES, TERMINAL, Runs, RunState, SupervisorLock, is_supervised
+
+OPTIONS = RunOptions("fake", single_supervisor=True)
 
 
 @pytest.fixture
@@ -27,13 +30,13 @@ def runs(tmp_path: Path) -> Runs:
 
 def create(runs: Runs, name: str = "demo") -> str:
     return runs.create(
-        recipe_name=name, recipe_digest="d", recipe_json="{}", options={"a": 1}, cap_usd=Decimal("12.34")
+        recipe_name=name, recipe_digest="d", recipe_json="{}", options=OPTIONS, cap_usd=Decimal("12.34")
     ).run_id
 
 
 def test_runs_are_named_after_their_recipe_and_numbered(runs: Runs) -> None:
     assert [create(runs), create(runs), create(runs, "tiny")] == ["demo-1", "demo-2", "tiny-3"]
-    assert runs.get("demo-2").cap_usd == Decimal("12.34") and runs.get("demo-2").options == {"a": 1}
+    assert runs.get("demo-2").cap_usd == Decimal("12.34") and runs.get("demo-2").options == OPTIONS
 
 
 def test_the_only_run_needs_no_name(runs: Runs) -> None:

@@ -10,6 +10,7 @@ import pytest
 from cost.errors import BudgetExceeded
 from cost.ledger.database import connect
 from cost.ledger.ledger import Ledger
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs
 from orchestrator.supervisor.incidentals import (
     DISKS,
@@ -29,7 +30,9 @@ RATES = Rates(disk_usd=Decimal("0.01"), run_store_usd=Decimal("0.02"), egress_us
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     runs = Runs(connect(tmp_path / "slm.db"))
-    run = runs.create(recipe_name="tiny", recipe_digest="d", recipe_json="{}", options={}, cap_usd=Decimal(10))
+    run = runs.create(
+        recipe_name="tiny", recipe_digest="d", recipe_json="{}", options=RunOptions("fake"), cap_usd=Decimal(10)
+    )
     return Ledger(runs.db, run.run_id, epoch=0)
 
 

@@ -22,6 +22,7 @@ from cost.market.providers import PriceBound, Ttl
 from orchestrator.backends.fake import FakeBackend
 from orchestrator.clock import ManualClock
 from orchestrator.events import Event
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs, RunState
 from orchestrator.supervisor.grants import heard_ms
 from orchestrator.supervisor.lease_policy import Terms, same_terms, worst_price
@@ -94,7 +95,7 @@ class World:
         self.store = DirectoryStore(self.path / "store")
         self.backend = FakeBackend(self.clock, on_start=self.trainer_starts)
         self.run: Run = self.runs.create(
-            recipe_name="tiny", recipe_digest="d", recipe_json="{}", options={}, cap_usd=self.cap
+            recipe_name="tiny", recipe_digest="d", recipe_json="{}", options=RunOptions("fake"), cap_usd=self.cap
         )
 
     def supervisor(self, offers: int = 2, nodes: int = 2, terms: Terms | None = None) -> Supervisor:

@@ -21,6 +21,7 @@ from orchestrator.backends.local.backend import LocalBackend
 from orchestrator.backends.registry import every_backend
 from orchestrator.clock import ManualClock
 from orchestrator.runs.journal import enter, recover
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs, SupervisorLock
 from orchestrator.runs.status import books, lock_path
 from orchestrator.settings import Home
@@ -50,7 +51,11 @@ def a_run(home: Home) -> str:
     db = connect(home.database)
     recipe = load_recipe("demo")
     created = Runs(db).create(
-        recipe_name="demo", recipe_digest="d", recipe_json=recipe.model_dump_json(), options={}, cap_usd=Decimal(100)
+        recipe_name="demo",
+        recipe_digest="d",
+        recipe_json=recipe.model_dump_json(),
+        options=RunOptions("fake"),
+        cap_usd=Decimal(100),
     )
     db.close()
     return created.run_id

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from orchestrator import cli
 from orchestrator.backends.fake import FakeBackend
 from orchestrator.clock import ManualClock
 from orchestrator.events import Emit, Event
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs, RunState
 from orchestrator.runs.status import RunStatus, books, status
 from orchestrator.settings import Home
@@ -42,7 +42,7 @@ def add_runs(home: Home, *, number: int = 2) -> list[str]:
             recipe_name="demo",
             recipe_digest=str(item),
             recipe_json=recipe.model_dump_json(),
-            options={"backend": "local", "offers": [asdict(OFFER)]},
+            options=RunOptions("local", offers=(OFFER,)),
             cap_usd=Decimal(5),
         )
         for item in range(number)

@@ -24,6 +24,7 @@ from orchestrator.planning import starts
 from orchestrator.prices import table as prices
 from orchestrator.prices.table import Prices, Unread
 from orchestrator.runs import status as report
+from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs
 from orchestrator.settings import Home
 from orchestrator.supervisor.notify import message_of
@@ -125,7 +126,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     runs = Runs(db)
     recipe = load_recipe("demo")
     created = runs.create(
-        recipe_name="demo", recipe_digest="d", recipe_json=recipe.model_dump_json(), options={}, cap_usd=Decimal(100)
+        recipe_name="demo",
+        recipe_digest="d",
+        recipe_json=recipe.model_dump_json(),
+        options=RunOptions("fake"),
+        cap_usd=Decimal(100),
     )
     run = runs.take_over(created.run_id)
     lease = Lease(
