@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.figures import bare, count, dollars, duration
+from tasks.own_module import own_module
 
 TOKENS_PER_PARAM = 20
 DEADLINE = "48h"
@@ -48,7 +49,7 @@ class Said:
 
 def ask(*arguments: str) -> Said:
     """Run one `slm` command as a person would."""
-    command = [sys.executable, "-m", "orchestrator.cli", *arguments, "--json"]
+    command = own_module("orchestrator.cli", *arguments, "--json")
     environment = {**os.environ, "SLM_REFRESH": "never"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:

@@ -27,6 +27,7 @@ TORCH_FREE = (
     "tasks.stages.manifest",
     "tasks.stores.opening",
     "tasks.guard",
+    "tasks.own_module",
     "trainer.config",
     "trainer.run_store.base",
     "trainer.run_store.keys",

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -22,6 +21,7 @@ from typing import Any
 
 from cost.market.offers import Offer, load_reference_offers
 from orchestrator.settings import Home
+from tasks.own_module import own_module
 
 REFERENCE_TABLE = "reference table"
 CACHE_VERSION = 1
@@ -198,7 +198,7 @@ def refresh_when_stale(home: Home, now: datetime, environ: Mapping[str, str]) ->
 def refresh_command(home: Home, clouds: Sequence[str] = ()) -> list[str]:
     """The child that reads SkyPilot's catalogs into the cache."""
     named = ["--clouds", ",".join(clouds)] if clouds else []
-    return [sys.executable, "-m", "orchestrator.prices.sources.skypilot", str(home.offers), *named]
+    return own_module("orchestrator.prices.sources.skypilot", str(home.offers), *named)
 
 
 def _older(path: Path, now: datetime, limit: timedelta) -> bool:

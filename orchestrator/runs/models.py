@@ -13,6 +13,7 @@ from typing import Any
 from cost.errors import SlmError, UserError
 from orchestrator.runs import status as report
 from orchestrator.settings import Home
+from tasks.own_module import own_module
 from tasks.run_store_keys import SPEC
 
 INTERRUPTED = 130
@@ -57,7 +58,7 @@ def import_folder(folder: Path, out: Path) -> dict[str, Any]:
 
 def generate(source: Source, prompt: str, options: Sequence[str]) -> None:
     """Write the prompt and what follows to standard output as it comes."""
-    command = [sys.executable, "-m", "tasks", "generate", *source.arguments(), *options, "--", prompt]
+    command = own_module("tasks", "generate", *source.arguments(), *options, "--", prompt)
     try:
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     except KeyboardInterrupt:
@@ -66,7 +67,7 @@ def generate(source: Source, prompt: str, options: Sequence[str]) -> None:
 
 
 def _facts(arguments: list[str]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "tasks", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(own_module("tasks", *arguments), capture_output=True, text=True, check=False)
     _require(done)
     sys.stderr.write(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from pathlib import Path
 
 from cost.errors import SlmError, UserError
 from orchestrator.settings import Home
+from tasks.own_module import own_module
 
 CHILD_VARIABLE = "SLM_IN_BACKGROUND"
 """Set for the child: it neither asks nor goes to the background once more."""
-PROGRAM = (sys.executable, "-m", "orchestrator.cli")
+PROGRAM = own_module("orchestrator.cli")
 START_SECONDS = 60.0
 """Longest wait for the child to take its run over."""
 POLL_SECONDS = 0.1

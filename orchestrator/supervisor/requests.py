@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,13 +42,13 @@ from orchestrator.supervisor.losses import learned
 from orchestrator.supervisor.notify import keep, notified
 from orchestrator.supervisor.supervise import Supervisor
 from tasks.data.store_data import offer_data
+from tasks.own_module import own_module
 from tasks.recipe.schema import Recipe
 from tasks.run_store_keys import SPEC
 from tasks.spec import Losses, RunSpec
 from tasks.stores.opening import SUPERVISORS, below, open_for_training, open_store
 from trainer.run_store.base import Store
 
-NODE_COMMAND = ("-m", "tasks", "node")
 MAX_CANDIDATES = 8
 STOP_WAIT_SECONDS = 120.0
 
@@ -194,7 +193,7 @@ def supervise(
             clock=clock,
             terms=terms,
             candidates=lambda _: candidates_now(run, store, ledger, candidates_of(recipe, run.options, terms)),
-            command=[sys.executable, *NODE_COMMAND],
+            command=own_module("tasks", "node"),
             owner=home.owner_id(),
             owners=run.options.owners,
             write_spec=lambda lease: write_spec(
@@ -403,8 +402,7 @@ def prepare(recipe: Recipe, *, home: Home, on_event: Emit, switch: StopSwitch | 
     home.data_root.mkdir(parents=True, exist_ok=True)
     recipe_file = home.data_root / f".{recipe.digest()[:16]}.{os.getpid()}.json"
     recipe_file.write_text(recipe.model_dump_json(), encoding="utf-8")
-    command = [sys.executable, "-m", "tasks", "prepare", "--recipe-json", str(recipe_file)]
-    command += ["--data-root", str(home.data_root)]
+    command = own_module("tasks", "prepare", "--recipe-json", str(recipe_file), "--data-root", str(home.data_root))
     try:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -1,7 +1,7 @@
 """The first program on a rented node, and how the node gets its Python environment.
 
-    python3 bootstrap.py start --facts node.json      what SkyPilot runs on each node: the guard first, then wait
-    python3 bootstrap.py bootstrap --facts node.json  what the guard starts: environment, data, `python -m tasks node`
+    python3 -I bootstrap.py start --facts node.json      what SkyPilot runs on a node: the guard first, then wait
+    python3 -I bootstrap.py bootstrap --facts node.json  what the guard starts: environment, data, `tasks node`
 
 One file for any python3 from 3.8 on, standard library only, since it runs before anything is installed. The guard is a
 process of its own that outlives SkyPilot's; whatever fails after it costs at most what is paid for. The environment
@@ -123,7 +123,8 @@ def node_environment(
         "SLM_NODE_DIR": node_dir,
         "SLM_NODE_MARK": mark,
         "SLM_NOTICE_FILE": os.path.join(node_dir, "notice.json"),
-        "PYTHONPATH": folder,
+        "PYTHONPATH": folder,  # where our code is found; the working folder is not, by the next line
+        "PYTHONSAFEPATH": "1",
     }
     if facts.get("credentials"):
         told["AWS_SHARED_CREDENTIALS_FILE"] = os.path.join(folder, facts["credentials"])
@@ -154,7 +155,7 @@ def guard_command(
         with contextlib.suppress(KeyError):
             words += ["--kill", killer.format_map(environ)]
     words += [word for source in facts["notice"] for word in ("--notice", source)]
-    bootstrap = [sys.executable, "-u", os.path.join(folder, "tasks", "node", "bootstrap.py"), "bootstrap"]
+    bootstrap = [sys.executable, "-I", "-u", os.path.join(folder, "tasks", "node", "bootstrap.py"), "bootstrap"]
     return [*words, "--", *bootstrap, "--facts", os.path.join(folder, "node.json")]
 
 
@@ -337,8 +338,8 @@ def install(place: str, lock_file: str, gpu: bool) -> None:
         tool = [uv, "pip", "install", "--quiet", "--python", python, "-c", lock_file]
     else:
         say(f"making {place} with pip")
-        run([sys.executable, "-m", "venv", place])
-        tool = [python, "-m", "pip", "install", "--quiet", "-c", lock_file]
+        run([sys.executable, "-I", "-m", "venv", place])
+        tool = [python, "-I", "-m", "pip", "install", "--quiet", "-c", lock_file]
     if gpu or not only_cpu(tool, uv is not None, wanted):
         run([*tool, *wanted])
     if gpu and FLASH in locked_versions(lock_file):

@@ -50,9 +50,11 @@ class ForkServer:
 
     def start(self) -> None:
         if SUPPORTED:
+            from tasks.own_module import own_module  # not above: the launcher is a script that knows no package
+
             # One BLAS thread: a fork takes only the thread that calls it along.
             environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "tasks.node.forkserver", "serve", str(self.socket_path), str(os.getpid())]
+            command = own_module("tasks.node.forkserver", "serve", str(self.socket_path), str(os.getpid()))
             # A group of its own: a SIGTERM to the node's is a notice, which the workers are to hear of by its file.
             self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, process_group=0)
 
@@ -251,6 +253,8 @@ def _become(request: dict[str, Any], streams: array.array[int], server_pid: int)
 def _run(argv: list[str]) -> None:
     import runpy
 
+    if argv[0] == "-P":  # as the server itself was started
+        argv = argv[1:]
     if argv[0] == "-m":
         sys.argv = argv[1:]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

@@ -32,6 +32,7 @@ from cost.errors import SlmError
 from tasks.node import forkserver
 from tasks.node.environment import EVENTS_FILE, NodeEnv, boottime, log_line
 from tasks.node.processes import Family, become_subreaper, make_temp_dir
+from tasks.own_module import SAFE_PATH, own_arguments
 from tasks.run_store_keys import EXIT_BROKEN, EXIT_BUG, EXIT_FINISHED, EXIT_NOTICE, EXIT_STOPPED
 from tasks.spec import RunSpec
 
@@ -252,7 +253,7 @@ class NodeProcesses:
     def _set_environment(self) -> None:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             del os.environ[name]
-        os.environ.update(RAY_SETTINGS)
+        os.environ.update({**RAY_SETTINGS, **SAFE_PATH})
         if ipaddress.ip_address(self.env.head_ip).is_loopback:
             # Ray otherwise turns a loopback address into the machine's own, where our head does not listen.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -407,7 +408,7 @@ class NodeProcesses:
 class Driver:
     """`python -m tasks pretrain`, forked where there is a fork server. What Ray prints in it goes to a file."""
 
-    ARGV = ("-m", "tasks", "pretrain")
+    ARGV = own_arguments("tasks", "pretrain")
 
     def __init__(self, forks: forkserver.ForkServer, log_path: Path) -> None:
         self._forks = forks

@@ -21,6 +21,7 @@ from pathlib import Path
 from tasks import run_store_keys as keys
 from tasks.data.store_data import SetUpError, fetch_data
 from tasks.node.environment import NodeEnv, log_line
+from tasks.own_module import own_module
 from tasks.run_store_keys import EXIT_BROKEN
 from tasks.spec import RunSpec
 from tasks.stores.opening import open_store
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         except (SetUpError, StoreError) as error:
             say(str(error))
             return EXIT_BROKEN
-        return run_node([sys.executable, "-m", "tasks", "node"])
+        return run_node(own_module("tasks", "node"))
 
 
 def spec_of(store: Store, lease_id: str) -> RunSpec:

@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     spec = RunSpec.load(env.spec_path)
     _end_with_node()
     stamps = [("begin", _stamp("SLM_NODE_STARTED")), ("ray", _stamp("SLM_RAY_STARTED")), ("driver", time.time())]
+    _enter_empty_folder(env)
     import ray
 
     ray.init(address=env.head_address, _node_ip_address=env.node_ip, log_to_driver=False, logging_level="ERROR")
@@ -116,6 +117,13 @@ def make_trainer(env: NodeEnv, spec: RunSpec, stamps: list[tuple[str, float]]) -
             callbacks=[Keeper(spec.max_workers, stamps)],
         ),
     )
+
+
+def _enter_empty_folder(env: NodeEnv) -> None:
+    """Ray puts its driver's working folder first on the import path of every worker: let nothing be found there."""
+    folder = env.node_dir / "driver"
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
 
 
 def _stamp(variable: str) -> float:

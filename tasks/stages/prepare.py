@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tasks.own_module import own_arguments
 from tasks.recipe.schema import Recipe
 from tasks.recipe.stages import StageOptions
 from tasks.run_store_keys import DATA, stage_folder
@@ -30,4 +31,4 @@ class Prepare:
     def command(self, place: Place | None, /) -> Sequence[str]:
         assert place is not None, "runs beside the supervisor only"
         arguments = ("--recipe-json", place.recipe_file, "--data-root", place.data_root)
-        return ("-m", "tasks", "prepare", *arguments)
+        return own_arguments("tasks", "prepare", *arguments)

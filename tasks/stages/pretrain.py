@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tasks.own_module import own_arguments
 from tasks.recipe.schema import Recipe
 from tasks.recipe.stages import StageOptions
 from tasks.run_store_keys import CHECKPOINTS, INCARNATIONS, METRICS, PROGRESS, RESULT, stage_folder
@@ -35,4 +36,4 @@ class Pretrain:
         return Needs(devices=True, workload=recipe.workload())
 
     def command(self, _place: Place | None, /) -> Sequence[str]:
-        return ("-m", "tasks", "pretrain")
+        return own_arguments("tasks", "pretrain")

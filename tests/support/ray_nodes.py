@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -20,11 +19,12 @@ import numpy as np
 import psutil
 
 from tasks.node.environment import boottime
+from tasks.own_module import own_module
 from tasks.recipe.schema import load_recipe
 from tasks.spec import RunSpec
+from tests.support.hostile_folder import write_hostile_modules
 from trainer.run_store.base import StoreKeyMissing, open_store
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = 1024
 LEASE = "lease-1"
 
@@ -98,6 +98,7 @@ class Nodes:
         """A fresh node of this rank, as a backend would start it."""
         shutil.rmtree(self.node_dir(rank), ignore_errors=True)
         self.node_dir(rank).mkdir()
+        write_hostile_modules(self.node_dir(rank))
         self.marks[rank] = f"{LEASE}-{rank}-{uuid.uuid4().hex[:8]}"
         self.starts += 1
         environ = {
@@ -118,9 +119,9 @@ class Nodes:
         }
         with self.log_path(rank).open("ab") as log:
             self.processes[rank] = subprocess.Popen(
-                [sys.executable, "-m", "tasks", "node"],
+                own_module("tasks", "node"),
                 env=environ,
-                cwd=REPOSITORY,
+                cwd=self.node_dir(rank),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -15,6 +15,7 @@ from cost.market.offers import Offer
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState
 from orchestrator.backends.local.client import MarketClient
 from orchestrator.backends.local.schedule import load, resolve
+from tasks.own_module import own_module
 
 TTL_SHARE_OF_LATENCY = 0.5
 """The provider's limit stands this share of the kill latency behind the first grant, so that the guard acts first."""
@@ -61,7 +62,7 @@ class LocalBackend:
         self._ttl = ttl
         self._ttl_seconds = ttl_seconds
         self._environment = dict(env or {})
-        drain = [python, "-m", "tasks", "drain", "--seconds", "{seconds}"]
+        drain = own_module("tasks", "drain", "--seconds", "{seconds}", python=python)
         self._on_notice = shlex.join(drain if on_notice is None else on_notice)
         self._period = guard_period_seconds
         self._client = MarketClient(home, python)

@@ -14,6 +14,7 @@ from orchestrator.backends.local.records import MarketBroken, State, load_state
 from orchestrator.backends.local.server import ADDRESS_FILE
 from orchestrator.backends.local.spawn import HOST, clean_environment
 from tasks import guard
+from tasks.own_module import own_module
 
 ANSWER_SECONDS = 5.0
 END_ANSWER_SECONDS = 25.0
@@ -85,7 +86,7 @@ class MarketClient:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / LOG_FILE).open("ab") as log:
                 self._process = subprocess.Popen(
-                    [self._python, "-P", "-m", "orchestrator.backends.local", "--dir", str(self.folder)],
+                    own_module("orchestrator.backends.local", "--dir", str(self.folder), python=self._python),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

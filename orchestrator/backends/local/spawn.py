@@ -14,6 +14,7 @@ from pathlib import Path
 from cost.errors import UserError
 from orchestrator.backends.local.records import Node
 from tasks import guard
+from tasks.own_module import SAFE_PATH
 from tasks.run_store_keys import SPEC
 from tasks.stores.opening import open_store
 from trainer.run_store.base import DirectoryStore
@@ -98,6 +99,7 @@ def environment_of(order: Order, node: Node, store: Path, head_port: int) -> dic
         "OMP_NUM_THREADS": "1",
         **clean_environment(),
         **guard.KEEP_ENVIRONMENT,
+        **SAFE_PATH,
         **order.environment,
         "TMPDIR": node.tmp_dir,
         "SLM_SPEC": str(store / SPEC),

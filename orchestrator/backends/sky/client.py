@@ -8,7 +8,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 from orchestrator.backends.base import BackendError, NoCapacity
 from orchestrator.backends.sky.errors import Trouble
+from tasks.own_module import own_module
 
-COMMAND = (sys.executable, "-m", "orchestrator.backends.sky.worker")
+COMMAND = own_module("orchestrator.backends.sky.worker")
 OnEvent = Callable[[Mapping[str, Any]], None]
 
 

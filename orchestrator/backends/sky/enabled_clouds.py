@@ -6,14 +6,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from tasks.own_module import own_module
+
 LONGEST_SECONDS = 30.0
 LONGEST_REASON = 200
-COMMAND = (sys.executable, "-m", "orchestrator.backends.sky.enabled_clouds_process")
+COMMAND = own_module("orchestrator.backends.sky.enabled_clouds_process")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ FACTS_FILE = "node.json"
 CREDENTIALS_FILE = "credentials"
 FIRST_PORT, NUM_PORTS = 21_000, 9_000
 """Below the ports that systems give out by themselves, and where no service has its home."""
-RUN = "exec python3 -u tasks/node/bootstrap.py start --facts node.json"
+RUN = "exec python3 -I -u tasks/node/bootstrap.py start --facts node.json"
 GUARD_PERIOD_SECONDS = 3.0
 DISK_GB = 100
 

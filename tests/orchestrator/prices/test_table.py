@@ -18,6 +18,7 @@ from orchestrator.prices import table as prices
 from orchestrator.prices.sources import skypilot as catalog
 from orchestrator.prices.table import Prices, Unread
 from orchestrator.settings import Home
+from tasks.own_module import own_module
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 H100 = Offer(
@@ -121,7 +122,7 @@ def written(path: Path, age: timedelta) -> None:
 
 def test_an_old_cache_is_refreshed_once_an_hour_at_most(home: Home, started: list[list[str]]) -> None:
     assert prices.refresh_when_stale(home, datetime.now(UTC), {})
-    assert started == [[sys.executable, "-m", "orchestrator.prices.sources.skypilot", str(home.offers)]]
+    assert started == [own_module("orchestrator.prices.sources.skypilot", str(home.offers))]
     assert not prices.refresh_when_stale(home, datetime.now(UTC), {})
     written(home.offers_attempt, timedelta(hours=2))
     written(home.offers, timedelta(hours=25))

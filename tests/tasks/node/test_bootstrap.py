@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from orchestrator.backends.sky.backend import staged
+from orchestrator.backends.sky.task import RUN
 from tasks import guard
 from tasks.data.store_data import SetUpError, fetch_data, offer_data
 from tasks.node import bootstrap as rented
@@ -23,6 +25,7 @@ from tasks.node import rented_node
 from tasks.recipe.schema import load_recipe
 from tasks.run_store_keys import DATA_LIST
 from tasks.spec import RunSpec
+from tests.support.hostile_folder import write_hostile_modules
 from trainer.run_store.base import DirectoryStore
 
 ENVIRON = {
@@ -79,6 +82,18 @@ def test_nodes_hear_where_credentials_lie_and_nothing_of_others_keys() -> None:
     assert told["AWS_SHARED_CREDENTIALS_FILE"] == "/code/credentials"
     assert "not-to-be-seen" not in told.values()
     assert not [name for name in told if name.startswith("RAY_")]
+
+
+def test_the_working_folder_of_a_node_is_on_no_import_path() -> None:
+    told = rented.node_environment(facts(), ENVIRON, "/n", "m", "/code")
+    assert (told["PYTHONPATH"], told["PYTHONSAFEPATH"]) == ("/code", "1")
+    words = rented.guard_command(facts(), ENVIRON, "/n", "m", "/code")
+    bootstrap = words[words.index("--") + 1 :]
+    assert bootstrap == [
+        *(sys.executable, "-I", "-u", "/code/tasks/node/bootstrap.py", "bootstrap"),
+        *("--facts", "/code/node.json"),
+    ]
+    assert Path(rented.__file__).match(bootstrap[3].removeprefix("/code/"))
 
 
 def test_a_killer_that_this_node_cannot_name_is_left_out() -> None:
@@ -147,7 +162,7 @@ def test_data_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 
 
 class Node:
-    """`rented.py start` as SkyPilot runs it, on this machine."""
+    """`bootstrap.py start` as SkyPilot runs it, on this machine."""
 
     def __init__(self, folder: Path, store: DirectoryStore, spec: RunSpec) -> None:
         self.store, self.folder = store, folder
@@ -180,8 +195,9 @@ class Node:
         }
         (folder / "tmp").mkdir()
         self.node_dir = folder / "tmp" / f"slm-{os.getuid()}" / "slm-1f2e3d-demo-1-1-0"
+        write_hostile_modules(self.node_dir)
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "tasks/node/bootstrap.py", "start", "--facts", "node.json"],
+            [sys.executable, *shlex.split(RUN.removeprefix("exec python3"))],
             cwd=self.work,
             env=environ,
             stdout=subprocess.PIPE,

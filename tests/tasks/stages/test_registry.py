@@ -38,4 +38,4 @@ def test_pre_training_keeps_its_checkpoints_at_the_top_of_the_run_store(tmp_path
 
 def test_the_preparation_is_told_where_its_recipe_and_its_data_are() -> None:
     command = stage_of(usual()[0]).command(Place("recipe.json", "data", "store"))
-    assert command == ("-m", "tasks", "prepare", "--recipe-json", "recipe.json", "--data-root", "data")
+    assert command == ("-P", "-m", "tasks", "prepare", "--recipe-json", "recipe.json", "--data-root", "data")
