@@ -112,7 +112,7 @@ def test_rejections_are_counted_by_reason() -> None:
 def test_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
     huge = demo("backend=sky", "model.width=65536", "model.hidden_size=262144", "model.num_layers=100")
     plan = planning.make_plan_for(huge, Prices((H100,), "test table"), budget_usd=Decimal(100))
-    with pytest.raises(UserError, match=r"needs [\d.]+ GiB per device at least.* H100-SXM.*\(1 offer\)\. Make"):
+    with pytest.raises(UserError, match=r"needs at least [\d.]+ GiB per device.* H100-SXM.*\(1 offer\)\. Make"):
         planning.winner(plan)
 
 
