@@ -16,7 +16,6 @@ import pytest
 
 from cost.errors import SlmError
 from cost.ledger.database import connect
-from cost.ledger.leases import Lease
 from cost.ledger.ledger import Ledger
 from cost.market.offers import load_reference_offers
 from orchestrator import cli
@@ -24,6 +23,7 @@ from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs, RunState
 from orchestrator.settings import Home
 from tasks.recipe.schema import load_recipe
+from tests.support.builders import make_lease
 from trainer.run_store.base import DirectoryStore
 
 COMMANDS = ("plan", "launch", "status", "logs", "stop", "resume", "ledger", "recipes", "prepare", "reconcile", "doctor")
@@ -87,15 +87,12 @@ def add_run(home: Home, *, name: str = "demo") -> str:
         cap_usd=Decimal(100),
     )
     run = runs.take_over(created.run_id)
-    lease = Lease(
+    lease = make_lease(
+        load_reference_offers().offers[0],
         lease_id=f"slm-abc123-{run.run_id}-1",
         run_id=run.run_id,
-        attempt=1,
-        offer=load_reference_offers().offers[0],
         num_nodes=2,
-        worst_usd_per_hour=Decimal(60),
-        first_grant_seconds=60.0,
-        kill_latency_seconds=0.0,
+        worst_usd_per_hour=60,
         epoch=run.epoch,
     )
     ledger = Ledger(db, run.run_id, epoch=run.epoch)

@@ -14,39 +14,26 @@ from typing import Any, Protocol
 import pytest
 
 from cost.ledger.leases import Lease
-from cost.market.offers import Offer
 from orchestrator.backends.base import Backend, LeasePhase, NoCapacity
+from tests.support.builders import make_lease, make_offer
 
 PRICE = Decimal("1.25")
-OFFER = Offer(
-    cloud="example",
-    region="here",
-    zone=None,
-    instance_type="node",
-    accelerator="H100",
-    gpus_per_node=1,
-    gpu_memory_gib=80.0,
-    spot=True,
-    usd_per_hour=PRICE,
-    on_demand_usd_per_hour=Decimal("2.50"),
-    as_of="2026-11-01",
-    source="test",
+OFFER = make_offer(
+    cloud="example", accelerator="H100", usd_per_hour=PRICE, on_demand_usd_per_hour="2.50", as_of="2026-11-01"
 )
 
 
 def lease_of(
     name: str = "slm-test-1", *, num_nodes: int = 2, first_grant_seconds: float = 30.0, run_id: str = "test"
 ) -> Lease:
-    return Lease(
+    return make_lease(
+        OFFER,
         lease_id=name,
         run_id=run_id,
-        attempt=1,
-        offer=OFFER,
         num_nodes=num_nodes,
         worst_usd_per_hour=PRICE,
         first_grant_seconds=first_grant_seconds,
         kill_latency_seconds=2.0,
-        epoch=1,
     )
 
 

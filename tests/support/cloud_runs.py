@@ -8,13 +8,13 @@ from decimal import Decimal
 from typing import Any
 
 from cost.ledger.database import connect
-from cost.ledger.leases import Lease
 from cost.ledger.ledger import Ledger
 from cost.market.offers import Offer
 from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs
 from orchestrator.settings import Home
 from tasks.recipe.schema import Recipe, load_recipe
+from tests.support.builders import make_lease
 from trainer.run_store.base import DirectoryStore
 
 HOUR_MS = 3_600_000
@@ -49,7 +49,15 @@ def ran_on(
     now, lease_id = START_MS, ""
     for attempt, outcome in enumerate(outcomes, start=1):
         lease_id = f"slm-abc123-{run.run_id}-{attempt}"
-        lease = Lease(lease_id, run.run_id, attempt, offer, num_nodes, offer.usd_per_hour, 60.0, 0.0, run.epoch)
+        lease = make_lease(
+            offer,
+            lease_id=lease_id,
+            run_id=run.run_id,
+            attempt=attempt,
+            num_nodes=num_nodes,
+            worst_usd_per_hour=offer.usd_per_hour,
+            epoch=run.epoch,
+        )
         end = now + hours_each * HOUR_MS
         ledger.reserve(lease, expires_ms=end, latency_ms=0, at_ms=now)
         ledger.settle(lease_id, ended_ms=end, at_ms=end, outcome=outcome)

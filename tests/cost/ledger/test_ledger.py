@@ -19,39 +19,32 @@ from cost.ledger.database import MIGRATIONS, DatabaseError, connect, migrate, sp
 from cost.ledger.leases import Lease
 from cost.ledger.ledger import EntryKind, Fenced, Ledger, replay
 from cost.market.offers import Offer
+from tests.support.builders import make_lease, make_offer
 
 HOUR_MS = 3_600_000
 START_MS = 1_800_000_000_000
 
 
 def an_offer(usd_per_hour: str = "1.00", region: str = "eu-north1") -> Offer:
-    return Offer(
+    return make_offer(
         cloud="nebius",
         region=region,
-        zone=None,
         instance_type="gpu-h100",
-        accelerator="H100-SXM",
-        gpus_per_node=1,
-        gpu_memory_gib=80.0,
-        spot=True,
-        usd_per_hour=Decimal(usd_per_hour),
-        on_demand_usd_per_hour=Decimal("2.95"),
+        usd_per_hour=usd_per_hour,
+        on_demand_usd_per_hour="2.95",
         as_of="2026-05-08",
-        source="test",
     )
 
 
 def a_lease(attempt: int = 1, *, nodes: int = 2, price: str = "1.00", worst: str | None = None) -> Lease:
-    return Lease(
+    return make_lease(
+        an_offer(price),
         lease_id=f"slm-abc123-run-1-{attempt}",
         run_id="run-1",
         attempt=attempt,
-        offer=an_offer(price),
         num_nodes=nodes,
-        worst_usd_per_hour=Decimal(worst or price),
-        first_grant_seconds=60.0,
+        worst_usd_per_hour=worst or price,
         kill_latency_seconds=5.0,
-        epoch=1,
     )
 
 

@@ -22,22 +22,18 @@ from cost.ledger.recovery import (
     same_market,
 )
 from cost.market.offers import Offer
+from tests.support.builders import make_offer
 
 
 def offer(region: str) -> Offer:
-    return Offer(
+    return make_offer(
         cloud="gcp",
         region=region,
-        zone=None,
         instance_type=None,
         accelerator="L4",
-        gpus_per_node=1,
         gpu_memory_gib=24.0,
-        spot=True,
-        usd_per_hour=Decimal("0.30"),
-        on_demand_usd_per_hour=None,
+        usd_per_hour="0.30",
         as_of="",
-        source="test",
     )
 
 

@@ -17,11 +17,20 @@ from cost.market.preemption import (
     prior,
     save_at_notice,
 )
+from tests.support.builders import make_offer
 
 
 def offer(*, cloud: str = "aws", accelerator: str = "V100", gpus: int = 1, spot: bool = True) -> Offer:
     price = Decimal(1)
-    return Offer(cloud, "here", None, None, accelerator, gpus, 16.0, spot, price, None, "2026-07-20", "test")
+    return make_offer(
+        cloud=cloud,
+        instance_type=None,
+        accelerator=accelerator,
+        gpus_per_node=gpus,
+        gpu_memory_gib=16.0,
+        spot=spot,
+        usd_per_hour=price,
+    )
 
 
 def test_young_and_daly_by_hand() -> None:

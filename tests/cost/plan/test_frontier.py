@@ -12,13 +12,16 @@ from cost.market.offers import Offer, load_reference_offers
 from cost.outcome.scaling_law import law_for
 from cost.plan.frontier import choose_model, frontier, ladder, model_shape, undominated
 from cost.plan.planner import Market
+from tests.support.builders import make_offer
 
 OFFERS = load_reference_offers().offers
 FEW = tuple(offer for offer in OFFERS if offer.cloud in ("verda", "nebius"))
 
 
 def offer(price: str, *, region: str = "here", accelerator: str = "H100-SXM", spot: bool = True) -> Offer:
-    return Offer("verda", region, None, "x", accelerator, 1, 80.0, spot, Decimal(price), None, "2026-07-20", "test")
+    return make_offer(
+        cloud="verda", region=region, instance_type="x", accelerator=accelerator, spot=spot, usd_per_hour=price
+    )
 
 
 @pytest.mark.parametrize("size", [1e8, 3e8, 1.1e9, 3e9])

@@ -15,6 +15,7 @@ from cost.performance.throughput import default_calibration
 from cost.performance.workload import Workload
 from cost.plan.bill import make_bill, rhythm, worst_usd_per_hour
 from cost.plan.planner import Emulation, Market, Plan, make_plan
+from tests.support.builders import make_offer
 
 HUNDRED = Decimal(100)
 
@@ -31,8 +32,16 @@ def offer(
     on_demand: str | None = None,
 ) -> Offer:
     usual = None if on_demand is None else Decimal(on_demand)
-    return Offer(
-        cloud, region, None, "type", accelerator, gpus, memory, spot, Decimal(price), usual, "2026-07-20", "test"
+    return make_offer(
+        cloud=cloud,
+        region=region,
+        instance_type="type",
+        accelerator=accelerator,
+        gpus_per_node=gpus,
+        gpu_memory_gib=memory,
+        spot=spot,
+        usd_per_hour=price,
+        on_demand_usd_per_hour=usual,
     )
 
 

@@ -6,12 +6,12 @@ from decimal import Decimal
 
 import pytest
 
-from cost.market.offers import Offer
 from cost.market.preemption import Hazard, Hazards
 from cost.plan.frontier import model_shape
 from cost.plan.planner import Estimate, Market, make_plan
 from cost.plan.policy import Traces
 from cost.plan.simulate import simulate
+from tests.support.builders import make_offer
 
 NEVER = Hazard(0, 1.0, "never")
 WORK = model_shape(2e8, tokens_per_param=20)
@@ -19,7 +19,7 @@ WORK = model_shape(2e8, tokens_per_param=20)
 
 def estimate(rate: float, *, on_demand: str | None = "3", spot: bool = True) -> Estimate:
     usual = None if on_demand is None else Decimal(on_demand)
-    offer = Offer("verda", "here", None, "x", "H100-SXM", 1, 80.0, spot, Decimal(1), usual, "2026-07-20", "test")
+    offer = make_offer(cloud="verda", instance_type="x", spot=spot, on_demand_usd_per_hour=usual)
     market = Market(hazards=Hazards(fixed_per_node_hour=rate))
     best = make_plan(WORK, [offer], budget_usd=Decimal(100), market=market).best
     assert best is not None

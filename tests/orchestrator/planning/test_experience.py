@@ -20,21 +20,17 @@ from orchestrator.planning.recipe_plan import Planned
 from orchestrator.prices.table import Prices
 from orchestrator.settings import Home
 from tasks.recipe.schema import Recipe, load_recipe
+from tests.support.builders import make_offer
 from tests.support.cloud_runs import SPEED, ran_on
 
-SPOT = Offer(
-    cloud="aws",
+SPOT = make_offer(
     region="us-east-2",
     zone="us-east-2b",
     instance_type="p5",
-    accelerator="H100-SXM",
     gpus_per_node=8,
-    gpu_memory_gib=80.0,
-    spot=True,
-    usd_per_hour=Decimal(8),
-    on_demand_usd_per_hour=Decimal(32),
+    usd_per_hour=8,
+    on_demand_usd_per_hour=32,
     as_of="2026-11-13",
-    source="test",
 )
 ON_DEMAND = replace(SPOT, spot=False, usd_per_hour=Decimal(32))
 

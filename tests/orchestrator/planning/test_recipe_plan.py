@@ -10,24 +10,20 @@ from pathlib import Path
 import pytest
 
 from cost.errors import UserError
-from cost.market.offers import Offer
 from orchestrator.planning import recipe_plan as planning
 from orchestrator.prices.table import Prices, current_prices
 from tasks.recipe.schema import Recipe, load_recipe
+from tests.support.builders import make_offer
 
-H100 = Offer(
+H100 = make_offer(
     cloud="lambda",
     region="us-east-1",
-    zone=None,
     instance_type="gpu_8x_h100",
-    accelerator="H100-SXM",
     gpus_per_node=8,
-    gpu_memory_gib=80.0,
     spot=False,
-    usd_per_hour=Decimal(24),
-    on_demand_usd_per_hour=Decimal(24),
+    usd_per_hour=24,
+    on_demand_usd_per_hour=24,
     as_of="2026-07-30",
-    source="test",
 )
 CHEAP = replace(H100, cloud="aws", spot=True, usd_per_hour=Decimal(8), as_of=">=2026-02-18 (seen later too)")
 OLD_CARD = replace(H100, cloud="gcp", accelerator="V100", gpu_memory_gib=16.0, as_of="undated; late 2025")

@@ -13,27 +13,23 @@ from typing import Any
 
 import pytest
 
-from cost.market.offers import Offer, Quotes, Skipped
+from cost.market.offers import Quotes, Skipped
 from orchestrator.prices import table as prices
 from orchestrator.prices.sources import skypilot as catalog
 from orchestrator.prices.table import Prices, Unread
 from orchestrator.settings import Home
 from tasks.own_module import own_module
+from tests.support.builders import make_offer
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
-H100 = Offer(
+H100 = make_offer(
     cloud="lambda",
     region="us-east-1",
-    zone=None,
     instance_type="gpu_8x_h100",
-    accelerator="H100-SXM",
     gpus_per_node=8,
-    gpu_memory_gib=80.0,
-    spot=True,
-    usd_per_hour=Decimal("8.123456"),
-    on_demand_usd_per_hour=Decimal("24.10"),
+    usd_per_hour="8.123456",
+    on_demand_usd_per_hour="24.10",
     as_of="2026-11-22",
-    source="test",
 )
 CACHED = Prices(
     (H100, replace(H100, cloud="aws", spot=False, on_demand_usd_per_hour=None)),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from cost.ledger.accounts import LeaseAccount
-from cost.ledger.leases import Lease
 from cost.market.offers import load_reference_offers
 from orchestrator.runs.goodput import goodput, kept_seconds
+from tests.support.builders import make_lease
 from trainer.run_store.base import DirectoryStore
 
 
@@ -26,16 +25,14 @@ def store(tmp_path: Path) -> DirectoryStore:
 
 
 def account(number: int, *, billed_seconds: int) -> LeaseAccount:
-    lease = Lease(
+    lease = make_lease(
+        load_reference_offers().offers[0],
         lease_id=f"lease-{number}",
-        run_id="demo-1",
         attempt=number,
-        offer=load_reference_offers().offers[0],
         num_nodes=2,
-        worst_usd_per_hour=Decimal(1),
+        worst_usd_per_hour=1,
         first_grant_seconds=1.0,
         kill_latency_seconds=1.0,
-        epoch=1,
     )
     return LeaseAccount(
         lease=lease,

@@ -20,11 +20,11 @@ from cost.ledger.database import connect
 from cost.ledger.journal import JournalDamaged
 from cost.ledger.leases import Lease
 from cost.ledger.ledger import Fenced, Ledger, replay
-from cost.market.offers import Offer
 from orchestrator.runs.journal import StoreJournal, enter, recover
 from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs
 from tasks.run_store_keys import ledger_record
+from tests.support.builders import make_lease, make_offer
 from trainer.run_store.base import DirectoryStore, StoreError
 
 HOUR_MS = 3_600_000
@@ -82,30 +82,21 @@ def desktop(tmp_path: Path, store: FlakyStore) -> Machine:
 
 
 def a_lease(attempt: int = 1, *, nodes: int = 1, price: str = "1.00", **more: Any) -> Lease:
-    offer = Offer(
+    offer = make_offer(
         cloud="nebius",
         region="eu-north1",
-        zone=None,
         instance_type="gpu-h100",
-        accelerator="H100-SXM",
-        gpus_per_node=1,
-        gpu_memory_gib=80.0,
-        spot=True,
-        usd_per_hour=Decimal(price),
-        on_demand_usd_per_hour=Decimal("2.95"),
+        usd_per_hour=price,
+        on_demand_usd_per_hour="2.95",
         as_of="2026-05-08",
-        source="test",
     )
-    return Lease(
+    return make_lease(
+        offer,
         lease_id=f"slm-aaaaaa-tiny-1-{attempt}",
         run_id="tiny-1",
         attempt=attempt,
-        offer=offer,
         num_nodes=nodes,
-        worst_usd_per_hour=Decimal(price),
-        first_grant_seconds=60.0,
-        kill_latency_seconds=0.0,
-        epoch=1,
+        worst_usd_per_hour=price,
         **more,
     )
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from cost.ledger.database import connect
-from cost.ledger.leases import Lease
 from cost.ledger.ledger import Ledger
 from cost.market.offers import load_reference_offers
 from orchestrator import cli
@@ -35,6 +34,7 @@ from orchestrator.views import runs as render
 from orchestrator.views import upkeep as render_upkeep
 from tasks.recipe.schema import load_recipe
 from tests.orchestrator.upkeep.test_inventory import a_cloud
+from tests.support.builders import make_lease
 from tests.support.cloud_runs import ran_on
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "json.md"
@@ -133,15 +133,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
         cap_usd=Decimal(100),
     )
     run = runs.take_over(created.run_id)
-    lease = Lease(
+    lease = make_lease(
+        next(offer for offer in offers if offer.cloud == "lambda"),
         lease_id=f"slm-abc123-{run.run_id}-1",
         run_id=run.run_id,
-        attempt=1,
-        offer=next(offer for offer in offers if offer.cloud == "lambda"),  # an open lease on AWS is looked for there
         num_nodes=2,
-        worst_usd_per_hour=Decimal(60),
-        first_grant_seconds=60.0,
-        kill_latency_seconds=0.0,
+        worst_usd_per_hour=60,
         epoch=run.epoch,
     )
     ledger = Ledger(db, run.run_id, epoch=run.epoch)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cost.market.offers import Offer
 from cost.market.preemption import Sighting
 from cost.plan.planner import Plan
 from cost.plan.plans import Chance, known_loss
@@ -25,22 +24,18 @@ from orchestrator.views import plan as render_plan
 from orchestrator.views import runs as render
 from orchestrator.views.facts import plan as plan_facts
 from tasks.recipe.schema import load_recipe
+from tests.support.builders import make_offer
 from tests.support.cloud_runs import ran_on
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
-SPOT = Offer(
-    cloud="aws",
+SPOT = make_offer(
     region="us-east-2",
     zone="us-east-2b",
     instance_type="p5.48xlarge",
-    accelerator="H100-SXM",
     gpus_per_node=8,
-    gpu_memory_gib=80.0,
-    spot=True,
-    usd_per_hour=Decimal(8),
-    on_demand_usd_per_hour=Decimal(32),
+    usd_per_hour=8,
+    on_demand_usd_per_hour=32,
     as_of="2026-11-13",
-    source="test",
 )
 ON_DEMAND = replace(SPOT, spot=False, usd_per_hour=Decimal(32))
 UNDATED = replace(SPOT, cloud="vast", region="any", zone=None, as_of="undated", usd_per_hour=Decimal(4))

@@ -15,13 +15,12 @@ import pytest
 from rich.console import Console
 
 from cost.ledger.accounts import LeaseAccount
-from cost.ledger.leases import Lease
 from cost.ledger.ledger import Balance, EntryKind, LedgerEntry
-from cost.market.offers import Offer
 from orchestrator.runs.records import RunState
 from orchestrator.runs.status import LedgerView, RunStatus, RunSummary
 from orchestrator.views import runs as render
 from tasks.recipe.schema import RecipeSummary
+from tests.support.builders import make_lease, make_offer
 
 RUNNING = RunStatus(
     run_id="demo-1",
@@ -177,33 +176,10 @@ def test_a_stopped_run_says_where() -> None:
 
 # ---------------------------------------------------------------- books
 
-OFFER = Offer(
-    cloud="aws",
-    region="us-east-2",
-    zone=None,
-    instance_type="p5",
-    accelerator="H100-SXM",
-    gpus_per_node=8,
-    gpu_memory_gib=80.0,
-    spot=True,
-    usd_per_hour=Decimal(8),
-    on_demand_usd_per_hour=None,
-    as_of="2026-07-30",
-    source="test",
-)
+OFFER = make_offer(region="us-east-2", instance_type="p5", gpus_per_node=8, usd_per_hour=8, as_of="2026-07-30")
 LEASE_ID = "slm-abc123-demo-1-1"
 ACCOUNT = LeaseAccount(
-    lease=Lease(
-        lease_id=LEASE_ID,
-        run_id="demo-1",
-        attempt=1,
-        offer=OFFER,
-        num_nodes=2,
-        worst_usd_per_hour=Decimal(8),
-        first_grant_seconds=60.0,
-        kill_latency_seconds=5.0,
-        epoch=1,
-    ),
+    lease=make_lease(OFFER, lease_id=LEASE_ID, num_nodes=2, worst_usd_per_hour=8, kill_latency_seconds=5.0),
     state="settled",
     num_nodes=0,
     price_micro_usd=8_000_000,
