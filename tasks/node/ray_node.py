@@ -1,8 +1,8 @@
 """The `node` task: our own Ray on every node of a lease, and on node 0 the driver. Also the `drain` task.
 
-Rank 0 starts Ray's head and runs `python -m tasks pretrain` against it; other ranks join it and stay until it ends.
-Exit codes: those of `tasks.run_store_keys`; of other ranks than 0 EXIT_FINISHED after a notice took the node, else
-EXIT_BROKEN. SIGTERM is a notice too.
+Rank 0 starts Ray's head and runs the program of the lease's stage against it, such as `python -m tasks pretrain`; other
+ranks join it and stay until it ends. Exit codes: those of `tasks.run_store_keys`; of other ranks than 0 EXIT_FINISHED
+after a notice took the node, else EXIT_BROKEN. SIGTERM is a notice too.
 
 Invariants: many such nodes and foreign Ray clusters live on one machine. Every address and port is explicit or free,
 Ray's files are in a temp dir of the node's own, no Ray variable of the caller's environment is obeyed, and only
@@ -32,9 +32,10 @@ from cost.errors import SlmError
 from tasks.node import forkserver
 from tasks.node.environment import EVENTS_FILE, NodeEnv, boottime, log_line
 from tasks.node.processes import Family, become_subreaper, make_temp_dir
-from tasks.own_module import SAFE_PATH, own_arguments
+from tasks.own_module import SAFE_PATH
 from tasks.run_store_keys import EXIT_BROKEN, EXIT_BUG, EXIT_FINISHED, EXIT_NOTICE, EXIT_STOPPED
 from tasks.spec import RunSpec
+from tasks.stages.registry import stage_of
 
 NODE_RESOURCE = "slm_node"
 """One unit per training worker that a node may hold."""
@@ -231,7 +232,7 @@ class NodeProcesses:
         self._announce()
         self.may_train = True
         if self.env.is_head:
-            return self._run_driver()
+            return self._run_driver(spec)
         return self._stay()
 
     def on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
@@ -328,9 +329,9 @@ class NodeProcesses:
     def _put(self, key: bytes, value: str) -> None:
         self.ray_node.get_gcs_client().internal_kv_put(key, value.encode(), True, KV_NAMESPACE)
 
-    def _run_driver(self) -> int:
-        """Run the driver until it, or Ray under it, ends."""
-        driver = Driver(self.forks, self.env.node_dir / "driver.log")
+    def _run_driver(self, spec: RunSpec) -> int:
+        """Run the program of the stage until it, or Ray under it, ends."""
+        driver = Driver(stage_of(spec.stage).command(None), self.forks, self.env.node_dir / "driver.log")
         driver.start()
         while (code := driver.poll()) is None:
             gone = self._dead_ray_process()
@@ -406,11 +407,10 @@ class NodeProcesses:
 
 
 class Driver:
-    """`python -m tasks pretrain`, forked where there is a fork server. What Ray prints in it goes to a file."""
+    """The program of the lease's stage, forked where there is a fork server. What Ray prints in it goes to a file."""
 
-    ARGV = own_arguments("tasks", "pretrain")
-
-    def __init__(self, forks: forkserver.ForkServer, log_path: Path) -> None:
+    def __init__(self, arguments: Sequence[str], forks: forkserver.ForkServer, log_path: Path) -> None:
+        self._arguments = list(arguments)
         self._forks = forks
         self._log_path = log_path
         self._report: socket.socket | None = None
@@ -422,10 +422,10 @@ class Driver:
             if self._forks.wait_ready(WARM_SECONDS):
                 with contextlib.suppress(OSError):
                     path = self._forks.socket_path
-                    self._report = forkserver.run_forked(path, list(self.ARGV), environ, log.fileno())
+                    self._report = forkserver.run_forked(path, self._arguments, environ, log.fileno())
                     self._report.setblocking(False)
                     return
-            command = [sys.executable, *self.ARGV]
+            command = [sys.executable, *self._arguments]
             self._process = subprocess.Popen(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )

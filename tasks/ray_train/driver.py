@@ -6,6 +6,7 @@ Exit codes as in tasks.run_store_keys. Ray's own checkpoints are not used: the r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -18,6 +19,10 @@ from tasks.node.environment import NodeEnv
 from tasks.node.ray_node import NODE_RESOURCE
 from tasks.run_store_keys import EXIT_BROKEN, EXIT_BUG, EXIT_FINISHED, EXIT_STOPPED
 from tasks.spec import RunSpec
+from tasks.stages.manifest import finish
+from tasks.stages.registry import stage_of, store_of_stage
+from tasks.stores.opening import open_store
+from trainer.run_store.base import StoreError
 
 JOIN_SECONDS = 60.0
 """How long all nodes of the lease are waited for; then training begins with those that are there."""
@@ -49,7 +54,6 @@ def run(env: NodeEnv, spec: RunSpec, stamps: list[tuple[str, float]]) -> int:
     from ray.train import TrainingFailedError
 
     from tasks.ray_train.elastic import install_coordinator, read_failures, repeated_failure
-    from tasks.stores.opening import open_store
 
     coordinator = install_coordinator()
     stamps.append(("imports", time.time()))
@@ -59,11 +63,14 @@ def run(env: NodeEnv, spec: RunSpec, stamps: list[tuple[str, float]]) -> int:
         result = make_trainer(env, spec, stamps).fit()
     except TrainingFailedError as error:
         env.say(f"training ended: {str(error).strip().splitlines()[-1][:500]}")
-        failures = read_failures(open_store(env.store_uri, create=False))
+        failures = read_failures(store_of_stage(open_store(env.store_uri, create=False), stage_of(spec.stage)))
         return EXIT_BUG if repeated_failure(failures, env.lease_id) else EXIT_BROKEN
     del coordinator
     end = result.return_value
     env.say(f"{end['outcome']} at step {end['step']}")
+    if end["outcome"] == "finished":
+        with contextlib.suppress(StoreError):  # the exit code says it too, to a supervisor that is there to hear it
+            finish(open_store(env.store_uri, create=False), spec, {"step": end["step"]})
     return {"finished": EXIT_FINISHED, "stopped": EXIT_STOPPED}.get(end["outcome"], EXIT_BROKEN)
 
 
@@ -114,7 +121,7 @@ def make_trainer(env: NodeEnv, spec: RunSpec, stamps: list[tuple[str, float]]) -
             name=env.lease_id,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1),
-            callbacks=[Keeper(spec.max_workers, stamps)],
+            callbacks=[Keeper(spec, stamps)],
         ),
     )
 

@@ -24,6 +24,8 @@ from tasks import run_store_keys as keys
 from tasks.node.environment import NodeEnv
 from tasks.node.ray_node import KV_NAMESPACE, KV_READY, NODE_RESOURCE, reachable
 from tasks.ray_train.workers import Regroup, ask, first_line, newest_epoch, receive
+from tasks.spec import RunSpec
+from tasks.stages.registry import stage_of, store_of_stage
 from tasks.stores.opening import open_store
 from trainer.run_store.base import Store, StoreKeyMissing
 
@@ -140,8 +142,9 @@ class Progress:
 class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Made by the driver, lives in the controller's process. Ray calls its hooks in the controller's thread."""
 
-    def __init__(self, max_workers: int, stamps: list[tuple[str, float]]) -> None:
-        self._max_workers = max_workers
+    def __init__(self, spec: RunSpec, stamps: list[tuple[str, float]]) -> None:
+        self._spec = spec
+        self._max_workers = spec.max_workers
         self._stamps = stamps
         self._reason = "start"
         self._number = 0
@@ -154,7 +157,7 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
         self._env = NodeEnv.from_environ()
-        self._store = open_store(self._env.store_uri, create=False)
+        self._store = store_of_stage(open_store(self._env.store_uri, create=False), stage_of(self._spec.stage))
         threading.Thread(target=self._watch, name="slm-keeper", daemon=True).start()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:

@@ -29,6 +29,7 @@ from tasks.node.environment import NodeEnv, boottime
 from tasks.node.notice import plan
 from tasks.ray_train.compile_cache import CompileCache
 from tasks.spec import RunSpec
+from tasks.stages.registry import stage_of, store_of_stage
 from tasks.stores.opening import open_store
 from trainer.checkpoints.lineage import Superseded
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
@@ -80,7 +81,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     phases = Phases(dict(ASKED.group))
     env = NodeEnv.from_environ()
     spec = RunSpec.from_bytes(config["spec"].encode())
-    store = open_store(env.store_uri, create=False)
+    run_store = open_store(env.store_uri, create=False)
+    store = store_of_stage(run_store, stage_of(spec.stage))
     step = StepCounter()
     try:
         from trainer.loop import train
@@ -90,12 +92,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         phases.mark("fabric")
         if fabric.global_rank == 0:
             env.say(f"attention: {attention_of(fabric, spec)}")
-        signals = NodeSignals(env, store, fabric.global_rank, step)
+        signals = NodeSignals(env, run_store, store, fabric.global_rank, step)
         writes = fabric.global_rank == 0
         train_config = spec.train_config()
         compiled = None
         if train_config.compile:
-            compiled = CompileCache(store, env.node_dir / f"compiled-{fabric.local_rank}")
+            compiled = CompileCache(run_store, env.node_dir / f"compiled-{fabric.local_rank}")
             phases.mark("compile_cache")
         start_seconds = phases.seconds()
 
@@ -242,11 +244,12 @@ class StepCounter:
 class NodeSignals:
     """What this worker knows of the outside: its node's notice, the controller's wish, the supervisor's command."""
 
-    def __init__(self, env: NodeEnv, store: Store, global_rank: int, step: StepCounter) -> None:
+    def __init__(self, env: NodeEnv, run_store: Store, stage_store: Store, global_rank: int, step: StepCounter) -> None:
         self.why = NOTHING
         self.reason = ""
         self._env = env
-        self._store = store
+        self._run_store = run_store
+        self._stage_store = stage_store
         self._reads_control = global_rank == 0
         self._step = step
         self._next_control = 0.0
@@ -301,7 +304,7 @@ class NodeSignals:
     def _save_seconds(self) -> float:
         """What the newest save took, by rank 0's account, whichever group it was of; 0 where nobody knows."""
         try:
-            return float(json.loads(self._store.read(keys.PROGRESS))["checkpoint_save_seconds"])
+            return float(json.loads(self._stage_store.read(keys.PROGRESS))["checkpoint_save_seconds"])
         except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
             return 0.0
 
@@ -313,7 +316,7 @@ class NodeSignals:
     def _obey(self) -> bool:
         """Read the supervisor's newest command; whether it is a new wish for a checkpoint."""
         try:
-            facts = json.loads(self._store.read(keys.control(self._env.lease_id)))
+            facts = json.loads(self._run_store.read(keys.control(self._env.lease_id)))
             command, number = facts["command"], int(facts["number"])
         except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
             return False  # none yet; a store that is lost says so when the next checkpoint fails

@@ -13,6 +13,7 @@ from tasks.node.environment import NodeEnv
 from tasks.ray_train import elastic
 from tasks.ray_train.elastic import GaveUp, Keeper, Progress, read_failures, repeated_failure
 from tests.tasks.node.test_ray_node_parts import environ
+from tests.tasks.test_spec import make_spec
 from trainer.run_store.base import Store, open_store
 
 
@@ -47,7 +48,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def keeper(tmp_path: Path, store: Store) -> Keeper:
     (tmp_path / "node").mkdir()
-    keeper = Keeper(max_workers=2, stamps=[])
+    keeper = Keeper(make_spec(max_workers=2), stamps=[])
     keeper._env = NodeEnv.from_environ(environ(tmp_path))
     keeper._store = store
     return keeper

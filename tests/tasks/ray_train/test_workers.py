@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> Store:
 def signals_of(tmp_path: Path, store: Store, *, node: int = 1, rank: int = 0) -> NodeSignals:
     (tmp_path / "node").mkdir(exist_ok=True)
     env = NodeEnv.from_environ(environ(tmp_path, SLM_RANK=str(node)))
-    return NodeSignals(env, store, rank, StepCounter())
+    return NodeSignals(env, store, store, rank, StepCounter())
 
 
 def said(tmp_path: Path) -> str:
