@@ -50,6 +50,20 @@ def test_nothing_is_documented_that_is_not_a_dependency() -> None:
     assert names - set().union(*declared().values()) == set()
 
 
+def test_what_is_only_compared_with_is_pinned_in_bench_and_no_dependency() -> None:
+    folder = ROOT / "bench" / "peers"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    torch = re.search(r"^torch==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert torch is not None and f"pip install {torch[0]}" in readme
+    files = sorted(folder.glob("*.txt"))
+    assert {path.stem for path in files} == {"lm-eval", "trl", "datatrove", "datasketch"}
+    for path in files:
+        assert f"| `{path.name}` |" in readme
+        for requirement in path.read_text(encoding="utf-8").split():
+            assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.]+", requirement), f"{path}: {requirement}"
+        assert path.stem not in set().union(*declared().values())
+
+
 def test_a_distribution_is_documented_once() -> None:
     names = [name for names in documented().values() for name in names]
     assert sorted(names) == sorted(set(names))

@@ -14,7 +14,7 @@ from orchestrator.settings import DISTRIBUTION
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOLDERS = ("orchestrator", "tasks", "trainer", "cost", "bench", "docs", "tests")
-HINT = re.compile(r"pip install (?:-c \S+ |-\S+ )*+'?(?P<name>[A-Za-z][\w.-]*)(?:\[(?P<extras>[\w,]+)\])?")
+HINT = re.compile(r"pip install (?:-[cr] \S+\s?|-\S+ )*+'?(?P<name>[A-Za-z][\w.-]*)(?:\[(?P<extras>[\w,]+)\])?")
 OURS = re.compile(r"(?<![\w.-])(?P<name>slm[\w-]*)\[(?P<extras>[a-z]+(?:,[a-z]+)*)\]")
 
 
