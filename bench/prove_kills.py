@@ -35,7 +35,7 @@ COMMAND = (
 REPAIR_SECONDS = 240.0
 FIND_SECONDS = 60.0
 GRANT_SECONDS = 90.0
-"""Longer than any grant, its killers and the market's own end take together."""
+"""Longer than any grant, its terminators and the market's own end take together."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Writes docs/providers.md from cost/data: what ends a node on each cloud when nobody is left to.
+"""Writes docs/providers.md from cost/data: what ends a node on each cloud when no supervisor is left.
 
 python -m bench.providers_page [--out docs/providers.md]
 """
@@ -10,36 +10,38 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cost.market.providers import KillerKind, Provider, providers, refusal
+from cost.market.providers import Provider, TerminatorKind, providers, refusal
 from orchestrator.figures import duration
 
 NONE = "-"
 HEADS = (
     "cloud",
-    "ends a node without us",
-    "slowest that needs no guest",
+    "terminators",
+    "kill latency when the guest hangs",
     "time limit",
-    "window",
-    "guest's power-off ends billing",
+    "unguarded window",
+    "power-off from inside ends billing",
 )
 ABOUT = (
-    "Made by `python -m bench.providers_page` from `cost/data/providers.csv` and `cost/data/killers.csv`, where each "
-    "value has its source; one without a source says that it is assumed. Whoever rents arms these killers; what no "
-    "backend of ours arms yet, a limit on Azure, does not count in a plan, which leaves it out "
-    "([clouds.md](clouds.md))."
+    "Made by `python -m bench.providers_page` from `cost/data/providers.csv` and `cost/data/terminators.csv`, where "
+    "each value has its source; a value without one says that it is assumed. A terminator is a means of ending a node "
+    "without the supervisor. The backend that rents a node arms its terminators. One that no backend arms yet, the "
+    "limit on Azure, does not count in a plan, which skips that cloud ([clouds.md](clouds.md))."
 )
 KINDS = (
-    "A cloud needs killers of two kinds, one of which works with the guest hung: our guard (guest), a power-off that "
-    "the guest's own init has scheduled (kernel), a time limit at the provider's (provider), or a prepaid account that "
-    "runs empty (balance). SkyPilot's autodown runs on the head node and counts for nothing."
+    "A cloud needs two kinds of terminators, one of which works when the node's operating system (the guest) hangs: "
+    "our guard (guest), a power-off that the guest's own init has scheduled (kernel), a time limit at the provider "
+    "(provider), or a prepaid account that runs empty (balance). SkyPilot's autodown runs on the head node and is not "
+    "counted."
 )
 BALANCE = (
-    "Where only a balance works with the guest hung ({clouds}), the whole balance counts against the cap; automatic "
+    "Where only the balance works when the guest hangs ({clouds}), the whole balance counts against the cap; automatic "
     "payment must be off."
 )
 WINDOW = (
-    "The window is the longest time from a node's start until the provider's limit is armed; there is none where the "
-    "limit is part of the request. A node that hangs in it and is lost sight of is found by `slm reconcile` only."
+    "The unguarded window is the longest time from a node's start until the provider's limit is armed; there is none "
+    "where the limit is part of the request. If a node hangs within it and the supervisor loses track of it, only "
+    "`slm reconcile` finds it."
 )
 
 
@@ -51,26 +53,27 @@ def page() -> str:
     by_balance = ", ".join(provider.name for provider in rented if provider.balance_only)
     return "\n".join(
         [
-            *("# What ends a node when nobody is left to", "", ABOUT, "", KINDS, ""),
+            *("# What ends a node when no supervisor is left", "", ABOUT, "", KINDS, ""),
             *(f"## May be rented from: {len(rented)}", "", *table(rented), ""),
             *(BALANCE.format(clouds=by_balance), "", WINDOW, ""),
             *(f"## Refused unless --allow-unguarded: {len(refused)}", "", *table(refused), ""),
-            *("There a node whose guest hangs costs on until a supervisor, `slm reconcile` or you end it.", ""),
+            *("There a node whose guest hangs costs money until a supervisor, `slm reconcile` or you end it.", ""),
         ]
     )
 
 
-def table(ones: Sequence[Provider]) -> list[str]:
-    return [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *(row(item) for item in ones)]
+def table(rows: Sequence[Provider]) -> list[str]:
+    return [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *(row(provider) for provider in rows)]
 
 
 def row(provider: Provider) -> str:
-    counted = [killer for killer in provider.killers if killer.kind is not KillerKind.SKY]
-    killers = ", ".join(f"{killer.name} ({killer.kind})" for killer in counted)
-    slowest = duration(provider.kill_latency_seconds) if any(killer.survives_hung_guest for killer in counted) else NONE
+    counted = [terminator for terminator in provider.terminators if terminator.kind is not TerminatorKind.SKY]
+    terminators = ", ".join(f"{terminator.name} ({terminator.kind})" for terminator in counted)
+    needs_no_guest = any(terminator.survives_hung_guest for terminator in counted)
+    slowest = duration(provider.kill_latency_seconds) if needs_no_guest else NONE
     window = duration(provider.arm_seconds) if provider.arm_seconds else NONE
     off = "yes" if provider.guest_shutdown_stops_billing else "no"
-    return f"| {provider.name} | {killers} | {slowest} | {provider.ttl.value} | {window} | {off} |"
+    return f"| {provider.name} | {terminators} | {slowest} | {provider.ttl.value} | {window} | {off} |"
 
 
 def main(arguments: Sequence[str]) -> int:

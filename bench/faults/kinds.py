@@ -249,7 +249,7 @@ def node_cut_off(machine: Machine, node: Node) -> None:
 
 
 def provider_timer_fails(_: Machine, node: Node) -> None:
-    """One of the two killers fails; the other is assumed sound, so this is not combined with a hung guest."""
+    """One of the two terminators fails; the other is assumed sound, so this is not combined with a hung guest."""
     node.ttl_works = False
 
 

@@ -10,7 +10,7 @@ from functools import cache
 
 from cost.ledger.ledger import Ledger
 from cost.market.offers import Offer, load_reference_offers
-from cost.market.providers import Armed, KillerKind, PriceBound, Provider, providers, refusal
+from cost.market.providers import Armed, PriceBound, Provider, TerminatorKind, providers, refusal
 from faults.cloud import FakeCloud
 from faults.kinds import BROKEN, HELD, NEVER_TOGETHER
 from faults.machine import DOLLAR_TOLERANCE, TERMS, Machine, rng_of
@@ -133,7 +133,8 @@ def build(
         store,
         terms=terms_of(profile, balance_usd=Decimal(f"{cap * rng.uniform(*BALANCE_SHARE):.6f}")),
         armed_at_create=any(
-            killer.kind is KillerKind.PROVIDER and killer.armed is Armed.AT_CREATE for killer in profile.killers
+            terminator.kind is TerminatorKind.PROVIDER and terminator.armed is Armed.AT_CREATE
+            for terminator in profile.terminators
         ),
         prices={offer.offer_id: [(0.0, float(offer.usd_per_hour))] for offer in offers},
     )

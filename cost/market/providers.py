@@ -1,10 +1,10 @@
-"""What each provider can be relied on for when nobody is there to stop it: its killers, its time limit, its billing.
+"""What each provider can be relied on for when nobody is there to stop it: terminators, time limit and billing.
 
-One row for each cloud that SkyPilot 0.14.1 serves, and one for the local cloud: cost/data/providers.csv and
-cost/data/killers.csv, each value with its source; one without a source says that it is assumed. A cloud without a row
-gets the row '*', which has no killer of the provider's. A killer in the table is one that can be armed through SkyPilot
-as it comes or with the provider's own interface beside it; whoever rents arms it. Notice and minimum billing stand in
-cost/data/clouds.csv and are read from there.
+A terminator is one means of ending a node without our supervisor. There is one row for each cloud that SkyPilot 0.14.1
+serves, and one for the local cloud: cost/data/providers.csv and cost/data/terminators.csv, each value with its source;
+a value without a source says that it is assumed. A cloud without a row gets the row '*', which has no terminator at
+the provider. Each terminator in the table can be armed through SkyPilot or with the provider's own interface; whoever
+rents arms it. Notice and minimum billing are in cost/data/clouds.csv and are read from there.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from types import MappingProxyType
 from cost.market.clouds import ANY, cloud_terms
 
 FEWEST_KINDS = 2
-"""Killers of so many different kinds a node must have, one of which works with the guest hung."""
-WAY_OUT = "--allow-unguarded admits it"
+"""How many kinds of terminators a node must have, one of which works while the guest hangs."""
+FIX = "--allow-unguarded permits it"
 """How every refusal ends."""
 
 
-class KillerKind(StrEnum):
-    """Who ends the node."""
+class TerminatorKind(StrEnum):
+    """What ends the node."""
 
     GUEST = "guest"
     """Our guard, from inside, by any means."""
@@ -37,7 +37,7 @@ class KillerKind(StrEnum):
     BALANCE = "balance"
     """The provider, because prepaid money is gone."""
     SKY = "sky"
-    """SkyPilot's daemon on the head node, disarmed by a reboot: counts for nothing alone."""
+    """SkyPilot's daemon on the head node: a reboot disarms it, so it is not counted."""
 
 
 class Armed(StrEnum):
@@ -64,11 +64,11 @@ class PriceBound(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Killer:
-    """One way in which a node ends without us. `latency_seconds` is from when it fires until billing has ended."""
+class Terminator:
+    """One means of ending a node without us. `latency_seconds` counts from when it fires until billing ends."""
 
     name: str
-    kind: KillerKind
+    kind: TerminatorKind
     armed: Armed
     latency_seconds: float
     survives_hung_guest: bool
@@ -80,7 +80,7 @@ class Provider:
     """The profile of one cloud; real seconds."""
 
     name: str
-    killers: tuple[Killer, ...]
+    terminators: tuple[Terminator, ...]
     ttl: Ttl
     price_bound: PriceBound
     minimum_billed_seconds: float
@@ -91,9 +91,9 @@ class Provider:
     arm_seconds: float
     """Longest time from the create to the provider's limit being armed; 0 when armed at the create."""
     create_seconds: float
-    """How long after the call a node may still come into being."""
+    """How long after the call a node may still appear."""
     confirm_seconds: float
-    """How long the provider's lists may lie."""
+    """How long the provider's lists may be wrong."""
     boot_seconds: float
     """Longest time from the create to the start of the guard."""
     labels: bool
@@ -107,20 +107,21 @@ class Provider:
     name_source: str
 
     @property
-    def sound_killers(self) -> tuple[Killer, ...]:
-        """Those that a reservation relies on: they work with the guest hung; the guard and its watch if none does."""
-        sound = tuple(killer for killer in self.killers if killer.survives_hung_guest)
-        return sound or tuple(killer for killer in self.killers if killer.kind in (KillerKind.GUEST, KillerKind.KERNEL))
+    def sound_terminators(self) -> tuple[Terminator, ...]:
+        """Those that a reservation relies on: they work while the guest hangs; the guard and kernel if none does."""
+        sound = tuple(terminator for terminator in self.terminators if terminator.survives_hung_guest)
+        on_the_node = (TerminatorKind.GUEST, TerminatorKind.KERNEL)
+        return sound or tuple(terminator for terminator in self.terminators if terminator.kind in on_the_node)
 
     @property
     def kill_latency_seconds(self) -> float:
-        """kappa: how long the slowest killer assumed sound takes."""
-        return max(killer.latency_seconds for killer in self.sound_killers)
+        """The kill latency (κ): how long the slowest sound terminator takes."""
+        return max(terminator.latency_seconds for terminator in self.sound_terminators)
 
     @property
     def balance_only(self) -> bool:
         """Only an empty prepaid account ends a node whose guest hangs, so the whole balance has to be set aside."""
-        return all(killer.kind is KillerKind.BALANCE for killer in self.sound_killers)
+        return all(terminator.kind is TerminatorKind.BALANCE for terminator in self.sound_terminators)
 
 
 def provider(name: str) -> Provider:
@@ -137,27 +138,26 @@ def refusal(provider: Provider, *, allow_unguarded: bool) -> str | None:
     """Why nothing may be rented from this cloud; None where it may."""
     if allow_unguarded:
         return None
-    kinds = {killer.kind for killer in provider.killers} - {KillerKind.SKY}
-    has = ", ".join(f"{killer.name} ({killer.kind})" for killer in provider.killers)
-    if not any(killer.survives_hung_guest for killer in provider.killers):
-        return f"{provider.name}: nothing ends a node whose guest hangs; it has {has}; {WAY_OUT}"
+    kinds = {terminator.kind for terminator in provider.terminators} - {TerminatorKind.SKY}
+    has = ", ".join(f"{terminator.name} ({terminator.kind})" for terminator in provider.terminators)
+    if not any(terminator.survives_hung_guest for terminator in provider.terminators):
+        return f"{provider.name}: nothing ends a node whose guest hangs; it has {has}; {FIX}"
     if len(kinds) < FEWEST_KINDS:
-        return f"{provider.name}: fewer than {FEWEST_KINDS} kinds of killers; it has {has}; {WAY_OUT}"
+        return f"{provider.name}: fewer than {FEWEST_KINDS} kinds of terminators; it has {has}; {FIX}"
     return None
 
 
 def balance_refusal(provider: Provider, *, balance_usd: Decimal | None, free_usd: Decimal) -> str | None:
-    """Why a cloud that only an empty account stops may not be rented from; None where it may or another killer works.
+    """Why a cloud may not be rented from where only an empty account ends a hung node; None where it may.
 
-    `balance_usd` is what lies on the prepaid account, None if unknown; all of it counts against `free_usd`.
+    `balance_usd`: the balance of the prepaid account, None if unknown; all of it counts against `free_usd`.
     """
     if not provider.balance_only:
         return None
     if balance_usd is None:
         return (
-            f"{provider.name}: only an empty prepaid account ends a node whose guest hangs, and "
-            "what lies on it is unknown; "
-            f"keep at most ${free_usd:.2f} there, with automatic payment off"
+            f"{provider.name}: only an empty prepaid account ends a node whose guest hangs, and its balance is "
+            f"unknown; keep at most ${free_usd:.2f} there, with automatic payment off"
         )
     if balance_usd > free_usd:
         return (
@@ -170,10 +170,10 @@ def balance_refusal(provider: Provider, *, balance_usd: Decimal | None, free_usd
 
 @cache
 def _table() -> Mapping[str, Provider]:
-    killers: dict[str, list[Killer]] = {}
-    for row in _rows("killers.csv"):
-        killers.setdefault(row["cloud"], []).append(_killer(row))
-    return MappingProxyType({row["cloud"]: _provider(row, killers[row["cloud"]]) for row in _rows("providers.csv")})
+    terminators: dict[str, list[Terminator]] = {}
+    for row in _rows("terminators.csv"):
+        terminators.setdefault(row["cloud"], []).append(_terminator(row))
+    return MappingProxyType({row["cloud"]: _provider(row, terminators[row["cloud"]]) for row in _rows("providers.csv")})
 
 
 def _rows(name: str) -> list[dict[str, str]]:
@@ -181,10 +181,10 @@ def _rows(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def _killer(row: Mapping[str, str]) -> Killer:
-    return Killer(
+def _terminator(row: Mapping[str, str]) -> Terminator:
+    return Terminator(
         name=row["name"],
-        kind=KillerKind(row["kind"]),
+        kind=TerminatorKind(row["kind"]),
         armed=Armed(row["armed"]),
         latency_seconds=float(row["latency_seconds"]),
         survives_hung_guest=_yes(row["survives_hung_guest"]),
@@ -192,11 +192,11 @@ def _killer(row: Mapping[str, str]) -> Killer:
     )
 
 
-def _provider(row: Mapping[str, str], killers: list[Killer]) -> Provider:
+def _provider(row: Mapping[str, str], terminators: list[Terminator]) -> Provider:
     terms = cloud_terms(row["cloud"])
     return Provider(
         name=row["cloud"],
-        killers=tuple(killers),
+        terminators=tuple(terminators),
         ttl=Ttl(row["ttl"]),
         price_bound=PriceBound(row["price_bound"]),
         minimum_billed_seconds=terms.minimum_billed_seconds,

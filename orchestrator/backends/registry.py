@@ -6,7 +6,7 @@ Whatever else can rent is added to `every_backend`; listing and ending need no r
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 
@@ -15,8 +15,10 @@ from cost.ledger.accounts import LeaseAccount
 from cost.ledger.database import DatabaseError
 from cost.ledger.ledger import Ledger
 from orchestrator.backends.aws.account import AwsAccount
-from orchestrator.backends.aws.support import AwsInstances
+from orchestrator.backends.aws.support import AwsInstances, AwsSupport
 from orchestrator.backends.base import Backend
+from orchestrator.backends.cloud_support import CloudSupport
+from orchestrator.backends.gcp.support import GcpSupport
 from orchestrator.backends.local.backend import LocalBackend
 from orchestrator.backends.local.records import STATE_FILE
 from orchestrator.backends.sky.backend import SkyBackend
@@ -31,6 +33,11 @@ SKY_FOLDER = "sky"
 def every_backend(home: Home) -> Sequence[Backend]:
     """One for each place; each lists and ends what is there."""
     return [*local_markets(home), *aws_accounts(home), *skypilot(home)]
+
+
+def cloud_supports() -> Mapping[str, CloudSupport]:
+    """By cloud, what its own interface does beside SkyPilot; each new, and no call is made before it is used."""
+    return {"aws": AwsSupport(), "gcp": GcpSupport()}
 
 
 def aws_accounts(home: Home) -> list[Backend]:

@@ -1,4 +1,4 @@
-"""What would end the best offer's nodes without us, as a plan tells it: killers, the window before they are armed."""
+"""How the best offer's nodes would end without us: its terminators, and the time before they are armed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from cost.market.preemption import SECONDS_PER_HOUR
-from cost.market.providers import Armed, Killer, KillerKind, Provider, balance_refusal, provider
+from cost.market.providers import Armed, Provider, Terminator, TerminatorKind, balance_refusal, provider
 from orchestrator.figures import dollars, duration
 from orchestrator.planning.recipe_plan import guard_refusal
 
@@ -27,9 +27,13 @@ def unguarded_usd(profile: Provider, estimate: Estimate) -> Decimal:
 def guard_lines(plan: Plan, estimate: Estimate) -> list[str]:
     """Sentences for a person."""
     profile = provider_profile(plan, estimate)
-    counted = [killer for killer in profile.killers if killer.kind is not KillerKind.SKY]
-    lines = [f"ends a node without us at {profile.name}: {', '.join(killer.name for killer in counted)}"]
-    late = [killer.name for killer in counted if killer.kind is KillerKind.PROVIDER and armed_later(killer)]
+    counted = [terminator for terminator in profile.terminators if terminator.kind is not TerminatorKind.SKY]
+    lines = [f"ends a node without us at {profile.name}: {', '.join(terminator.name for terminator in counted)}"]
+    late = [
+        terminator.name
+        for terminator in counted
+        if terminator.kind is TerminatorKind.PROVIDER and armed_later(terminator)
+    ]
     if late:
         lines.append(
             f"{', '.join(late)} is armed up to {duration(profile.arm_seconds)} after a node's start: one that hangs "
@@ -46,7 +50,7 @@ def guard_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
     profile = provider_profile(plan, estimate)
     return {
         "cloud": profile.name,
-        "killers": profile.killers,
+        "killers": profile.terminators,
         "kill_latency_seconds": profile.kill_latency_seconds,
         "ttl": profile.ttl.value,
         "unguarded_seconds": profile.arm_seconds,
@@ -62,6 +66,6 @@ def cheaper_unguarded(plan: Plan, best: Estimate) -> Estimate | None:
     return first if first is not None and first.total_usd < best.total_usd else None
 
 
-def armed_later(killer: Killer) -> bool:
+def armed_later(terminator: Terminator) -> bool:
     """Whether a node runs without it at first."""
-    return killer.armed is Armed.AFTER_CREATE
+    return terminator.armed is Armed.AFTER_CREATE

@@ -18,7 +18,7 @@ from cost.errors import UserError
 from cost.market.hardware import accelerators, canonical_name
 from cost.market.offers import Offer
 from cost.market.preemption import SECONDS_PER_HOUR, Hazards
-from cost.market.providers import WAY_OUT, provider, refusal
+from cost.market.providers import FIX, provider, refusal
 from cost.outcome.scaling_law import LossLaw, law_for, laws
 from cost.performance.software import our_trainer
 from cost.performance.throughput import Calibration, default_calibration
@@ -26,9 +26,9 @@ from cost.plan.explain import Explanation, explain
 from cost.plan.planner import Emulation, Estimate, Market, Objective, Plan, Rejected, make_plan
 from cost.plan.plans import known_loss
 from cost.spelling import did_you_mean
-from orchestrator.backends.cloud_support import arms
 from orchestrator.backends.local import schedule
-from orchestrator.backends.sky.terminators import armable
+from orchestrator.backends.registry import cloud_supports
+from orchestrator.backends.sky.terminators import armed_provider
 from orchestrator.figures import plural
 from orchestrator.planning.experience import Experience, begun_precision
 from orchestrator.planning.measured import measured_tokens_per_second
@@ -37,7 +37,7 @@ from orchestrator.settings import Home
 from tasks.recipe.schema import AUTO, PRECISIONS, ConcretePrecision, Recipe
 
 NOT_ASKED_FOR = "was not asked for"
-UNGUARDED = f"nothing ends a hung node there; {WAY_OUT}"
+UNGUARDED = f"nothing ends a hung node there; {FIX}"
 SHOWN_REASONS = 3
 USUAL_OPTIMIZER: Literal["muon"] = "muon"
 EMULATED_SPEED = 0.5
@@ -203,14 +203,14 @@ def guarded_offers(offers: Sequence[Offer]) -> tuple[Offer, ...]:
 
 
 def guard_refusal(offer: Offer) -> str | None:
-    """Why its cloud may not be rented from without --allow-unguarded: only killers that we arm count."""
+    """Why its cloud may not be rented from without --allow-unguarded: only terminators that we arm count."""
     return _refusal_of_cloud(offer.cloud)
 
 
 @cache
 def _refusal_of_cloud(cloud: str) -> str | None:
     """Asked for each of thousands of offers; what we arm does not change while we run."""
-    return refusal(armable(provider(cloud), arms()), allow_unguarded=False)
+    return refusal(armed_provider(provider(cloud), cloud_supports()), allow_unguarded=False)
 
 
 def offers_wanted(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer, ...]:
@@ -423,7 +423,7 @@ def short_reason(reason: str) -> str:
     """One text for reasons that differ only in their offer."""
     if reason.endswith(NOT_ASKED_FOR):
         return "not asked for"
-    return UNGUARDED if reason.endswith(WAY_OUT) else reason
+    return UNGUARDED if reason.endswith(FIX) else reason
 
 
 def offers_in_order(plan: Plan) -> list[Offer]:

@@ -109,7 +109,7 @@ def facts_of(run: Run, *, owner: str) -> dict[str, Any]:
 def recover(runs: Runs, store: Store) -> Run:
     """Make the books of the run that this store belongs to, as far as they are not here yet, and take it over.
 
-    Every grant that was paid for counts to its last killer's time. The supervisor before can grant no more.
+    Every grant that was paid for counts to its last terminator's time. The supervisor before can grant no more.
 
     Raises:
         UserError: The store holds no books, or books of another run stand here under that name.

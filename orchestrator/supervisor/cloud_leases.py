@@ -13,10 +13,10 @@ from cost.ledger.leases import Lease
 from cost.market.clouds import cloud_terms
 from cost.market.offers import Offer
 from cost.market.providers import Ttl, balance_refusal, provider, refusal
-from orchestrator.backends.cloud_support import arms
-from orchestrator.backends.registry import SKY_FOLDER
+from orchestrator.backends.cloud_support import CloudSupport
+from orchestrator.backends.registry import SKY_FOLDER, cloud_supports
 from orchestrator.backends.sky.backend import SkyBackend, SkySettings
-from orchestrator.backends.sky.terminators import Arm, armable
+from orchestrator.backends.sky.terminators import armed_provider
 from orchestrator.planning.starts import remember
 from orchestrator.supervisor.lease_policy import Terms, TermsOf, terms_on, worst_price
 from tasks.recipe.schema import Recipe
@@ -53,7 +53,7 @@ def rentable(
     offers: Sequence[Offer], recipe: Recipe, *, free_usd: Decimal, allow_unguarded: bool
 ) -> tuple[list[Offer], list[str]]:
     """Offers that may be rented, in the same order, and why the others may not."""
-    known, reasons = arms(), dict[str, str]()
+    known, reasons = cloud_supports(), dict[str, str]()
     found = []
     for offer in offers:
         reason = refused(offer, recipe, known, free_usd=free_usd, allow_unguarded=allow_unguarded)
@@ -65,11 +65,11 @@ def rentable(
 
 
 def refused(
-    offer: Offer, recipe: Recipe, known: Mapping[str, Arm], *, free_usd: Decimal, allow_unguarded: bool
+    offer: Offer, recipe: Recipe, known: Mapping[str, CloudSupport], *, free_usd: Decimal, allow_unguarded: bool
 ) -> str | None:
     """Why this offer may not be rented by this version."""
     item = provider(offer.cloud)
-    reason = refusal(armable(item, known), allow_unguarded=allow_unguarded)
+    reason = refusal(armed_provider(item, known), allow_unguarded=allow_unguarded)
     if reason is None:
         reason = balance_refusal(item, balance_usd=recipe.cloud.balance_usd.get(offer.cloud), free_usd=free_usd)
     if reason is None:
@@ -142,7 +142,7 @@ def sky_backend(
         store,
         offers=offers,
         settings=settings,
-        arms=arms(),
+        supports=cloud_supports(),
         known_leases=known_leases,
         credentials=node_credentials,
         region=store_region(),

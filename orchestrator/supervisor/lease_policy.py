@@ -1,4 +1,4 @@
-"""How leases are paid on one provider: how far ahead, how long its killers and its lists take, what bounds its price.
+"""How leases are paid on one provider: how far ahead, how long its terminators and lists take, its price bound.
 
 Real seconds, but for what says that it is billed time. `cost.market.providers` holds the facts of each cloud with their
 sources; here they become terms.
@@ -30,7 +30,7 @@ class Terms:
     startup_seconds: float = 25.0
     """From boot to the first step, as assumed when the smallest useful lease is computed."""
     kill_latency_seconds: float = 5.0
-    """kappa: how long the slowest killer assumed sound takes."""
+    """kappa: how long the slowest terminator assumed sound takes."""
     drain_seconds: float = 12.0
     """Longest time from asking for a checkpoint and a stop to the end of the node's command."""
     stop_grace_seconds: float = 45.0

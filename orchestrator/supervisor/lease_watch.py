@@ -203,7 +203,7 @@ class Watch:
     # -- seeing ----------------------------------------------------------------------------------
 
     def _unseen(self, error: BackendError) -> tuple[Cause, str] | None:
-        """The provider does not answer: grant nothing; when the last killer's time is over, the lease is too."""
+        """The provider does not answer: grant nothing; when the last terminator's time is over, the lease is too."""
         if self._unseen_since is None:
             self._unseen_since = self.clock.real_seconds()
             self.tell("warning", f"cannot see {self.lease.lease_id}: {error}")

@@ -99,7 +99,7 @@ class Supervisor:
     _lost_at: float | None = None
     _store_away_since: float | None = None
     _surely_over_at: dict[str, float] = field(default_factory=dict)
-    """By lease that was taken over: real seconds at which, by our own clock alone, its last killer has fired."""
+    """By lease that was taken over: real seconds at which, by our own clock alone, its last terminator has fired."""
 
     def __post_init__(self) -> None:
         self._alarm = CapAlarm(self.ledger, self._tell)
@@ -435,7 +435,7 @@ class Supervisor:
             self.ledger.accrue(lease.lease_id, at_ms=now_ms, usd_per_hour=state.usd_per_hour)
 
     def _surely_over(self, account: LeaseAccount) -> bool:
-        """Past the last killer's time it cannot be alive, whatever the provider's interface says.
+        """Past the last terminator's time it cannot be alive, whatever the provider's interface says.
 
         Of a lease that was taken over only our own waiting counts: the wall clock may have jumped ahead.
         """
@@ -449,7 +449,7 @@ class Supervisor:
         with contextlib.suppress(BackendError):
             self.backend.stop(account.lease)
         with contextlib.suppress(DatabaseError):  # where even this fails, the next supervisor settles
-            # As the books stand now: by the account of its start, its last killer would seem to have fired long ago.
+            # As the ledger stands now: by the account of its start, its last terminator would seem long past.
             self._close(self.ledger.account(account.lease.lease_id), Cause.BROKEN)
             self._move(RunState.FAILED, str(error))
 

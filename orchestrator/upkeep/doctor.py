@@ -21,11 +21,11 @@ from urllib.parse import unquote, urlsplit
 from cost.errors import SlmError
 from cost.ledger.leases import usd
 from cost.ledger.ledger import Ledger, replay
-from cost.market.providers import KillerKind, provider, refusal
+from cost.market.providers import TerminatorKind, provider, refusal
 from orchestrator.backends.base import Backend
-from orchestrator.backends.cloud_support import arms
+from orchestrator.backends.registry import cloud_supports
 from orchestrator.backends.sky.enabled_clouds import Enabled, enabled_clouds
-from orchestrator.backends.sky.terminators import armable
+from orchestrator.backends.sky.terminators import armed_provider
 from orchestrator.figures import duration, plural
 from orchestrator.runs.status import books
 from orchestrator.settings import DISTRIBUTION, Home
@@ -190,7 +190,7 @@ def discrepancy(ledger: Ledger) -> str:
 
 def clouds(ask_skypilot: Callable[[], Enabled]) -> Iterator[Finding]:
     """What can be rented from, and what ends a node there when nobody is left to."""
-    yield killers("local", "this machine plays a spot market: slm launch demo")
+    yield terminator_finding("local", "this machine plays a spot market: slm launch demo")
     found = installed("skypilot")
     if found is None:
         yield Finding(
@@ -208,18 +208,18 @@ def clouds(ask_skypilot: Callable[[], Enabled]) -> Iterator[Finding]:
     else:
         yield Finding("skypilot", Level.OK, f"{found}, has credentials for {', '.join(asked.enabled)}")
         for name in asked.enabled:
-            yield killers(name, "")
+            yield terminator_finding(name, "")
 
 
-def killers(name: str, about: str) -> Finding:
+def terminator_finding(name: str, about: str) -> Finding:
     """What ends a node of this cloud without us."""
     profile = provider(name)
-    counted = [killer for killer in profile.killers if killer.kind is not KillerKind.SKY]
+    counted = [terminator for terminator in profile.terminators if terminator.kind is not TerminatorKind.SKY]
     detail = ", ".join(
         f"{terminator.name} ({terminator.kind}, {duration(terminator.latency_seconds)})" for terminator in counted
     )
     detail = f"ends a node without us: {detail}" + (f"; {about}" if about else "")
-    armed = profile if name == "local" else armable(profile, arms())
+    armed = profile if name == "local" else armed_provider(profile, cloud_supports())
     refused = refusal(armed, allow_unguarded=False)
     if refused is not None:
         return Finding(f"cloud {name}", Level.WARN, refused, "slm plan leaves its offers out; rent elsewhere")

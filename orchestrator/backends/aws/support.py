@@ -28,10 +28,10 @@ TAKEN_BACK = frozenset({"Server.SpotInstanceTermination", "Server.SpotInstanceSh
 Record = Mapping[str, Any]
 
 
-class AwsArm:
+class AwsSupport:
     """One account's interface for a lease at a time."""
 
-    killers = frozenset({"eventbridge-terminate"})
+    terminators = frozenset({"eventbridge-terminate"})
     reads_prices = True
 
     def __init__(self, account: AwsAccount | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -123,7 +123,7 @@ class AwsInstances:
         known_leases: Callable[[], Sequence[str]] = lambda: (),
         is_expected: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._arm = AwsArm(account)
+        self._support = AwsSupport(account)
         self._account = account
         self._known_leases = known_leases
         self._is_expected = is_expected
@@ -170,7 +170,7 @@ class AwsInstances:
             ids = [instance.instance_id for instance in alive if instance.region == region]
             left += self._account.terminate(region, ids)
             with contextlib.suppress(BackendError):
-                self._arm.limits.release(region, ids)
+                self._support.limits.release(region, ids)
         if left:
             raise BackendError(f"{lease.lease_id}: AWS still shows {', '.join(left)}.")
 
@@ -196,7 +196,7 @@ class AwsInstances:
         if not instance.is_spot:
             return Decimal(0)
         try:
-            return self._arm.market.spot_usd_per_hour(
+            return self._support.market.spot_usd_per_hour(
                 instance.region, instance.zone, instance.instance_type
             ) or Decimal(0)
         except ProviderRefused:
@@ -226,4 +226,4 @@ def ids_of(record: Record) -> list[str]:
     return [str(entry[0]) for entry in record.get("instances") or () if str(entry[0]).startswith("i-")]
 
 
-__all__ = ["AwsArm", "AwsInstances", "label_of", "was_taken_back"]
+__all__ = ["AwsInstances", "AwsSupport", "label_of", "was_taken_back"]

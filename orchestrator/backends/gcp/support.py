@@ -45,10 +45,10 @@ has a quota elsewhere, which is met at the create."""
 Record = Mapping[str, Any]
 
 
-class GcpArm:
+class GcpSupport:
     """One project's interface for a lease at a time."""
 
-    killers = frozenset({"cloud-scheduler-delete"})
+    terminators = frozenset({"cloud-scheduler-delete"})
     reads_prices = False
 
     def __init__(self, account: GcpAccount | None = None) -> None:

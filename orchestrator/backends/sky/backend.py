@@ -23,10 +23,11 @@ from cost.ledger.leases import Lease, run_id_from_lease_id
 from cost.market.offers import Offer
 from cost.market.providers import PriceBound, provider, refusal
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState, NoCapacity
+from orchestrator.backends.cloud_support import CloudSupport
 from orchestrator.backends.sky.client import SkyClient, SkyRefusal
 from orchestrator.backends.sky.names import cluster_name, lease_names
 from orchestrator.backends.sky.task import CREDENTIALS_FILE, FACTS_FILE, NodeTerms, facts_of, task_of
-from orchestrator.backends.sky.terminators import Arm, armable, autodown_minutes
+from orchestrator.backends.sky.terminators import armed_provider, autodown_minutes
 from tasks import guard
 from tasks import run_store_keys as keys
 from tasks.node.bootstrap import node_ranks
@@ -78,7 +79,7 @@ class SkyBackend:
         offers: Sequence[Offer] = (),
         client: SkyClient | None = None,
         settings: SkySettings | None = None,
-        arms: Mapping[str, Arm] | None = None,
+        supports: Mapping[str, CloudSupport] | None = None,
         known_leases: Callable[[], Sequence[str]] = lambda: (),
         credentials: Callable[[], str | None] | None = None,
         region: str = "",
@@ -91,7 +92,7 @@ class SkyBackend:
         self._offers = tuple(offers)
         self._client = client or SkyClient(folder / "sky.log")
         self._settings = settings or SkySettings()
-        self._arms = dict(arms or {})
+        self._supports = dict(supports or {})
         self._known_leases = known_leases
         self._credentials = credentials or (lambda: None)
         self._region = region
@@ -110,8 +111,8 @@ class SkyBackend:
         if self._store is None:
             raise BackendError("a backend without a run store rents nothing.")
         self._refuse_unguarded(lease)
-        arm = self._arms.get(lease.offer.cloud)
-        if arm is not None and (reason := arm.refusal(lease)) is not None:
+        support = self._supports.get(lease.offer.cloud)
+        if support is not None and (reason := support.refusal(lease)) is not None:
             raise SkyRefusal(reason)
         alive = self._alive(lease)
         if len(alive) >= lease.num_nodes:
@@ -155,8 +156,8 @@ class SkyBackend:
         )
         live = {name for name, what in seen["instances"].items() if what["status"] in LIVE}
         if not live:
-            arm = self._arms.get(lease.offer.cloud)
-            why = "" if arm is None else arm.why_gone(record, lease)
+            support = self._supports.get(lease.offer.cloud)
+            why = "" if support is None else support.why_gone(record, lease)
             return LeaseState(LeasePhase.GONE, detail=why or "nothing of it is left at the provider")
         ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
         price = self._price(lease, record)
@@ -177,9 +178,9 @@ class SkyBackend:
 
     def extend(self, lease: Lease, seconds: float) -> None:
         record = self._record(lease)
-        arm = self._arms.get(lease.offer.cloud)
-        if arm is not None:
-            arm.limit(record, lease, seconds)
+        support = self._supports.get(lease.offer.cloud)
+        if support is not None:
+            support.limit(record, lease, seconds)
         minutes = autodown_minutes(lease.offer.cloud, seconds)
         if minutes is not None and record.get("state") == "started":
             with contextlib.suppress(BackendError):  # never the only one, and armed at the create
@@ -191,9 +192,9 @@ class SkyBackend:
         if result["left"]:
             trouble = f" ({result['trouble']})" if result.get("trouble") else ""
             raise BackendError(f"{lease.lease_id} has {len(result['left'])} instances left at the provider{trouble}.")
-        arm = self._arms.get(lease.offer.cloud)
-        if arm is not None and record:
-            arm.release(record, lease)
+        support = self._supports.get(lease.offer.cloud)
+        if support is not None and record:
+            support.release(record, lease)
 
     def list_alive(self) -> Sequence[Instance]:
         result = self._client.call("list", seconds=CALL_SECONDS)
@@ -222,7 +223,7 @@ class SkyBackend:
         Raises:
             SkyRefusal: Nothing that we can arm would end a hung node there.
         """
-        profile = armable(provider(lease.offer.cloud), self._arms)
+        profile = armed_provider(provider(lease.offer.cloud), self._supports)
         reason = refusal(profile, allow_unguarded=self._settings.allow_unguarded)
         if reason is not None:
             raise SkyRefusal(reason)
@@ -316,9 +317,9 @@ class SkyBackend:
 
     def _price(self, lease: Lease, record: Mapping[str, Any]) -> Decimal | None:
         """As the provider bills it where it says so, None while it does not; elsewhere as it was at the rent."""
-        arm = self._arms.get(lease.offer.cloud)
-        if arm is not None and arm.reads_prices and lease.offer.spot:
-            return arm.usd_per_hour(record, lease)
+        support = self._supports.get(lease.offer.cloud)
+        if support is not None and support.reads_prices and lease.offer.spot:
+            return support.usd_per_hour(record, lease)
         if provider(lease.offer.cloud).price_bound is PriceBound.FIXED or not lease.offer.spot:
             return lease.offer.usd_per_hour
         return Decimal(record["usd_per_hour"]) if record.get("usd_per_hour") else None

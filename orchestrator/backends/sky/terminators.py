@@ -1,8 +1,8 @@
 """What ends a node without us, cloud by cloud, as configuration: pure functions, each tested on what it returns.
 
-`cost.market.providers` says which killers a cloud has; here is how each is armed. At the create that is a part of
+`cost.market.providers` says which terminators a cloud has; here is how each is armed. At the create that is a part of
 SkyPilot's task (`config`), on the node a `--kill` of the guard. What must be armed after the create by the provider's
-own interface is an `Arm`.
+own interface is a `CloudSupport`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
-from cost.ledger.leases import Lease
-from cost.market.providers import Armed, KillerKind, Provider, provider
+from cost.market.providers import Armed, Provider, Terminator, TerminatorKind, provider
+from orchestrator.backends.cloud_support import CloudSupport
 
 SECONDS_PER_MINUTE = 60
 AUTODOWN_SLACK_MINUTES = 5
@@ -24,35 +23,6 @@ AT_CREATE = frozenset({"slurm", "kubernetes", "ssh"})
 NO_AUTOSTOP = frozenset({"slurm", "ssh", "kubernetes", "vast", "scp", "fluidstack"})
 """Clouds where SkyPilot cannot take a cluster down by itself, or where their own limit does it."""
 SUDO_POWER_OFF = "command:sudo -n systemctl poweroff || sudo -n shutdown -P now || systemctl poweroff"
-
-
-class Arm(Protocol):
-    """A provider's own interface beside SkyPilot: its time limit, its price, its list. Each call may be repeated."""
-
-    killers: frozenset[str]
-    """Names of `cost.market.providers` killers that `limit` arms."""
-    reads_prices: bool
-    """Whether the provider says what a spot node costs now; where not, the price at the rent counts."""
-
-    def refusal(self, lease: Lease) -> str | None:
-        """Why the provider will not give this lease, whatever waiting is done: a quota; None where it may."""
-        ...
-
-    def limit(self, record: Mapping[str, Any], lease: Lease, seconds: float) -> None:
-        """End the lease's nodes `seconds` from now unless called again. Raises BackendError."""
-        ...
-
-    def usd_per_hour(self, record: Mapping[str, Any], lease: Lease) -> Decimal | None:
-        """What one node costs now; None where it cannot be read."""
-        ...
-
-    def why_gone(self, record: Mapping[str, Any], lease: Lease) -> str:
-        """What the provider says became of the nodes; empty where it says nothing."""
-        ...
-
-    def release(self, record: Mapping[str, Any], lease: Lease) -> None:
-        """Forget the limits of a lease that is gone; never raises."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +84,17 @@ def autodown_minutes(cloud: str, seconds: float) -> int | None:
     return math.ceil(seconds / SECONDS_PER_MINUTE) + AUTODOWN_SLACK_MINUTES
 
 
-def armable(each_provider: Provider, arms: Mapping[str, Arm]) -> Provider:
-    """The profile with only those killers that this version arms: what `cost.market.providers.refusal` is asked
-    about."""
-    arm = arms.get(each_provider.name)
-    beside = frozenset() if arm is None else arm.killers
+def armed_provider(profile: Provider, supports: Mapping[str, CloudSupport]) -> Provider:
+    """The provider with only the terminators that this version arms, for `cost.market.providers.refusal`."""
+    support = supports.get(profile.name)
+    after_create = frozenset() if support is None else support.terminators
 
-    def works(name: str, kind: KillerKind, armed: Armed) -> bool:
-        if kind is not KillerKind.PROVIDER:
+    def is_armed(terminator: Terminator) -> bool:
+        if terminator.kind is not TerminatorKind.PROVIDER:
             return True
-        return each_provider.name in AT_CREATE if armed is Armed.AT_CREATE else name in beside
+        if terminator.armed is Armed.AT_CREATE:
+            return profile.name in AT_CREATE
+        return terminator.name in after_create
 
-    kept = tuple(killer for killer in each_provider.killers if works(killer.name, killer.kind, killer.armed))
-    return replace(each_provider, killers=kept or provider("*").killers)
+    kept = tuple(terminator for terminator in profile.terminators if is_armed(terminator))
+    return replace(profile, terminators=kept or provider("*").terminators)

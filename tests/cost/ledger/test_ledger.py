@@ -110,7 +110,7 @@ def test_time_between_two_prices_is_charged_at_the_higher(ledger: Ledger) -> Non
     assert spent == [Decimal("2.00"), Decimal("4.00"), Decimal("5.50")]
 
 
-def test_the_last_moment_is_that_of_the_last_killer_of_what_is_open(ledger: Ledger) -> None:
+def test_the_last_moment_is_that_of_the_last_terminator_of_what_is_open(ledger: Ledger) -> None:
     assert (ledger.newest_ms(), ledger.last_moment_ms()) == (0, 0)
     ledger.reserve(a_lease(), expires_ms=START_MS + HOUR_MS, latency_ms=500, at_ms=START_MS)
     assert (ledger.newest_ms(), ledger.last_moment_ms()) == (START_MS, START_MS + HOUR_MS + 500)
@@ -134,7 +134,7 @@ def test_settling_twice_changes_nothing(ledger: Ledger) -> None:
     assert len([entry for entry in ledger.entries() if entry.kind is EntryKind.SETTLE]) == 1
 
 
-def test_a_lease_is_never_charged_past_its_last_killer(ledger: Ledger) -> None:
+def test_a_lease_is_never_charged_past_its_last_terminator(ledger: Ledger) -> None:
     ledger.reserve(a_lease(nodes=1), expires_ms=START_MS + HOUR_MS, latency_ms=HOUR_MS, at_ms=START_MS)
     late = START_MS + 500 * HOUR_MS
     ledger.settle("slm-abc123-run-1-1", ended_ms=late, at_ms=late, outcome="expired")

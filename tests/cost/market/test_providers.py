@@ -12,7 +12,7 @@ import pytest
 
 from cost.market.clouds import cloud_terms
 from cost.market.offers import load_reference_offers
-from cost.market.providers import Armed, KillerKind, PriceBound, Ttl, balance_refusal, provider, providers, refusal
+from cost.market.providers import Armed, PriceBound, TerminatorKind, Ttl, balance_refusal, provider, providers, refusal
 
 DATA = Path(__file__).resolve().parents[3] / "cost" / "data"
 GUARDED = {"local", "aws", "gcp", "azure", "runpod", "vast", "cudo", "hyperbolic", "kubernetes", "ssh", "slurm"}
@@ -32,32 +32,32 @@ def test_every_cloud_of_the_price_table_has_a_profile() -> None:
 
 
 def test_every_row_says_where_it_comes_from() -> None:
-    for name in ("providers.csv", "killers.csv"):
+    for name in ("providers.csv", "terminators.csv"):
         for row in csv.DictReader((DATA / name).read_text(encoding="utf-8").splitlines()):
             empty = [key for key, value in row.items() if key.endswith("source") and not value.strip()]
             assert not empty, f"{name}: {row['cloud']} has no {empty}"
 
 
-def test_no_killer_stands_under_a_cloud_without_a_profile() -> None:
-    rows = csv.DictReader((DATA / "killers.csv").read_text(encoding="utf-8").splitlines())
+def test_no_terminator_stands_under_a_cloud_without_a_profile() -> None:
+    rows = csv.DictReader((DATA / "terminators.csv").read_text(encoding="utf-8").splitlines())
     assert {row["cloud"] for row in rows} == {*providers(), "*"}
 
 
 @pytest.mark.parametrize("name", sorted(providers()))
 def test_a_profile_does_not_contradict_itself(name: str) -> None:
     item = provider(name)
-    limits = [killer for killer in item.killers if killer.kind is KillerKind.PROVIDER]
-    assert (item.ttl is Ttl.NONE) == (not limits), "a time limit is a killer of the provider's"
-    assert all(killer.survives_hung_guest for killer in limits)
+    limits = [terminator for terminator in item.terminators if terminator.kind is TerminatorKind.PROVIDER]
+    assert (item.ttl is Ttl.NONE) == (not limits), "a time limit is a terminator of the provider's"
+    assert all(terminator.survives_hung_guest for terminator in limits)
     assert not any(
-        killer.survives_hung_guest
-        for killer in item.killers
-        if killer.kind in (KillerKind.GUEST, KillerKind.KERNEL, KillerKind.SKY)
+        terminator.survives_hung_guest
+        for terminator in item.terminators
+        if terminator.kind in (TerminatorKind.GUEST, TerminatorKind.KERNEL, TerminatorKind.SKY)
     )
-    armed_later = any(killer.armed is Armed.AFTER_CREATE for killer in limits)
+    armed_later = any(terminator.armed is Armed.AFTER_CREATE for terminator in limits)
     assert (item.arm_seconds > 0) == armed_later, "the unguarded window is that of a limit armed after the create"
     if not item.guest_shutdown_stops_billing:
-        assert all(killer.kind is not KillerKind.KERNEL for killer in item.killers)
+        assert all(terminator.kind is not TerminatorKind.KERNEL for terminator in item.terminators)
     assert item.kill_latency_seconds > 0
 
 
@@ -66,9 +66,9 @@ def test_notice_and_minimum_are_those_of_the_clouds_table() -> None:
     assert provider("verda").minimum_billed_seconds == cloud_terms("verda").minimum_billed_seconds == 600
 
 
-def test_the_latency_is_that_of_the_slowest_killer_that_needs_no_guest() -> None:
+def test_the_latency_is_that_of_the_slowest_terminator_that_needs_no_guest() -> None:
     aws = provider("aws")
-    slowest = max(killer.latency_seconds for killer in aws.killers if killer.survives_hung_guest)
+    slowest = max(terminator.latency_seconds for terminator in aws.terminators if terminator.survives_hung_guest)
     assert aws.kill_latency_seconds == slowest == 120
     assert provider("lambda").kill_latency_seconds == 120, "with nothing else the guard itself is relied on"
 
@@ -88,9 +88,10 @@ def test_a_cloud_where_nothing_ends_a_hung_node_is_refused_with_the_way_out() ->
     assert refusal(provider("lambda"), allow_unguarded=True) is None
 
 
-def test_one_kind_of_killer_is_too_few_even_if_it_needs_no_guest() -> None:
+def test_one_kind_of_terminator_is_too_few_even_if_it_needs_no_guest() -> None:
     aws = provider("aws")
-    limit_only = replace(aws, killers=tuple(killer for killer in aws.killers if killer.kind is KillerKind.PROVIDER))
+    at_provider = tuple(terminator for terminator in aws.terminators if terminator.kind is TerminatorKind.PROVIDER)
+    limit_only = replace(aws, terminators=at_provider)
     reason = refusal(limit_only, allow_unguarded=False)
     assert reason is not None
     assert "fewer than 2 kinds" in reason
@@ -98,12 +99,12 @@ def test_one_kind_of_killer_is_too_few_even_if_it_needs_no_guest() -> None:
 
 def test_skypilots_daemon_never_counts() -> None:
     aws = provider("aws")
-    kept = (KillerKind.PROVIDER, KillerKind.SKY)
-    two = replace(aws, killers=tuple(killer for killer in aws.killers if killer.kind in kept))
+    kept = (TerminatorKind.PROVIDER, TerminatorKind.SKY)
+    two = replace(aws, terminators=tuple(terminator for terminator in aws.terminators if terminator.kind in kept))
     assert refusal(two, allow_unguarded=False) is not None
 
 
-def test_a_cloud_that_nobody_wrote_a_profile_for_has_no_killer_of_the_providers() -> None:
+def test_a_cloud_that_nobody_wrote_a_profile_for_has_no_terminator_of_the_providers() -> None:
     stranger = provider("brand-new-cloud")
     assert stranger.name == "brand-new-cloud"
     assert stranger.ttl is Ttl.NONE
@@ -114,7 +115,7 @@ def test_a_cloud_that_nobody_wrote_a_profile_for_has_no_killer_of_the_providers(
 @pytest.mark.parametrize(
     ("balance", "free", "said"),
     [
-        (None, "100", "what lies on it is unknown"),
+        (None, "100", "its balance is unknown"),
         ("60", "59.99", "$60.00 lies on the prepaid account"),
         ("60", "60", None),
     ],

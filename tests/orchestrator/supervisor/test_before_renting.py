@@ -108,7 +108,7 @@ def test_an_expired_token_is_told(aws: AwsCloud, tmp_path: Path) -> None:
     told(done, tmp_path, "the credentials have expired", "aws sso login")
 
 
-def test_a_cloud_without_enough_killers_is_told(tmp_path: Path) -> None:
+def test_a_cloud_without_enough_terminators_is_told(tmp_path: Path) -> None:
     from dataclasses import replace
     from decimal import Decimal
 

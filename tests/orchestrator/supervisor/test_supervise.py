@@ -565,7 +565,7 @@ def test_a_supervisor_held_up_before_the_rent_learns_there_that_it_was_replaced(
 
 
 def test_a_wall_clock_ahead_does_not_settle_what_still_lives(world: World) -> None:
-    """The next supervisor's clock says that the last killer has fired; only its own waiting proves that."""
+    """The next supervisor's clock says that the last terminator has fired; only its own waiting proves that."""
 
     def kill() -> None:
         raise Killed

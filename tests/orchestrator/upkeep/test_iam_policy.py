@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.backends.aws.account import AwsAccount
-from orchestrator.backends.aws.support import AwsArm, AwsInstances
+from orchestrator.backends.aws.support import AwsInstances, AwsSupport
 from orchestrator.upkeep.iam_policy import policy
 from tasks.stores.opening import open_store, probe
 from tasks.stores.s3 import S3Store
@@ -73,15 +73,15 @@ def recorded(session: Any) -> set[str]:
 def everything_that_we_ask(account: AwsAccount) -> None:
     """Look, price, quota, arm, move, read back, tell, release, end."""
     (node,) = (instance.instance_id for instance in account.instances())
-    arm, lease, record = AwsArm(account), a_lease(), record_of(node)
-    assert arm.usd_per_hour(record, lease) is not None
-    assert arm.refusal(lease) is None
-    arm.limit(record, lease, 600.0)
-    arm.limit(record, lease, 900.0)
-    assert arm.why_gone(record, lease) == ""
+    support, lease, record = AwsSupport(account), a_lease(), record_of(node)
+    assert support.usd_per_hour(record, lease) is not None
+    assert support.refusal(lease) is None
+    support.limit(record, lease, 600.0)
+    support.limit(record, lease, 900.0)
+    assert support.why_gone(record, lease) == ""
     assert len(AwsInstances(account).list_alive()) == 1
     AwsInstances(account).stop(lease)
-    arm.release(record, lease)
+    support.release(record, lease)
 
 
 def test_each_call_of_ours_has_its_permission(aws: AwsCloud, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_each_call_of_ours_has_its_permission(aws: AwsCloud, capsys: pytest.Capt
     account = AwsAccount(session)
     everything_that_we_ask(account)
     # Not below, where signatures are recomputed: the server does not for this call.
-    assert AwsArm(account).limits.ends_at(REGION, "i-none") is None
+    assert AwsSupport(account).limits.ends_at(REGION, "i-none") is None
     assert {"ec2:TerminateInstances", "scheduler:UpdateSchedule", "servicequotas:GetServiceQuota"} <= calls
     document = printed(capsys, "--store", URI)
     assert not [call for call in calls if not is_allowed(call, document)]

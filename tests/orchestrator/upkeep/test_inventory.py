@@ -99,7 +99,7 @@ def test_with_empty_books_all_that_carries_our_name_is_unknown_and_ended(home: H
     assert not home.database.exists(), "looking makes no books"
 
 
-def test_what_is_paid_for_stays_until_its_last_killer_has_had_its_time(home: Home) -> None:
+def test_what_is_paid_for_stays_until_its_last_terminator_has_had_its_time(home: Home) -> None:
     run_id = a_run(home)
     name = f"slm-{home.owner_id()}-{run_id}-1"
     in_the_books(home, run_id, name)

@@ -1,4 +1,4 @@
-"""AWS through moto's server: a spot request by SkyPilot, prices, killers, interruptions, the end of what leaks."""
+"""AWS through moto's server: a spot request by SkyPilot, prices, terminators, interruptions, the end of what leaks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cost.ledger.leases import Lease
 from orchestrator import cli
 from orchestrator.backends.aws.account import AwsAccount, refusal_reason
 from orchestrator.backends.aws.spot_market import Ec2Market, quota_code
-from orchestrator.backends.aws.support import AwsArm, AwsInstances, label_of, was_taken_back
+from orchestrator.backends.aws.support import AwsInstances, AwsSupport, label_of, was_taken_back
 from orchestrator.backends.aws.time_limit import ROLE_NAME, Ec2Limit
 from orchestrator.backends.base import BackendError
 from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
@@ -77,19 +77,19 @@ def record_of(*instance_ids: str) -> dict[str, Any]:
 def test_what_skypilot_requests_as_spot_is_found_priced_armed_and_ended(aws: AwsCloud, tmp_path: Path) -> None:
     ids = aws.rent(num_nodes=2, home=tmp_path)
     aws.prices[MACHINE, ZONE] = [(NOW - timedelta(days=2), "9.5"), (NOW - timedelta(hours=1), "11.25")]
-    lease, arm = a_lease(num_nodes=2), AwsArm(an_account())
-    found = arm.instances({"region": REGION}, lease)
+    lease, support = a_lease(num_nodes=2), AwsSupport(an_account())
+    found = support.instances({"region": REGION}, lease)
     assert {(entry.instance_id, entry.is_spot, entry.zone, entry.lease) for entry in found} == {
         (item, True, ZONE, LEASE) for item in ids
     }
-    assert arm.usd_per_hour({"region": REGION}, lease) == Decimal("11.25")
-    arm.limit(record_of(*ids), lease, 900.0)
-    assert [arm.limits.shutdown_behaviour(REGION, item) for item in ids] == ["terminate", "terminate"]
-    ends = [arm.limits.ends_at(REGION, item) for item in ids]
+    assert support.usd_per_hour({"region": REGION}, lease) == Decimal("11.25")
+    support.limit(record_of(*ids), lease, 900.0)
+    assert [support.limits.shutdown_behaviour(REGION, item) for item in ids] == ["terminate", "terminate"]
+    ends = [support.limits.ends_at(REGION, item) for item in ids]
     assert all(end and abs((end - datetime.now(UTC)).total_seconds() - 900) < 30 for end in ends)
     AwsInstances(an_account()).stop(lease)
     assert aws.states(*ids) == ["terminated", "terminated"]
-    assert [arm.limits.ends_at(REGION, item) for item in ids] == [None, None]
+    assert [support.limits.ends_at(REGION, item) for item in ids] == [None, None]
 
 
 # -- prices -------------------------------------------------------------------------------------------
@@ -108,29 +108,29 @@ def test_a_price_is_that_of_its_type_and_zone_now(aws: AwsCloud) -> None:
 
 def test_a_price_that_cannot_be_read_confirms_nothing(aws: AwsCloud) -> None:
     seconds = [0.0]
-    arm = AwsArm(an_account(), clock=lambda: seconds[0])
-    assert arm.usd_per_hour(record_of("i-1"), a_lease()) is None  # no history
+    support = AwsSupport(an_account(), clock=lambda: seconds[0])
+    assert support.usd_per_hour(record_of("i-1"), a_lease()) is None  # no history
     seconds[0] = 61.0
     aws.prices[MACHINE, ZONE] = [(NOW - timedelta(days=1), "8.0")]
-    assert arm.usd_per_hour(record_of("i-1"), a_lease()) == Decimal("8.0")
+    assert support.usd_per_hour(record_of("i-1"), a_lease()) == Decimal("8.0")
     aws.prices[MACHINE, ZONE] = [(NOW - timedelta(days=1), "9.0")]
     seconds[0] = 120.0
-    assert arm.usd_per_hour(record_of("i-1"), a_lease()) == Decimal("8.0")  # read less than a minute before
+    assert support.usd_per_hour(record_of("i-1"), a_lease()) == Decimal("8.0")  # read less than a minute before
     seconds[0] = 122.0
-    assert arm.usd_per_hour(record_of("i-1"), a_lease()) == Decimal("9.0")
-    assert arm.usd_per_hour(record_of("i-1"), a_lease(spot=False)) is None
+    assert support.usd_per_hour(record_of("i-1"), a_lease()) == Decimal("9.0")
+    assert support.usd_per_hour(record_of("i-1"), a_lease(spot=False)) is None
 
 
-# -- killers ------------------------------------------------------------------------------------------
+# -- terminators ------------------------------------------------------------------------------------------
 
 
 def test_the_time_limit_is_one_schedule_that_is_moved_and_deletes_itself(aws: AwsCloud) -> None:
     (node,) = aws.start(tags={"slm-lease": LEASE})
-    arm = AwsArm(an_account())
+    support = AwsSupport(an_account())
     scheduler = boto3.client("scheduler")
     for seconds in (600.0, 1800.0):
-        arm.limit(record_of(node), a_lease(), seconds)
-        end = arm.limits.ends_at(REGION, node)
+        support.limit(record_of(node), a_lease(), seconds)
+        end = support.limits.ends_at(REGION, node)
         assert end is not None
         assert abs((end - datetime.now(UTC)).total_seconds() - seconds) < 30
     (only,) = scheduler.list_schedules()["Schedules"]
@@ -140,8 +140,8 @@ def test_the_time_limit_is_one_schedule_that_is_moved_and_deletes_itself(aws: Aw
     assert made["Target"]["RoleArn"] == f"arn:aws:iam::{ACCOUNT}:role/{ROLE_NAME}"
     assert (made["FlexibleTimeWindow"], made["ScheduleExpressionTimezone"]) == ({"Mode": "OFF"}, "UTC")
     assert made["ActionAfterCompletion"] == "DELETE"
-    arm.release(record_of(node), a_lease())
-    arm.release(record_of(node), a_lease())  # quiet where there is none
+    support.release(record_of(node), a_lease())
+    support.release(record_of(node), a_lease())  # quiet where there is none
     assert scheduler.list_schedules()["Schedules"] == []
 
 
@@ -158,9 +158,9 @@ def test_the_schedules_role_may_end_our_machines_and_nothing_else(aws: AwsCloud)
 def test_a_wrong_clock_of_this_machine_moves_no_time_limit(aws: AwsCloud) -> None:
     (node,) = aws.start(tags={"slm-lease": LEASE})
     account = an_account(clock=lambda: datetime.now(UTC) - timedelta(hours=3))
-    arm = AwsArm(account)
-    arm.limit(record_of(node), a_lease(), 600.0)
-    end = arm.limits.ends_at(REGION, node)
+    support = AwsSupport(account)
+    support.limit(record_of(node), a_lease(), 600.0)
+    end = support.limits.ends_at(REGION, node)
     assert end is not None
     assert abs((end - datetime.now(UTC)).total_seconds() - 600.0) < 30
 
@@ -179,7 +179,7 @@ def test_an_instance_that_would_only_stop_is_told_until_it_would_end(aws: AwsClo
 def test_what_cannot_be_armed_is_refused_aloud(aws: AwsCloud) -> None:
     (node,) = aws.start(tags={"slm-lease": LEASE})
     with aws.cloud.verifying(), pytest.raises(BackendError, match="slm doctor --iam"):  # its key may only end
-        AwsArm(an_account()).limit(record_of(node), a_lease(), 600.0)
+        AwsSupport(an_account()).limit(record_of(node), a_lease(), 600.0)
 
 
 # -- how instances end ------------------------------------------------------------------------------------
@@ -189,12 +189,12 @@ def test_an_interruption_is_told_from_an_end_that_somebody_asked_for(aws: AwsClo
     taken, ended, lives = aws.start(tags={"slm-lease": LEASE}, num_nodes=3)
     aws.interrupt(taken)
     boto3.client("ec2").terminate_instances(InstanceIds=[ended])
-    arm, record = AwsArm(an_account()), record_of(taken, ended, lives)
-    told = arm.why_gone(record, a_lease(num_nodes=3))
+    support, record = AwsSupport(an_account()), record_of(taken, ended, lives)
+    told = support.why_gone(record, a_lease(num_nodes=3))
     assert f"{taken} was taken back by AWS (Server.SpotInstanceTermination)" in told
     assert f"{ended} was terminated (Client.UserInitiatedShutdown)" in told
     assert lives not in told
-    assert {instance.instance_id for instance in arm.instances(record, a_lease()) if was_taken_back(instance)} == {
+    assert {instance.instance_id for instance in support.instances(record, a_lease()) if was_taken_back(instance)} == {
         taken
     }
 
@@ -221,7 +221,7 @@ def test_an_instance_that_does_not_end_is_told(aws: AwsCloud) -> None:
 
 def test_a_quota_of_zero_is_said_with_its_numbers_before_anything_is_asked_for(aws: AwsCloud) -> None:
     aws.quotas[P4_SPOT] = 0.0
-    said = AwsArm(an_account()).refusal(a_lease(num_nodes=2))
+    said = AwsSupport(an_account()).refusal(a_lease(num_nodes=2))
     assert said is not None
     assert f"2 x {MACHINE} need {2 * VCPUS} spot vCPUs, and this account's quota {P4_SPOT} is 0;" in said
     assert "Service Quotas" in said
@@ -229,20 +229,20 @@ def test_a_quota_of_zero_is_said_with_its_numbers_before_anything_is_asked_for(a
 
 def test_what_runs_already_counts_against_the_quota(aws: AwsCloud, tmp_path: Path) -> None:
     aws.quotas[P4_SPOT] = 2.0 * VCPUS
-    arm = AwsArm(an_account())
-    assert arm.refusal(a_lease(num_nodes=2)) is None
+    support = AwsSupport(an_account())
+    assert support.refusal(a_lease(num_nodes=2)) is None
     aws.rent("slm-abcdef-other-1-1", home=tmp_path)  # spot
     aws.start(tags={"Name": "web"})  # on-demand: another quota
-    said = arm.refusal(a_lease(num_nodes=2))
+    said = support.refusal(a_lease(num_nodes=2))
     assert said is not None
     assert f"is {2 * VCPUS}, of which {VCPUS} are in use" in said
-    assert arm.refusal(a_lease(num_nodes=1)) is None
+    assert support.refusal(a_lease(num_nodes=1)) is None
 
 
 def test_a_quota_that_is_not_to_be_known_refuses_nothing(aws: AwsCloud) -> None:
-    assert AwsArm(an_account()).refusal(a_lease()) is None
+    assert AwsSupport(an_account()).refusal(a_lease()) is None
     with aws.cloud.verifying():
-        assert AwsArm(an_account()).refusal(a_lease()) is None
+        assert AwsSupport(an_account()).refusal(a_lease()) is None
 
 
 @pytest.mark.parametrize(

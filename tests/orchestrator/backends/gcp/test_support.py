@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost.ledger.leases import Lease
-from cost.market.providers import KillerKind, provider, refusal
+from cost.market.providers import TerminatorKind, provider, refusal
 from orchestrator.backends.base import BackendError
 from orchestrator.backends.gcp.account import GcpAccount
-from orchestrator.backends.gcp.support import GcpArm, ends_at
+from orchestrator.backends.gcp.support import GcpSupport, ends_at
 from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
-from orchestrator.backends.sky.terminators import armable
+from orchestrator.backends.sky.terminators import armed_provider
 from tests.support.backend_contract import OFFER, lease_of
 from tests.support.gcp_cloud import COMPUTE, JOBS, LEASE, PROJECT, GcpCloud, gcp_cloud, refused
 
@@ -39,12 +39,12 @@ def a_lease(lease_id: str = LEASE, *, num_nodes: int = 1, **offer: Any) -> Lease
 def test_a_node_ends_by_its_job_and_not_before_it_is_paid_for(gcp: GcpCloud) -> None:
     ours, also_ours = gcp.start("head"), gcp.start("worker", zone="europe-west4-b")
     foreign = gcp.start("foreign", "slm-abcdef-demo-1-2")
-    arm = GcpArm(gcp.account())
-    arm.limit(RECORD, a_lease(num_nodes=2), 600.0)
+    support = GcpSupport(gcp.account())
+    support.limit(RECORD, a_lease(num_nodes=2), 600.0)
     assert len(gcp.jobs) == 2
     gcp.pass_time(599)
     assert set(gcp.instances) == {ours, also_ours, foreign}
-    arm.limit(RECORD, a_lease(num_nodes=2), 600.0)  # paid for anew: the same jobs, moved
+    support.limit(RECORD, a_lease(num_nodes=2), 600.0)  # paid for anew: the same jobs, moved
     assert len(gcp.jobs) == 2
     gcp.pass_time(599)
     assert set(gcp.instances) == {ours, also_ours, foreign}
@@ -54,7 +54,7 @@ def test_a_node_ends_by_its_job_and_not_before_it_is_paid_for(gcp: GcpCloud) -> 
 
 def test_a_limit_that_is_due_at_once_acts_within_two_minutes_not_a_year_later(gcp: GcpCloud) -> None:
     gcp.start("head")
-    GcpArm(gcp.account()).limit(RECORD, a_lease(), 0.0)
+    GcpSupport(gcp.account()).limit(RECORD, a_lease(), 0.0)
     gcp.pass_time(120)
     assert gcp.instances == {}
 
@@ -71,7 +71,7 @@ def test_the_minute_is_never_before_the_end_nor_much_after_it(since: timedelta, 
 def test_times_are_gcp_s_whatever_this_machine_s_clock_says(gcp: GcpCloud) -> None:
     gcp.now += timedelta(hours=5)
     gcp.start("head")
-    GcpArm(gcp.account()).limit(RECORD, a_lease(), 600.0)
+    GcpSupport(gcp.account()).limit(RECORD, a_lease(), 600.0)
     gcp.pass_time(540)
     assert gcp.instances
     gcp.pass_time(180)
@@ -80,26 +80,26 @@ def test_times_are_gcp_s_whatever_this_machine_s_clock_says(gcp: GcpCloud) -> No
 
 def test_a_job_that_would_not_act_in_time_is_said(gcp: GcpCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     gcp.start("head")
-    arm = GcpArm(gcp.account())
-    arm.limit(RECORD, a_lease(), 600.0)
+    support = GcpSupport(gcp.account())
+    support.limit(RECORD, a_lease(), 600.0)
     (job,) = gcp.jobs.values()
     job["state"] = "PAUSED"  # somebody's hand
-    arm.limit(RECORD, a_lease(), 600.0)
+    support.limit(RECORD, a_lease(), 600.0)
     assert job["state"] == "ENABLED"
     monkeypatch.setattr(gcp, "_told", lambda name: {**gcp.jobs[name], "scheduleTime": "2099-01-01T00:00:00Z"})
     with pytest.raises(BackendError, match=r"does not end it at .* UTC as asked"):
-        arm.limit(RECORD, a_lease(), 600.0)
+        support.limit(RECORD, a_lease(), 600.0)
 
 
 def test_jobs_of_a_lease_that_is_gone_are_deleted_and_others_stay(gcp: GcpCloud) -> None:
     head = gcp.start("head")
     gcp.start("other", "slm-abcdef-demo-1-12")  # a name that begins with ours
-    arm = GcpArm(gcp.account())
-    arm.limit(RECORD, a_lease(), 600.0)
-    arm.limit(RECORD, a_lease("slm-abcdef-demo-1-12"), 600.0)
+    support = GcpSupport(gcp.account())
+    support.limit(RECORD, a_lease(), 600.0)
+    support.limit(RECORD, a_lease("slm-abcdef-demo-1-12"), 600.0)
     gcp.instances.pop(head)
-    arm.release(RECORD, a_lease())
-    arm.release(RECORD, a_lease())  # quiet where there is none
+    support.release(RECORD, a_lease())
+    support.release(RECORD, a_lease())  # quiet where there is none
     (left,) = gcp.jobs
     assert "slm-end-slm-abcdef-demo-1-12-" in left
 
@@ -107,25 +107,25 @@ def test_jobs_of_a_lease_that_is_gone_are_deleted_and_others_stay(gcp: GcpCloud)
 def test_a_machine_that_nothing_may_end_is_not_taken_for_armed(gcp: GcpCloud) -> None:
     gcp.start("head", account="")
     with pytest.raises(BackendError, match="no service account"):
-        GcpArm(gcp.account()).limit(RECORD, a_lease(), 600.0)
+        GcpSupport(gcp.account()).limit(RECORD, a_lease(), 600.0)
 
 
 def test_a_preempted_machine_is_told_from_one_that_ended(gcp: GcpCloud) -> None:
     head = gcp.start("head")
-    arm = GcpArm(gcp.account())
-    assert arm.why_gone(RECORD, a_lease()) == ""
+    support = GcpSupport(gcp.account())
+    assert support.why_gone(RECORD, a_lease()) == ""
     gcp.preempt(head)
-    assert "head was taken back by GCP" in arm.why_gone(RECORD, a_lease())
+    assert "head was taken back by GCP" in support.why_gone(RECORD, a_lease())
     gcp.refuse[COMPUTE] = (400, refused(400, "bad"))
-    assert arm.why_gone(RECORD, a_lease()) == ""
+    assert support.why_gone(RECORD, a_lease()) == ""
 
 
 def test_a_quota_that_is_too_small_is_said_with_both_numbers(gcp: GcpCloud) -> None:
     gcp.quotas = [("NVIDIA_L4_GPUS", 8.0, 0.0), ("PREEMPTIBLE_NVIDIA_L4_GPUS", 4.0, 1.0)]
-    arm = GcpArm(gcp.account())
-    assert arm.refusal(a_lease(num_nodes=2, spot=False)) is None
-    assert arm.refusal(a_lease(num_nodes=1, spot=True)) is None
-    said = arm.refusal(a_lease(num_nodes=2, spot=True))
+    support = GcpSupport(gcp.account())
+    assert support.refusal(a_lease(num_nodes=2, spot=False)) is None
+    assert support.refusal(a_lease(num_nodes=1, spot=True)) is None
+    said = support.refusal(a_lease(num_nodes=2, spot=True))
     assert said is not None
     assert "GCP allows 4 PREEMPTIBLE_NVIDIA_L4_GPUS in us-central1, 1 are used and 4 are needed" in said
 
@@ -150,19 +150,19 @@ def test_what_gcp_refuses_is_said_with_the_way_out(
     gcp.start("head")
     gcp.refuse[JOBS] = reply
     with pytest.raises(ProviderRefused) as caught:
-        GcpArm(gcp.account()).limit(RECORD, a_lease(), 600.0)
+        GcpSupport(gcp.account()).limit(RECORD, a_lease(), 600.0)
     assert caught.value.reason is reason
     assert said in str(caught.value)
 
 
 def test_without_cloud_scheduler_nothing_is_rented(gcp: GcpCloud) -> None:
     gcp.refuse[JOBS] = (403, refused(403, "not used", "SERVICE_DISABLED"))
-    arm = GcpArm(gcp.account())
-    said = arm.refusal(a_lease())
+    support = GcpSupport(gcp.account())
+    said = support.refusal(a_lease())
     assert said is not None
     assert said.startswith("nothing would end a hung node:")
     gcp.refuse.clear()
-    assert arm.refusal(a_lease()) is None  # switched on meanwhile
+    assert support.refusal(a_lease()) is None  # switched on meanwhile
 
 
 def test_no_credentials_and_no_network_are_told_apart(
@@ -172,14 +172,16 @@ def test_no_credentials_and_no_network_are_told_apart(
     with pytest.raises(
         ProviderRefused, match=r"no valid credentials for GCP .* run: gcloud auth application-default login"
     ):
-        GcpArm(GcpAccount()).limit({}, a_lease(), 600.0)
+        GcpSupport(GcpAccount()).limit({}, a_lease(), 600.0)
     away = GcpAccount(gcp.account()._credentials, PROJECT, endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("orchestrator.backends.gcp.account.NUM_RETRIES", 0)
     with pytest.raises(ProviderRefused, match="GCP does not answer"):
-        GcpArm(away).limit(RECORD, a_lease(), 600.0)
+        GcpSupport(away).limit(RECORD, a_lease(), 600.0)
 
 
 def test_with_the_job_a_hung_node_on_gcp_ends_so_it_may_be_rented() -> None:
-    gcp = armable(provider("gcp"), {"gcp": GcpArm()})
+    gcp = armed_provider(provider("gcp"), {"gcp": GcpSupport()})
     assert refusal(gcp, allow_unguarded=False) is None
-    assert [killer.name for killer in gcp.killers if killer.kind is KillerKind.PROVIDER] == ["cloud-scheduler-delete"]
+    assert [terminator.name for terminator in gcp.terminators if terminator.kind is TerminatorKind.PROVIDER] == [
+        "cloud-scheduler-delete"
+    ]

@@ -26,10 +26,10 @@ STAND_IN = Path(__file__).resolve().parents[3] / "support" / "sky_stand_in.py"
 SECRET = "[default]\naws_secret_access_key = not-to-be-seen\n"
 
 
-class FileArm:
+class FileSupport:
     """The stand-in's own time limit."""
 
-    killers = frozenset({"file-limit"})
+    terminators = frozenset({"file-limit"})
     reads_prices = False
 
     def __init__(self, rig: SkyRig) -> None:
@@ -69,7 +69,7 @@ class SkyRig:
             offers=[OFFER],
             client=self.client,
             settings=SkySettings(**{"allow_unguarded": True, **settings}),
-            arms={"example": FileArm(self)},
+            supports={"example": FileSupport(self)},
             credentials=lambda: SECRET,
             tell=self.told.append,
         )
@@ -224,10 +224,10 @@ def test_a_price_that_the_provider_should_say_and_does_not_is_not_confirmed(rig:
     spot = replace(lease_of("slm-abcdef-demo-1-1"), offer=replace(OFFER, cloud="gcp"))
     record = {"usd_per_hour": "1.0"}  # SkyPilot's, from a catalog of some day
     assert rig._backend._price(spot, record) == Decimal("1.0")
-    arm = FileArm(rig)
-    rig._backend._arms = {"gcp": arm}
+    support = FileSupport(rig)
+    rig._backend._supports = {"gcp": support}
     assert rig._backend._price(spot, record) == Decimal("1.0")
-    arm.reads_prices = True
+    support.reads_prices = True
     assert rig._backend._price(spot, record) is None
 
 

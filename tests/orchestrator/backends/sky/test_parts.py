@@ -1,4 +1,4 @@
-"""Names, killers, tasks and errors of the SkyPilot backend: all of it pure."""
+"""Names, terminators, tasks and errors of the SkyPilot backend: all of it pure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from decimal import Decimal
 
 import pytest
 
-from cost.market.providers import KillerKind, provider, providers, refusal
-from orchestrator.backends.aws.support import AwsArm
+from cost.market.providers import TerminatorKind, provider, providers, refusal
+from orchestrator.backends.aws.support import AwsSupport
 from orchestrator.backends.sky.client import SkyRefusal, error_of
 from orchestrator.backends.sky.errors import Trouble, classify
 from orchestrator.backends.sky.names import LONGEST, cluster_name, lease_names, name_without_user
 from orchestrator.backends.sky.task import NodeTerms, facts_of, head_port, infra_of, sky_accelerator, task_of
 from orchestrator.backends.sky.terminators import (
     NO_AUTOSTOP,
-    armable,
+    armed_provider,
     autodown_minutes,
     node_killers,
     slurm_time,
@@ -59,7 +59,7 @@ def test_skypilot_s_own_suffix_is_taken_off() -> None:
     assert name_without_user("slm-1f2e3d-demo-1-2") == "slm-1f2e3d-demo-1-2"
 
 
-# -- killers
+# -- terminators
 
 
 @pytest.mark.parametrize(
@@ -89,18 +89,18 @@ def test_every_killer_of_every_cloud_is_one_that_the_guard_knows() -> None:
         assert len({killer.kind for killer in killers}) >= 2, name
 
 
-def test_a_killer_that_nothing_here_arms_does_not_count() -> None:
-    aws, slurm, gcp = (armable(provider(name), {}) for name in ("aws", "slurm", "gcp"))
-    assert "eventbridge-terminate" not in [killer.name for killer in aws.killers]
+def test_a_terminator_that_nothing_here_arms_does_not_count() -> None:
+    aws, slurm, gcp = (armed_provider(provider(name), {}) for name in ("aws", "slurm", "gcp"))
+    assert "eventbridge-terminate" not in [terminator.name for terminator in aws.terminators]
     assert refusal(aws, allow_unguarded=False) is not None
     assert refusal(gcp, allow_unguarded=False) is not None
     assert refusal(slurm, allow_unguarded=False) is None
 
 
 def test_an_arm_beside_skypilot_makes_a_cloud_rentable() -> None:
-    aws = armable(provider("aws"), {"aws": AwsArm()})
+    aws = armed_provider(provider("aws"), {"aws": AwsSupport()})
     assert refusal(aws, allow_unguarded=False) is None
-    assert any(killer.kind is KillerKind.PROVIDER for killer in aws.killers)
+    assert any(terminator.kind is TerminatorKind.PROVIDER for terminator in aws.terminators)
 
 
 def test_skypilot_s_own_timer_stands_behind_what_is_paid() -> None:
