@@ -46,7 +46,7 @@ def estimate(
       slm estimate --model 3e9 --gpu A100-80GB-SXM --gpus 8 --nodes 2 --json
     """
     from orchestrator.planning import analysis as advice
-    from orchestrator.planning.experience import experience_of
+    from orchestrator.planning.history import read_history
     from orchestrator.views import analysis as render_advice
     from orchestrator.views import runs as render
 
@@ -61,7 +61,7 @@ def estimate(
         gpus=gpus,
         nodes=nodes,
         precisions=precisions,
-        experience=experience_of(home_from(os.environ)),
+        history=read_history(home_from(os.environ)),
     )
     if as_json:
         render.as_json(render_advice.machine_facts(made, prices))
@@ -101,7 +101,7 @@ def frontier(
     from orchestrator.commands.sizing import BUDGET_USD
     from orchestrator.planning import analysis as advice
     from orchestrator.planning import recipe_plan as planning
-    from orchestrator.planning.experience import experience_of
+    from orchestrator.planning.history import read_history
     from orchestrator.views import analysis as render_advice
     from orchestrator.views import plots
     from orchestrator.views import runs as render
@@ -116,7 +116,7 @@ def frontier(
         "deadline_hours": deadline,
         "all_clouds": all_clouds,
         "belief": planning.data_belief(corpus, unique_tokens),
-        "experience": experience_of(home_from(os.environ)),
+        "history": read_history(home_from(os.environ)),
     }
     prices = prices_now()
     cap = budget or BUDGET_USD
@@ -169,7 +169,7 @@ def simulate(
     """
     from orchestrator.planning import analysis as advice
     from orchestrator.planning import recipe_plan as planning
-    from orchestrator.planning.experience import experience_of
+    from orchestrator.planning.history import read_history
     from orchestrator.views import analysis as render_advice
     from orchestrator.views import plots
     from orchestrator.views import runs as render
@@ -191,7 +191,7 @@ def simulate(
         all_clouds=all_clouds,
         allow_unguarded=allow_unguarded,
         measured_tokens_per_second=planning.measured_here(home_from(os.environ), chosen),
-        experience=experience_of(home_from(os.environ)),
+        history=read_history(home_from(os.environ)),
     )
     done = advice.simulate_plan(planned, market=market, num_zones=zones, runs=runs, seed=seed, deadline_hours=deadline)
     if plot is not None:

@@ -68,7 +68,7 @@ def launch(
     """
     from orchestrator.planning import analysis as advice
     from orchestrator.planning import recipe_plan as planning
-    from orchestrator.planning.experience import experience_of
+    from orchestrator.planning.history import read_history
     from orchestrator.runs.options import LOCAL, LaunchRequest, RunOptions
     from orchestrator.supervisor import background
     from orchestrator.supervisor.losses import believed
@@ -96,7 +96,7 @@ def launch(
         all_clouds=all_clouds,
         allow_unguarded=allow_unguarded,
         measured_tokens_per_second=planning.measured_here(home, chosen),
-        experience=experience_of(home),
+        history=read_history(home),
     )
     plan = planned.plan
     best = planning.winner(plan)

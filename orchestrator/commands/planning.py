@@ -73,7 +73,7 @@ def plan(
       slm plan --budget 100 --params max --json
     """
     from orchestrator.planning import recipe_plan as planning
-    from orchestrator.planning.experience import experience_of
+    from orchestrator.planning.history import read_history
 
     home = home_from(os.environ)
     belief = planning.data_belief(corpus, unique_tokens)
@@ -85,7 +85,7 @@ def plan(
         "deadline_hours": deadline,
         "all_clouds": all_clouds,
         "belief": belief,
-        "experience": experience_of(home),
+        "history": read_history(home),
     }
     if params is not None:
         if recipe is not None or sets:

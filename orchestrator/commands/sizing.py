@@ -111,7 +111,7 @@ def choose(
 
     from cost.plan.planner import make_plan
     from orchestrator.planning import recipe_plan as planning
-    from orchestrator.planning.experience import Experience
+    from orchestrator.planning.history import History
 
     offers, options, locked = planning.options_without_recipe(prices, **wishes)
     planning.offers_wanted(offers, options)
@@ -130,8 +130,8 @@ def choose(
         warning = f"{planning.guard_refusal(best.offer)}. Among the others {none_affordable(choices[0], asked)}"
     elif not allow_unguarded:
         plan = planning.guarded(plan)
-    experience = wishes.get("experience") or Experience()
-    plan = replace(plan, rejected=(*plan.rejected, *locked), seen=experience.seen)
+    history = wishes.get("history") or History()
+    plan = replace(plan, rejected=(*plan.rejected, *locked), seen=history.seen)
     return planning.Planned(plan, options["market"].hazards), choice, warning
 
 

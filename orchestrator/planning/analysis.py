@@ -21,7 +21,7 @@ from cost.plan.plans import Chance, Estimate
 from cost.plan.policy import DEFAULT, POLICIES, Traces, read_traces
 from cost.plan.simulate import PATIENCE, Simulation, simulate
 from orchestrator.planning import recipe_plan as planning
-from orchestrator.planning.experience import Experience
+from orchestrator.planning.history import History
 from orchestrator.planning.recipe_plan import USUAL_OPTIMIZER, Planned
 from orchestrator.prices.table import Prices
 
@@ -74,7 +74,7 @@ def estimate_machine(
     gpus: int,
     nodes: int,
     precisions: Sequence[Precision] = (),
-    experience: Experience | None = None,
+    history: History | None = None,
 ) -> MachineEstimate:
     """The fastest layout on one kind of machine, in the fastest of `precisions` where there are any.
 
@@ -86,7 +86,7 @@ def estimate_machine(
         raise UserError(f"{gpu} is a family; choose one of {', '.join(names)}.")
     (card,) = names
     cluster = Cluster(accelerator(card), gpus, nodes, NODE_NETWORK_BYTES_PER_SECOND)
-    known = experience or Experience()
+    known = history or History()
     placed = fastest_precision(work, cluster, known.calibrated(), software, precisions=precisions)
     if isinstance(placed, NoLayout):
         raise UserError(f"{name} does not run on {nodes} x {gpus}x{card}: {placed.reason}.")

@@ -30,8 +30,7 @@ from orchestrator.backends.local import schedule
 from orchestrator.backends.registry import cloud_supports
 from orchestrator.backends.sky.terminators import armed_provider
 from orchestrator.figures import plural
-from orchestrator.planning.experience import Experience, begun_precision
-from orchestrator.planning.measured import measured_tokens_per_second
+from orchestrator.planning.history import History, begun_precision, measured_tokens_per_second
 from orchestrator.prices.table import Prices
 from orchestrator.settings import Home
 from tasks.recipe.schema import AUTO, PRECISIONS, ConcretePrecision, Recipe
@@ -87,20 +86,19 @@ def planned_for(
     allow_unguarded: bool = False,
     belief: Belief | None = None,
     measured_tokens_per_second: float | None = None,
-    experience: Experience | None = None,
+    history: History | None = None,
 ) -> Planned:
     """Rank the offers for a recipe; what is None here is as the recipe says.
 
-    `measured_tokens_per_second` is what this machine was seen to do for a recipe like this
-    (`orchestrator.planning.measured`), `experience` what our runs on clouds saw, which says nothing about the local
-    cloud. Offers of clouds where nothing would end a hung node are rejected unless `allow_unguarded`; the local cloud
-    has limits of its own.
+    `measured_tokens_per_second`: the speed of this machine for a recipe of this shape; `history`: what earlier runs on
+    clouds measured, which says nothing about the local cloud. Offers of clouds where nothing would end a hung node are
+    rejected unless `allow_unguarded`; the local cloud has limits of its own.
 
     Raises:
         UserError: A cloud or a GPU that no offer has, or a market that cannot be played.
     """
     emulation = local_emulation(recipe, measured_tokens_per_second)
-    known = Experience() if experience is None or emulation is not None else experience
+    known = History() if history is None or emulation is not None else history
     calibration = known.calibrated()
     # The local cloud starts with all nodes that the recipe wants; elsewhere fewer may be the better buy.
     fewest = recipe.nodes.max if emulation is not None else recipe.nodes.min
@@ -148,7 +146,7 @@ def options_without_recipe(
     all_clouds: bool = False,
     belief: Belief | None = None,
     precision: str | None = None,
-    experience: Experience | None = None,
+    history: History | None = None,
 ) -> tuple[tuple[Offer, ...], dict[str, Any], tuple[Rejected, ...]]:
     """Offers, options of `make_plan`, and offers without credentials, for models that no recipe describes.
 
@@ -160,7 +158,7 @@ def options_without_recipe(
             f"no offer is of a cloud that SkyPilot has credentials for ({', '.join(prices.enabled or ())}); "
             "--all-clouds ranks the others too."
         )
-    known = experience or Experience()
+    known = history or History()
     options = {
         "spot": spot,
         "clouds": known_clouds(clouds, prices.offers),

@@ -1,11 +1,10 @@
-"""What a run's own speed says about the offers that are left: the plan's order, corrected by what was measured.
+"""The order of the offers that are left, corrected by the speed that the run itself measured.
 
-A GPU that trains slower than modelled costs more per token everywhere it is offered; so all offers of it move.
+An accelerator that trains slower than modelled costs more per token in every offer, so all of its offers move.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,43 +12,41 @@ from decimal import Decimal
 
 from cost.ledger.accounts import LeaseAccount
 from cost.ledger.recovery import Candidate
-from orchestrator.planning.measured import SETTLED_STEPS
-from tasks import run_store_keys as keys
-from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+from orchestrator.planning.history import UNREADABLE, settled_speed, training_lease
+from trainer.run_store.base import Store
 
-UNREADABLE = (StoreError, StoreKeyMissing, ValueError, KeyError, TypeError, AttributeError)
-LEAST, MOST = 0.1, 10.0
-"""A speed further than this from the model's is rather a broken clock than a GPU."""
+LEAST_RATIO, MOST_RATIO = 0.1, 10.0
+"""A speed further than this from the model's is more likely a broken clock than an accelerator."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """How fast an accelerator trains in this run, as a share of what the plan said."""
+class SpeedRatio:
+    """Measured speed of an accelerator in this run, as a share of the planned speed."""
 
     accelerator: str
     ratio: float
 
 
-def measured(
+def measured_ratio(
     store: Store, accounts: Iterable[LeaseAccount], planned_per_device: Mapping[str, float]
-) -> Measured | None:
-    """From the newest settled progress; `planned_per_device`: tokens per second by offer_id. None: nothing is known."""
+) -> SpeedRatio | None:
+    """From the newest settled progress, if any. `planned_per_device`: tokens per second by offer_id."""
     try:
-        newest = json.loads(store.read(keys.PROGRESS))
-        began = json.loads(store.read(keys.incarnation(newest["epoch"])))
+        speed = settled_speed(store.read)
+        if speed is None:
+            return None
         offers = {account.lease.lease_id: account.lease.offer for account in accounts}
-        offer = offers[began["lease_id"]]
-        speed = float(newest["tokens_per_second"]) / int(newest["world_size"])
-        ratio = speed / planned_per_device[offer.offer_id]
-    except (*UNREADABLE, ZeroDivisionError):
+        offer = offers[training_lease(store.read, speed)]
+        ratio = speed.per_device / planned_per_device[offer.offer_id]
+    except UNREADABLE:
         return None
-    settled = newest["step"] >= SETTLED_STEPS and math.isfinite(ratio) and LEAST <= ratio <= MOST
-    return Measured(offer.accelerator, ratio) if settled else None
+    is_credible = math.isfinite(ratio) and LEAST_RATIO <= ratio <= MOST_RATIO
+    return SpeedRatio(offer.accelerator, ratio) if is_credible else None
 
 
-def replanned(candidates: Sequence[Candidate], seen: Iterable[Measured]) -> list[Candidate]:
+def replanned(candidates: Sequence[Candidate], measured: Iterable[SpeedRatio]) -> list[Candidate]:
     """The same candidates with corrected costs, cheapest first within each number of nodes; unknown costs stay last."""
-    ratios = {entry.accelerator: entry.ratio for entry in seen}
+    ratios = {entry.accelerator: entry.ratio for entry in measured}
     if not ratios:
         return list(candidates)
 

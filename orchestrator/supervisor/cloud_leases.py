@@ -17,7 +17,7 @@ from orchestrator.backends.cloud_support import CloudSupport
 from orchestrator.backends.registry import SKY_FOLDER, cloud_supports
 from orchestrator.backends.sky.backend import SkyBackend, SkySettings
 from orchestrator.backends.sky.terminators import armed_provider
-from orchestrator.planning.starts import remember
+from orchestrator.planning.history import record_start
 from orchestrator.supervisor.lease_policy import Terms, TermsOf, terms_on, worst_price
 from tasks.recipe.schema import Recipe
 from trainer.run_store.base import Store
@@ -129,7 +129,7 @@ def sky_backend(
 
     def remember_start(lease: Lease, parts: dict[str, float]) -> None:
         rest = {name: seconds for name, seconds in parts.items() if name != "seconds"}
-        remember(starts, cloud=lease.offer.cloud, seconds=parts["seconds"], parts=rest)
+        record_start(starts, cloud=lease.offer.cloud, seconds=parts["seconds"], parts=rest)
 
     boots = [provider(offer.cloud).boot_seconds for offer in offers]
     settings = SkySettings(

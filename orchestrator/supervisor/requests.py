@@ -28,7 +28,7 @@ from orchestrator.backends.base import Backend
 from orchestrator.backends.local.backend import LocalBackend
 from orchestrator.clock import SystemClock
 from orchestrator.events import Emit, Event, EventLog
-from orchestrator.planning.replan import measured, replanned
+from orchestrator.planning.replan import measured_ratio, replanned
 from orchestrator.runs import journal as journals
 from orchestrator.runs.options import LaunchRequest, RunOptions
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
@@ -303,8 +303,8 @@ def candidates_now(run: Run, store: Store, ledger: Ledger, candidates: list[Cand
     """The plan's candidates in the order that the run's own speed suggests; the local cloud's GPUs are no GPUs."""
     if run.options.is_local:
         return candidates
-    seen = measured(store, ledger.accounts(), run.options.planned_speed)
-    return candidates if seen is None else replanned(candidates, [seen])
+    ratio = measured_ratio(store, ledger.accounts(), run.options.planned_speed)
+    return candidates if ratio is None else replanned(candidates, [ratio])
 
 
 def preemptions_of(runs: Runs, run: Run) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from cost.ledger.database import connect
 from cost.ledger.ledger import Ledger
 from cost.ledger.recovery import Candidate
-from orchestrator.planning.replan import Measured, measured, replanned
+from orchestrator.planning.replan import SpeedRatio, measured_ratio, replanned
 from orchestrator.settings import Home
 from tests.support.backend_contract import OFFER
 from tests.support.cloud_runs import SPEED, ran_on
@@ -27,7 +27,7 @@ CANDIDATES = [
 
 
 def test_a_gpu_that_is_slower_than_planned_moves_behind_a_cheaper_one() -> None:
-    found = replanned(CANDIDATES, [Measured("H100-SXM", 0.5)])
+    found = replanned(CANDIDATES, [SpeedRatio("H100-SXM", 0.5)])
     assert [(entry.offer.accelerator, entry.num_nodes) for entry in found] == [
         ("L4", 2),
         ("H100-SXM", 2),
@@ -39,7 +39,7 @@ def test_a_gpu_that_is_slower_than_planned_moves_behind_a_cheaper_one() -> None:
 
 def test_without_a_measurement_the_plan_s_order_stays() -> None:
     assert replanned(list(reversed(CANDIDATES)), []) == list(reversed(CANDIDATES))
-    assert replanned(CANDIDATES, [Measured("H100-SXM", 1.0)]) == CANDIDATES
+    assert replanned(CANDIDATES, [SpeedRatio("H100-SXM", 1.0)]) == CANDIDATES
 
 
 def test_the_speed_is_that_of_one_device_of_the_lease_that_trained(tmp_path: Path) -> None:
@@ -48,11 +48,11 @@ def test_the_speed_is_that_of_one_device_of_the_lease_that_trained(tmp_path: Pat
     db = connect(home.database)
     accounts = Ledger(db, run.run_id, epoch=run.epoch).accounts()
     store = DirectoryStore(home.store_dir(run.run_id))
-    found = measured(store, accounts, {H100.offer_id: 2 * SPEED})
-    assert found == Measured("H100-SXM", 0.5)
-    assert measured(store, accounts, {}) is None
-    assert measured(store, accounts, {H100.offer_id: 100 * SPEED}) is None  # no GPU is a hundred times slower
+    found = measured_ratio(store, accounts, {H100.offer_id: 2 * SPEED})
+    assert found == SpeedRatio("H100-SXM", 0.5)
+    assert measured_ratio(store, accounts, {}) is None
+    assert measured_ratio(store, accounts, {H100.offer_id: 100 * SPEED}) is None  # no GPU is a hundred times slower
     newest = json.loads(store.read("progress/latest.json"))
     store.write("progress/latest.json", json.dumps({**newest, "step": 1}).encode())
-    assert measured(store, accounts, {H100.offer_id: 2 * SPEED}) is None  # compiling is no training
+    assert measured_ratio(store, accounts, {H100.offer_id: 2 * SPEED}) is None  # compiling is no training
     db.close()

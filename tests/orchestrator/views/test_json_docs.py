@@ -19,7 +19,7 @@ from cost.ledger.ledger import Ledger
 from cost.market.offers import load_reference_offers
 from orchestrator import cli
 from orchestrator.events import Event
-from orchestrator.planning import starts
+from orchestrator.planning.history import record_start
 from orchestrator.prices import table as prices
 from orchestrator.prices.table import Prices, Unread
 from orchestrator.runs import status as report
@@ -146,7 +146,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     db.close()
     said = {"source_epochs": {"text": 0.5}, "start_seconds": {"load": 1.5, "first_step": 2.0}}
     ran_on(home, next(offer for offer in offers if offer.spot and offer.accelerator == "H100-SXM"), **said)
-    starts.remember(home.starts, cloud="aws", seconds=90.0, parts={})
+    record_start(home.starts, cloud="aws", seconds=90.0, parts={})
     return home
 
 

@@ -17,7 +17,7 @@ from cost.plan.planner import Plan
 from cost.plan.plans import Chance, known_loss
 from orchestrator.planning import analysis as advice
 from orchestrator.planning import recipe_plan as planning
-from orchestrator.planning.experience import Experience, experience_of
+from orchestrator.planning.history import History, read_history
 from orchestrator.prices.table import Prices, Unread
 from orchestrator.settings import Home
 from orchestrator.views import plan as render_plan
@@ -276,13 +276,13 @@ def test_an_on_demand_offer_and_the_local_cloud_have_the_chance_that_they_have()
 
 
 def test_the_layout_and_what_own_runs_saw_are_said() -> None:
-    seen = Experience((Sighting("aws", "H100-SXM", 8, 3, 12.0),), problem="nothing was learned from x")
-    text = "\n".join(full(plan_of(experience=seen), width=300))
+    seen = History((Sighting("aws", "H100-SXM", 8, 3, 12.0),), problem="nothing was learned from x")
+    text = "\n".join(full(plan_of(history=seen), width=300))
     assert "own runs lost 3 of such nodes in 12.0 node-hours, which corrects the published rate" in text
     assert "- nothing was learned from x" in text
     assert ", 8 devices, micro-batch " in text.partition("- layout: ")[2]
     assert " a step, bf16" in text
-    on_demand = "\n".join(full(plan_of(experience=seen, spot=False), width=300))
+    on_demand = "\n".join(full(plan_of(history=seen, spot=False), width=300))
     assert "own runs lost" not in on_demand
 
 
@@ -290,9 +290,7 @@ def test_a_plan_names_the_run_that_measured_its_speed(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     run = ran_on(home, SPOT)
     prices = Prices((SPOT, ON_DEMAND), "test table")
-    found = planning.planned_for(
-        load_recipe("gpt2-124m"), prices, budget_usd=Decimal(100), experience=experience_of(home)
-    )
+    found = planning.planned_for(load_recipe("gpt2-124m"), prices, budget_usd=Decimal(100), history=read_history(home))
     best = planning.winner(found.plan)
     low, high = (render_plan.count(item) for item in best.tokens_per_second_interval)
     shown = render_plan.outlook(found.plan, best, planning.Belief())[0]

@@ -15,7 +15,7 @@ from cost.market.offers import Offer
 from cost.market.preemption import Sighting, prior
 from cost.plan.plans import Estimate
 from orchestrator.planning import recipe_plan as planning
-from orchestrator.planning.experience import Experience, begun_precision, experience_of
+from orchestrator.planning.history import History, begun_precision, read_history
 from orchestrator.planning.recipe_plan import Planned
 from orchestrator.prices.table import Prices
 from orchestrator.settings import Home
@@ -44,12 +44,12 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe("gpt2-124m", ["backend=sky", *overrides])
 
 
-def planned(known: Experience | None, *offers: Offer, chosen: Recipe | None = None) -> Planned:
+def planned(known: History | None, *offers: Offer, chosen: Recipe | None = None) -> Planned:
     prices = Prices(offers or (SPOT,), "test table")
-    return planning.planned_for(chosen or recipe(), prices, budget_usd=Decimal(100), experience=known)
+    return planning.planned_for(chosen or recipe(), prices, budget_usd=Decimal(100), history=known)
 
 
-def best(known: Experience | None, *offers: Offer) -> Estimate:
+def best(known: History | None, *offers: Offer) -> Estimate:
     return planning.winner(planned(known, *offers).plan)
 
 
@@ -57,17 +57,17 @@ def test_losses_and_node_hours_come_from_the_books(home: Home) -> None:
     ran_on(home, SPOT, outcomes=("preempted", "broken", "preempted", "no_capacity"), hours_each=3, num_nodes=2)
     ran_on(home, SPOT, outcomes=("finished",), hours_each=1)
     # 4 leases x 3 h x 2 nodes, and one of 1 h: only what the cloud took back is a loss.
-    assert experience_of(home).sightings == (Sighting("aws", "H100-SXM", 8, 2, 25.0),)
+    assert read_history(home).sightings == (Sighting("aws", "H100-SXM", 8, 2, 25.0),)
 
 
 def test_node_hours_of_an_on_demand_offer_are_no_spot_hours(home: Home) -> None:
     ran_on(home, ON_DEMAND)
-    assert experience_of(home).sightings == ()
+    assert read_history(home).sightings == ()
 
 
 def test_the_plan_expects_the_losses_that_own_runs_saw(home: Home) -> None:
     ran_on(home, SPOT, outcomes=("preempted",) * 20, hours_each=1)
-    known = experience_of(home)
+    known = read_history(home)
     before = prior("aws", "H100-SXM", 8)
     rate = (before.losses + 20) / (before.node_hours + 20)
     hazard = planned(known).hazards.for_offer(SPOT)
@@ -78,7 +78,7 @@ def test_the_plan_expects_the_losses_that_own_runs_saw(home: Home) -> None:
 def test_a_measured_speed_beats_the_model_and_narrows_the_interval(home: Home) -> None:
     modelled = best(None)
     run = ran_on(home, SPOT)
-    known = experience_of(home)
+    known = read_history(home)
     measured = best(known)
     assert (modelled.throughput.basis, measured.throughput.basis) == ("pooled", "measured")
     low, high = modelled.tokens_per_second_interval
@@ -94,7 +94,7 @@ def test_the_model_corrected_by_a_run_gives_what_that_run_did(home: Home) -> Non
 
     ran_on(home, SPOT, tokens_per_second=50_000.0)
     ran_on(home, SPOT, tokens_per_second=70_000.0)
-    known = experience_of(home)
+    known = read_history(home)
     item = known.measurements[-1]
     layout = own_layout(item.work, item.cluster, item.micro_batch_size)
     said = placed(item.work, item.cluster, layout, known.calibrated(), item.software)
@@ -108,34 +108,34 @@ def test_the_model_corrected_by_a_run_gives_what_that_run_did(home: Home) -> Non
 )
 def test_what_says_little_about_the_speed_is_left_out(home: Home, progress: dict[str, Any]) -> None:
     ran_on(home, SPOT, **progress)
-    known = experience_of(home)
+    known = read_history(home)
     assert (known.measurements, known.problem) == ((), None)
     assert known.sightings
 
 
 def test_the_local_market_teaches_nothing(home: Home) -> None:
     ran_on(home, SPOT, backend="local")
-    assert experience_of(home) == Experience()
+    assert read_history(home) == History()
 
 
 def test_the_local_cloud_is_planned_without_what_clouds_taught(home: Home) -> None:
     ran_on(home, SPOT)
     local = recipe("backend=local", "nodes.max=1")
-    with_it, without = planned(experience_of(home), chosen=local), planned(None, chosen=local)
+    with_it, without = planned(read_history(home), chosen=local), planned(None, chosen=local)
     assert with_it == without
 
 
 def test_without_books_nothing_is_learned_and_none_are_made(home: Home) -> None:
-    assert experience_of(home) == Experience()
+    assert read_history(home) == History()
     assert begun_precision(home, recipe("precision=auto")) is None
     assert not home.root.exists()
 
 
 def test_damaged_books_are_named_and_do_not_stop_the_plan(home: Home) -> None:
     home.create().database.write_bytes(b"no database at all" * 100)
-    known = experience_of(home)
+    known = read_history(home)
     assert known.problem is not None
-    assert known.problem.startswith(f"nothing was learned from own runs: {home.database} cannot be read (")
+    assert known.problem.startswith(f"earlier runs are not used: {home.database} cannot be read (")
     assert best(known) == best(None)
     assert begun_precision(home, recipe("precision=auto")) is None
 
@@ -145,12 +145,12 @@ def test_books_without_tables_and_books_of_a_newer_slm_are_named(home: Home) -> 
     with sqlite3.connect(home.database) as db:
         db.execute("CREATE TABLE other (x)")
     db.close()
-    assert "no such table: runs" in str(experience_of(home).problem)
+    assert "no such table: runs" in str(read_history(home).problem)
     home.database.unlink()
     newer = connect(home.database)
     newer.execute("PRAGMA user_version = 99")
     newer.close()
-    assert "cannot be read (format 99, this slm knows up to" in str(experience_of(home).problem)
+    assert "cannot be read (format 99, this slm knows up to" in str(read_history(home).problem)
 
 
 def test_one_unreadable_run_does_not_silence_the_others(home: Home) -> None:
@@ -162,9 +162,9 @@ def test_one_unreadable_run_does_not_silence_the_others(home: Home) -> None:
     db.execute("UPDATE leases SET offer_json = '[]' WHERE lease_id LIKE ?", (f"%{unread.run_id}-1",))
     db.close()
     (home.store_dir(unread.run_id) / "progress" / "latest.json").write_text("{")
-    known = experience_of(home)
+    known = read_history(home)
     assert known.problem == (
-        f"nothing was learned from what could not be read: run {broken.run_id}, lease slm-abc123-{unread.run_id}-1, "
+        f"skipped, as it cannot be read: run {broken.run_id}, lease slm-abc123-{unread.run_id}-1, "
         f"the progress of {unread.run_id}"
     )
     # Two leases of two hours of the third run, one of the second.

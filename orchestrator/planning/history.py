@@ -1,8 +1,10 @@
-"""What our own runs on clouds saw, for the next plan: losses by kind of node, and speeds by GPU.
+"""What earlier runs of this home measured, for the next plan: preemptions, speeds, and times to set up a node.
 
-Reads the books and the run stores as they are, changes and creates nothing, so that it works beside a living run.
-Invariant: a run of the local backend teaches nothing here, since its market is a game and its GPU this machine's
-processor. What cannot be read is left out and named in `problem`; it is never an error of the plan.
+Reads the ledger and the run stores as they are, changes and creates nothing, so that it works beside a living run; the
+only file that is written is the home's `starts.jsonl`, one line for each node that was set up. Runs on clouds inform
+plans for clouds (`History`); runs on the local backend, whose market is simulated and whose accelerator is this
+machine's processor, inform only local plans (`measured_tokens_per_second`). What cannot be read is skipped and named in
+`problem`; it is never an error of the plan.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import json
 import math
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cost.errors import SlmError
@@ -29,18 +32,23 @@ from cost.performance.software import OUR_FRAMEWORK, Software, our_trainer
 from cost.performance.throughput import Calibration, default_calibration
 from cost.performance.workload import Workload
 from cost.plan.plans import Seen
-from orchestrator.planning.measured import SETTLED_STEPS
-from orchestrator.planning.starts import typical
 from orchestrator.runs.records import TERMINAL
 from orchestrator.settings import Home
 from tasks import run_store_keys as keys
 from tasks.recipe.schema import AUTO, PRECISIONS, ConcretePrecision, Recipe
 
 LOCAL = "local"
-BOOKS_TIMEOUT_SECONDS = 1.0
-"""A plan does not wait longer for a writer of the books."""
+SETTLED_STEPS = 20
+"""A run's speed counts from this step on: the first steps warm up caches and the compiler."""
+NEWEST_STARTS = 5
+"""A plan charges the median of so many."""
+LEDGER_TIMEOUT_SECONDS = 1.0
+"""A plan does not wait longer for a writer of the ledger."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SlmError)
 """What a row or a file of another version, or a damaged one, can raise."""
+
+Read = Callable[[str], bytes]
+"""The bytes of one key of a run store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +64,8 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Experience:
-    """Oldest run first."""
+class History:
+    """What the runs of one home on clouds measured, oldest run first."""
 
     sightings: tuple[Sighting, ...] = ()
     measurements: tuple[Measurement, ...] = ()
@@ -90,66 +98,66 @@ class Experience:
         )
 
 
-def experience_of(home: Home) -> Experience:
-    """Everything that the books and stores of this home teach; nothing where there are none."""
+def read_history(home: Home) -> History:
+    """From the ledger and the run stores of this home; empty where there are none."""
     if not home.database.exists():
-        return Experience()
+        return History()
     try:
-        with closing(_opened(home.database)) as books:
-            runs = _rows(books, "SELECT * FROM runs ORDER BY CAST(created_at AS INTEGER), rowid")
-            leases = _rows(books, "SELECT * FROM leases")
+        with closing(_opened(home.database)) as database:
+            runs = _rows(database, "SELECT * FROM runs ORDER BY CAST(created_at AS INTEGER), rowid")
+            leases = _rows(database, "SELECT * FROM leases")
     except (sqlite3.Error, *UNREADABLE) as error:
-        return Experience(problem=f"nothing was learned from own runs: {home.database} cannot be read ({error})")
+        return History(problem=f"earlier runs are not used: {home.database} cannot be read ({error})")
     unread: list[str] = []
     rented = _rented(leases, dict(_on_clouds(runs, unread)), unread)
     measured = tuple(_measurements(home, rented, unread))
     named = ", ".join(dict.fromkeys(unread))
-    problem = f"nothing was learned from what could not be read: {named}" if unread else None
-    return Experience(_sightings(rented), measured, problem, typical(home.starts))
+    problem = f"skipped, as it cannot be read: {named}" if unread else None
+    return History(_sightings(rented), measured, problem, typical_start_seconds(home.starts))
 
 
 def begun_precision(home: Home, recipe: Recipe) -> ConcretePrecision | None:
-    """In what an unfinished run computes that began from this recipe, where the recipe leaves it to the planner.
+    """The precision of an unfinished run of this recipe, where the recipe leaves the precision to the planner.
 
-    The same command after a crash goes on with that run, whatever a plan would choose by now.
+    The same command after a crash continues that run, whatever a plan would choose by now.
     """
     if recipe.precision != AUTO or not home.database.exists():
         return None
     by_digest = {recipe.in_precision(precision).digest(): precision for precision in PRECISIONS}
     finished = {state.value for state in TERMINAL}
     try:
-        with closing(_opened(home.database)) as books:
-            runs = _rows(books, "SELECT * FROM runs ORDER BY CAST(created_at AS INTEGER), rowid")
+        with closing(_opened(home.database)) as database:
+            runs = _rows(database, "SELECT * FROM runs ORDER BY CAST(created_at AS INTEGER), rowid")
     except (sqlite3.Error, *UNREADABLE):
-        return None  # the launch itself opens the books, and says what is wrong with them
+        return None  # the launch itself opens the ledger, and says what is wrong with it
     begun = [by_digest.get(run["recipe_digest"]) for run in runs if run["state"] not in finished]
     return next((precision for precision in reversed(begun) if precision is not None), None)
 
 
-# ---------------------------------------------------------------- the books
+# ---------------------------------------------------------------- the ledger
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """For reading only: the books are neither created nor migrated by a plan.
+    """For reading only: the ledger is neither created nor migrated by a plan.
 
     Raises:
         ValueError: A newer slm wrote them.
-        sqlite3.Error: They are damaged, or no books at all.
+        sqlite3.Error: It is damaged, or no ledger at all.
     """
-    books = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BOOKS_TIMEOUT_SECONDS)
+    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LEDGER_TIMEOUT_SECONDS)
     try:
-        books.row_factory = sqlite3.Row
-        version = int(books.execute("PRAGMA user_version").fetchone()[0])
+        database.row_factory = sqlite3.Row
+        version = int(database.execute("PRAGMA user_version").fetchone()[0])
         if version > len(MIGRATIONS):
             raise ValueError(f"format {version}, this slm knows up to {len(MIGRATIONS)}")
     except BaseException:
-        books.close()
+        database.close()
         raise
-    return books
+    return database
 
 
-def _rows(books: sqlite3.Connection, query: str) -> list[sqlite3.Row]:
-    return books.execute(query).fetchall()
+def _rows(database: sqlite3.Connection, query: str) -> list[sqlite3.Row]:
+    return database.execute(query).fetchall()
 
 
 def _on_clouds(runs: Sequence[sqlite3.Row], unread: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -210,6 +218,73 @@ def _sightings(rented: Mapping[str, tuple[Mapping[str, Any], list[_Rental]]]) ->
 # ---------------------------------------------------------------- the run stores
 
 
+@dataclass(frozen=True, slots=True)
+class SettledSpeed:
+    """Speed of a run's newest group of workers, once its first steps are over."""
+
+    tokens_per_second: float
+    """Over all devices."""
+    world_size: int
+    incarnation: int | None
+    """The group of workers that trained; None where the progress does not say."""
+
+    @property
+    def per_device(self) -> float:
+        return self.tokens_per_second / self.world_size
+
+
+def settled_speed(read: Read) -> SettledSpeed | None:
+    """From the newest progress in a run store; None while the run has measured too little.
+
+    Raises:
+        UNREADABLE: The progress is missing, damaged or of another version.
+    """
+    newest: Any = json.loads(read(keys.PROGRESS))
+    tokens_per_second, world_size = newest["tokens_per_second"], int(newest["world_size"])
+    if newest["step"] < SETTLED_STEPS or tokens_per_second is None or not (0 < tokens_per_second < math.inf):
+        return None
+    return SettledSpeed(float(tokens_per_second), world_size, newest.get("epoch"))
+
+
+def training_lease(read: Read, speed: SettledSpeed) -> str:
+    """The id of the lease whose nodes had this speed.
+
+    Raises:
+        UNREADABLE: The run store does not say.
+    """
+    if speed.incarnation is None:
+        raise KeyError("incarnation")
+    return str(json.loads(read(keys.incarnation(speed.incarnation)))["lease_id"])
+
+
+def measured_tokens_per_second(home: Home, recipe: Recipe) -> float | None:
+    """Of the newest run of the recipe's shape on as many workers, over all of them; None where there is none."""
+    found: list[tuple[float, float]] = []
+    for progress in (home.root / "store").glob(f"*/{keys.PROGRESS}"):
+        read = reader(progress.parents[1])
+        try:
+            speed = settled_speed(read)
+            trained = json.loads(read(keys.SPEC))["recipe"]
+            same = _shape(trained) == _shape(recipe.model_dump(mode="json"))
+            written = progress.stat().st_mtime
+        except UNREADABLE:
+            continue
+        if same and speed is not None and speed.world_size == recipe.nodes.max:
+            found.append((written, speed.tokens_per_second))
+    return max(found)[1] if found else None
+
+
+def _shape(recipe: Mapping[str, Any]) -> Any:
+    """What decides the speed."""
+    training = {key: recipe["training"][key] for key in ("global_batch_size", "micro_batch_size", "num_threads")}
+    return recipe["model"], recipe["optimizer"]["name"], recipe["precision"], recipe["training"]["compile"], training
+
+
+def reader(store: Path) -> Read:
+    """Reads a run store in a folder, which is not created where it is missing."""
+    return lambda key: store.joinpath(*key.split("/")).read_bytes()
+
+
 def _measurements(
     home: Home, rented: Mapping[str, tuple[Mapping[str, Any], list[_Rental]]], unread: list[str]
 ) -> Iterator[Measurement]:
@@ -219,7 +294,7 @@ def _measurements(
         if not (store / keys.PROGRESS).exists():
             continue
         try:
-            found = _measurement(run_id, store, recipe, {rental.lease_id: rental for rental in rentals})
+            found = _measurement(run_id, reader(store), recipe, {rental.lease_id: rental for rental in rentals})
         except UNREADABLE:
             unread.append(f"the progress of {run_id}")
             continue
@@ -228,19 +303,17 @@ def _measurements(
 
 
 def _measurement(
-    run_id: str, store: Path, trained: Mapping[str, Any], rentals: Mapping[str, _Rental]
+    run_id: str, read: Read, trained: Mapping[str, Any], rentals: Mapping[str, _Rental]
 ) -> Measurement | None:
-    """None where the run says too little yet."""
-    newest: Any = json.loads((store / keys.PROGRESS).read_bytes())
-    speed, world_size = newest["tokens_per_second"], int(newest["world_size"])
-    if newest["step"] < SETTLED_STEPS or speed is None or not (0 < speed < math.inf):
+    """None where the run has measured too little, or not on whole nodes."""
+    speed = settled_speed(read)
+    if speed is None:
         return None
-    began: Any = json.loads((store / keys.incarnation(newest["epoch"])).read_bytes())
-    offer = rentals[began["lease_id"]].offer
+    offer = rentals[training_lease(read, speed)].offer
     recipe = Recipe.model_validate(trained)
-    num_nodes, rest = divmod(world_size, offer["gpus_per_node"])
-    if rest or num_nodes < 1 or world_size > recipe.training.global_batch_size:
-        return None  # nodes that lost some of their GPUs are no kind of machine
+    num_nodes, rest = divmod(speed.world_size, offer["gpus_per_node"])
+    if rest or num_nodes < 1 or speed.world_size > recipe.training.global_batch_size:
+        return None  # nodes that lost some of their GPUs are not in the price table
     network = cloud_terms(offer["cloud"]).network_bytes_per_second if num_nodes > 1 else 0.0
     return Measurement(
         run_id=run_id,
@@ -248,5 +321,31 @@ def _measurement(
         cluster=Cluster(accelerator(offer["accelerator"]), offer["gpus_per_node"], num_nodes, network),
         micro_batch_size=recipe.training.micro_batch_size,
         software=our_trainer(optimizer=recipe.optimizer.name, compiled=recipe.training.compile),
-        tokens_per_second=float(speed),
+        tokens_per_second=speed.tokens_per_second,
     )
+
+
+# ---------------------------------------------------------------- the times to set up a node
+
+
+def record_start(path: Path, *, cloud: str, seconds: float, parts: Mapping[str, float]) -> None:
+    """Append the time from the request to a node that is set up; `parts` say where it went."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"cloud": cloud, "seconds": seconds, **parts}) + "\n")
+
+
+def typical_start_seconds(path: Path) -> dict[str, float]:
+    """By cloud, the median of the newest; a line that a kill has cut short is skipped."""
+    found: dict[str, list[float]] = defaultdict(list)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            start = json.loads(line)
+            found[str(start["cloud"])].append(float(start["seconds"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {cloud: median(seconds[-NEWEST_STARTS:]) for cloud, seconds in sorted(found.items())}

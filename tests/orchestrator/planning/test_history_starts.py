@@ -6,8 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from orchestrator.planning import recipe_plan as planning
-from orchestrator.planning import starts
-from orchestrator.planning.experience import experience_of
+from orchestrator.planning.history import read_history, record_start, typical_start_seconds
 from orchestrator.prices.table import reference_prices
 from orchestrator.settings import Home
 from tasks.recipe.schema import load_recipe
@@ -16,12 +15,12 @@ from tests.support.cloud_runs import ran_on
 
 def test_the_middle_of_the_newest_starts_counts(tmp_path: Path) -> None:
     path = tmp_path / "home" / "starts.jsonl"
-    assert starts.typical(path) == {}
+    assert typical_start_seconds(path) == {}
     for seconds in (900, 40, 50, 60, 70, 80):
-        starts.remember(path, cloud="aws", seconds=float(seconds), parts={"data_seconds": 1.0})
+        record_start(path, cloud="aws", seconds=float(seconds), parts={"data_seconds": 1.0})
     with path.open("a") as file:
         file.write('{"cloud": "gcp", "sec')  # cut short by a kill
-    assert starts.typical(path) == {"aws": 60.0}
+    assert typical_start_seconds(path) == {"aws": 60.0}
 
 
 def test_a_plan_charges_the_start_that_was_measured(tmp_path: Path) -> None:
@@ -32,9 +31,9 @@ def test_a_plan_charges_the_start_that_was_measured(tmp_path: Path) -> None:
     )
     ran_on(home, offer)
     only = {"clouds": ["verda"], "gpus": ["H100-SXM"], "allow_unguarded": True, "budget_usd": Decimal(100)}
-    before = planning.make_plan_for(recipe, prices, experience=experience_of(home), **only)
-    starts.remember(home.starts, cloud="verda", seconds=3000.0, parts={})
-    after = planning.make_plan_for(recipe, prices, experience=experience_of(home), **only)
+    before = planning.make_plan_for(recipe, prices, history=read_history(home), **only)
+    record_start(home.starts, cloud="verda", seconds=3000.0, parts={})
+    after = planning.make_plan_for(recipe, prices, history=read_history(home), **only)
     assert before.best is not None
     assert after.best is not None
     longer = after.best.bill.pace.startup_seconds - before.best.bill.pace.startup_seconds

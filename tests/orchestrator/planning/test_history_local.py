@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.planning import recipe_plan as planning
-from orchestrator.planning.measured import measured_tokens_per_second
+from orchestrator.planning.history import measured_tokens_per_second
 from orchestrator.prices.table import current_prices
 from orchestrator.settings import Home
 from tasks.recipe.schema import Recipe, load_recipe
