@@ -6,13 +6,13 @@ gets the row '*'.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from importlib.resources import files
 from types import MappingProxyType
+
+from cost.tables import table_rows
 
 ANY = "*"
 BYTES_PER_GIGABIT = 125_000_000
@@ -39,8 +39,7 @@ class Cloud:
 
 @cache
 def _table() -> Mapping[str, Cloud]:
-    text = (files("cost") / "data" / "clouds.csv").read_text(encoding="utf-8")
-    return MappingProxyType({row["cloud"]: _cloud(row) for row in csv.DictReader(text.splitlines())})
+    return MappingProxyType({row["cloud"]: _cloud(row) for row in table_rows("clouds.csv")})
 
 
 def _cloud(row: Mapping[str, str]) -> Cloud:

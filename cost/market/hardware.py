@@ -7,14 +7,14 @@ Figures with their sources and known contradictions: cost/data/accelerators.csv.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from types import MappingProxyType
 from typing import Literal
+
+from cost.tables import table_rows
 
 Precision = Literal["fp8", "bf16", "fp16", "fp32"]
 
@@ -116,8 +116,7 @@ def _accelerator(row: Mapping[str, str]) -> Accelerator:
 @cache
 def accelerators() -> Mapping[str, Accelerator]:
     """The whole table by name, in the file's order."""
-    text = (files("cost") / "data" / "accelerators.csv").read_text(encoding="utf-8")
-    rows = [_accelerator(row) for row in csv.DictReader(text.splitlines())]
+    rows = [_accelerator(row) for row in table_rows("accelerators.csv")]
     return MappingProxyType({row.name: row for row in rows})
 
 

@@ -8,17 +8,16 @@ in `skipped` with the reason; no price is guessed, and a spot price that is no l
 from __future__ import annotations
 
 import ast
-import csv
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
 from cost.market.hardware import accelerators, canonical_name
+from cost.tables import table_rows
 
 MIB_PER_GIB = 1024
 LARGEST_PLAUSIBLE_GIB_FIGURE = 1000
@@ -83,8 +82,7 @@ class _NoOffer(ValueError):
 
 def load_reference_offers() -> Quotes:
     """The dated table that ships with the project, used when there are no newer prices."""
-    text = (files("cost") / "data" / "reference_offers.csv").read_text(encoding="utf-8")
-    return _collect(_from_reference(row) for row in csv.DictReader(text.splitlines()))
+    return _collect(_from_reference(row) for row in table_rows("reference_offers.csv"))
 
 
 def read_catalog(rows: Iterable[Mapping[str, Any]], cloud: str, as_of: str, source: str) -> Quotes:

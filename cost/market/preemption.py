@@ -9,15 +9,14 @@ cost/data/hazards.csv for the rates.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from types import MappingProxyType
 
 from cost.market.offers import Offer
+from cost.tables import table_rows
 
 SECONDS_PER_HOUR = 3600.0
 FAILURES_PER_GPU_HOUR = 419 / (54 * 24 * 16_384)
@@ -69,14 +68,12 @@ class Sighting:
 
 @cache
 def _priors() -> Mapping[tuple[str, str, str], Hazard]:
-    text = (files("cost") / "data" / "hazards.csv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines())
     return MappingProxyType(
         {
             (row["cloud"], row["accelerator"], row["gpus_per_node"]): Hazard(
                 float(row["losses"]), float(row["node_hours"]), row["source"]
             )
-            for row in rows
+            for row in table_rows("hazards.csv")
         }
     )
 

@@ -9,16 +9,15 @@ rents arms it. Notice and minimum billing are in cost/data/clouds.csv and are re
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from enum import StrEnum
 from functools import cache
-from importlib.resources import files
 from types import MappingProxyType
 
 from cost.market.clouds import ANY, cloud_terms
+from cost.tables import table_rows
 
 FEWEST_KINDS = 2
 """How many kinds of terminators a node must have, one of which works while the guest hangs."""
@@ -171,14 +170,11 @@ def balance_refusal(provider: Provider, *, balance_usd: Decimal | None, free_usd
 @cache
 def _table() -> Mapping[str, Provider]:
     terminators: dict[str, list[Terminator]] = {}
-    for row in _rows("terminators.csv"):
+    for row in table_rows("terminators.csv"):
         terminators.setdefault(row["cloud"], []).append(_terminator(row))
-    return MappingProxyType({row["cloud"]: _provider(row, terminators[row["cloud"]]) for row in _rows("providers.csv")})
-
-
-def _rows(name: str) -> list[dict[str, str]]:
-    text = (files("cost") / "data" / name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+    return MappingProxyType(
+        {row["cloud"]: _provider(row, terminators[row["cloud"]]) for row in table_rows("providers.csv")}
+    )
 
 
 def _terminator(row: Mapping[str, str]) -> Terminator:

@@ -10,14 +10,13 @@ Source: Besiroglu et al. 2024 (arXiv:2404.10102), refit of Hoffmann et al. 2022 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 
 from cost.performance.workload import FLOPS_PER_MATRIX_WEIGHT, Workload
+from cost.tables import table_rows
 
 EPOCHS_HALF_LIFE = 15.39
 """R*: how many repetitions it takes until a repeated token is worth 1/e of a new one.
@@ -151,8 +150,7 @@ def effective_tokens(num_tokens: float, unique_tokens: float) -> float:
 @cache
 def loss_points() -> tuple[LossPoint, ...]:
     """The published points that the laws are fitted to."""
-    text = (files("cost") / "data" / "loss_points.csv").read_text(encoding="utf-8")
-    return tuple(_point(row) for row in csv.DictReader(text.splitlines()))
+    return tuple(_point(row) for row in table_rows("loss_points.csv"))
 
 
 def _point(row: dict[str, str]) -> LossPoint:

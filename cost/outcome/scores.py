@@ -7,15 +7,14 @@ Rows with sources: cost/data/scores.csv.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 from cost.outcome.scaling_law import Prediction
 from cost.performance.workload import Workload
+from cost.tables import table_rows
 
 COMPUTE_RATIO = 4.0
 """A run counts as similar if its compute is at most this many times more or less."""
@@ -60,7 +59,6 @@ class ScoreBand:
 @cache
 def published_scores() -> tuple[PublishedScore, ...]:
     """All rows."""
-    text = (files("cost") / "data" / "scores.csv").read_text(encoding="utf-8")
     return tuple(
         PublishedScore(
             benchmark=row["benchmark"],
@@ -73,7 +71,7 @@ def published_scores() -> tuple[PublishedScore, ...]:
             num_items=int(row["num_items"]) if row["num_items"] else None,
             source=row["source"],
         )
-        for row in csv.DictReader(text.splitlines())
+        for row in table_rows("scores.csv")
     )
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
-from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cost.spelling import did_you_mean
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 
@@ -72,7 +73,7 @@ def parse(value: object) -> StageOptions:
     kind = value["kind"]
     model = KINDS.get(kind)
     if model is None:
-        raise ValueError(f"no kind of stage is called {kind!r}{_nearest(kind, list(KINDS))}")
+        raise ValueError(f"no kind of stage is called {kind!r}{_suggestion(kind, list(KINDS))}")
     try:
         return model.model_validate({"name": kind, **value})
     except ValidationError as error:
@@ -97,13 +98,12 @@ def _explained(error: ValidationError, kind: str, model: type[StageOptions]) -> 
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = list(model.model_fields)
-        return f"stage {kind} has no option {name!r}{_nearest(name, known)}; it has {', '.join(known)}"
+        return f"stage {kind} has no option {name!r}{_suggestion(name, known)}; it has {', '.join(known)}"
     if first["type"] == "missing":
         return f"stage {kind} needs the option {name!r}"
     message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     return f"stage {kind}: {name} = {first['input']!r}: {message[:1].lower() + message[1:]}"
 
 
-def _nearest(word: str, known: Sequence[Any]) -> str:
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    return did_you_mean(word, known) or f"; there are {', '.join(known)}"
