@@ -1,4 +1,4 @@
-"""Thousands of schedules of faults against the real books and supervisor: is the true bill ever above the cap?
+"""Thousands of schedules of faults against the real ledger and supervisor: is the true bill ever above the cap?
 
 `python bench/cap_faults.py --schedules N --seed S [--faults NAME,...] [--price-ratio R] [--workers W] [--json]`
 `python bench/cap_faults.py --without LAYER` takes one layer of the promise out, with the faults that it is there for.
@@ -41,13 +41,13 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
     shares = sorted(100 * schedule.bill_usd / schedule.cap_usd for schedule in held)
     kinds = Counter(name for result in results for name in result.faults)
     wrong = [schedule for schedule in held if schedule.violation]
-    short = [schedule for schedule in held if schedule.books_short]
-    beyond = [result for result in results if result.broken and (result.violation or result.books_short)]
+    short = [schedule for schedule in held if schedule.ledger_short]
+    beyond = [result for result in results if result.broken and (result.violation or result.ledger_short)]
     spent = sum(result.bill_usd / result.cap_usd for result in results)
     return {
         "schedules": len(results),
         "violations": len(wrong),
-        "books_short": len(short),
+        "ledger_short": len(short),
         "overshoot_beyond_bound": len(beyond),
         "max_usd": round(shares[-1], 2) if shares else 0.0,
         "p99_usd": round(shares[int(0.99 * (len(shares) - 1))], 2) if shares else 0.0,
@@ -63,8 +63,8 @@ def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "rarest_fault_share": round(min(kinds.values()) / len(results), 4) if kinds else 0.0,
         "seeds_of_violations": [schedule.seed for schedule in wrong[:EXAMPLES]],
         "seeds_beyond_bound": [schedule.seed for schedule in beyond[:EXAMPLES]],
-        "seeds_of_short_books": [schedule.seed for schedule in short[:EXAMPLES]],
-        "faults_of_short_books": dict(Counter(name for schedule in short for name in schedule.faults).most_common(8)),
+        "seeds_of_short_ledgers": [schedule.seed for schedule in short[:EXAMPLES]],
+        "faults_of_short_ledgers": dict(Counter(name for schedule in short for name in schedule.faults).most_common(8)),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds(), 1),
     }
@@ -154,7 +154,7 @@ def main() -> int:
     else:
         for name, value in found.items():
             print(f"{name:24} {value}")
-    return 1 if found["violations"] or found["overshoot_beyond_bound"] or found["books_short"] else 0
+    return 1 if found["violations"] or found["overshoot_beyond_bound"] or found["ledger_short"] else 0
 
 
 if __name__ == "__main__":

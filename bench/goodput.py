@@ -63,7 +63,7 @@ def command(options: argparse.Namespace) -> tuple[str, ...]:
 class Group:
     """One group of workers, by its own account."""
 
-    epoch: int
+    incarnation: int
     world_size: int
     reason: str
     noticed_at: float
@@ -74,27 +74,27 @@ class Group:
 
 @dataclass
 class Seen:
-    """What was seen while it ran: the newest step of each epoch, as its progress told it."""
+    """What was seen while it ran: the newest step of each incarnation, as its progress told it."""
 
     newest_step: dict[int, int] = field(default_factory=dict)
 
     def look(self, proof: Proof) -> None:
         newest = proof.read(RUN, keys.PROGRESS) or {}
         if newest.get("step") is not None:
-            epoch = int(newest["epoch"])
-            self.newest_step[epoch] = max(int(newest["step"]), self.newest_step.get(epoch, 0))
+            incarnation = int(newest["incarnation"])
+            self.newest_step[incarnation] = max(int(newest["step"]), self.newest_step.get(incarnation, 0))
 
 
 def groups_of(store: Path) -> list[Group]:
-    """All that made a step, in the order of their epochs."""
+    """All that made a step, in the order of their incarnations."""
     groups = []
     for path in (store / keys.PHASES).glob("*.json"):
         facts = json.loads(path.read_text())
-        start = json.loads((store / keys.incarnation(facts["epoch"])).read_text())
+        start = json.loads((store / keys.incarnation(facts["incarnation"])).read_text())
         noticed = datetime.fromisoformat(facts["started_at"]).timestamp()
         groups.append(
             Group(
-                epoch=int(facts["epoch"]),
+                incarnation=int(facts["incarnation"]),
                 world_size=int(facts["world_size"]),
                 reason=facts["reason"],
                 noticed_at=noticed,
@@ -103,7 +103,7 @@ def groups_of(store: Path) -> list[Group]:
                 parent_step=0 if start["parent"] is None else int(start["parent"]["step"]),
             )
         )
-    return sorted(groups, key=lambda group: group.epoch)
+    return sorted(groups, key=lambda group: group.incarnation)
 
 
 def losses_of(market: Path, until: float) -> list[dict[str, Any]]:
@@ -120,12 +120,12 @@ def losses_of(market: Path, until: float) -> list[dict[str, Any]]:
 
 
 def steps_of(store: Path) -> dict[int, list[int]]:
-    """Steps that each epoch recorded; a killed group loses the records of its last seconds, a leaving one none."""
+    """Steps that each incarnation recorded; a killed one loses the records of its last seconds, a leaving one none."""
     found: dict[int, list[int]] = {}
     for path in sorted(store.glob(f"{keys.METRICS}*/*.jsonl")):
-        epoch = keys.incarnation_of_metrics(path.relative_to(store).as_posix())
-        assert epoch is not None
-        found.setdefault(epoch, []).extend(json.loads(line)["step"] for line in path.read_text().splitlines())
+        incarnation = keys.incarnation_of_metrics(path.relative_to(store).as_posix())
+        assert incarnation is not None
+        found.setdefault(incarnation, []).extend(json.loads(line)["step"] for line in path.read_text().splitlines())
     return found
 
 
@@ -151,7 +151,9 @@ def recoveries(
             found.append(facts | {"had_joined": False})
             continue
         if after is not None:
-            before = max((epoch for epoch in seen.newest_step if epoch < after.epoch), default=None)
+            before = max(
+                (incarnation for incarnation in seen.newest_step if incarnation < after.incarnation), default=None
+            )
             newest = max([*steps.get(before, [0]), seen.newest_step.get(before, 0)]) if before is not None else 0
             # A drained node is left before it is taken: what counts is how long nobody trained.
             began = after.noticed_at if kind == "drained" and after.noticed_at < loss["at"] else loss["at"]
@@ -159,11 +161,11 @@ def recoveries(
                 "seconds": round(after.trains_at - began, 2),
                 "detected_after_seconds": round(max(0.0, after.noticed_at - began), 2),
                 "phases": after.seconds,
-                "steps_lost": 0 if after.epoch in counted else max(0, newest - after.parent_step),
-                "while_another_was_recovered": after.epoch in counted,
+                "steps_lost": 0 if after.incarnation in counted else max(0, newest - after.parent_step),
+                "while_another_was_recovered": after.incarnation in counted,
                 "trains_on": after.world_size,
             }
-            counted.add(after.epoch)
+            counted.add(after.incarnation)
         found.append(facts)
     return found
 
@@ -189,7 +191,7 @@ def summary(found: Sequence[dict[str, Any]], node: str, how: str) -> dict[str, A
 
 def restart_cost(groups: Sequence[Group]) -> dict[str, Any] | None:
     """What it costs that Ray Train starts the survivors' processes anew, in groups that go on after a change."""
-    again = [group for group in groups if group.epoch > 0 and "shutdown" in group.seconds]
+    again = [group for group in groups if group.incarnation > 0 and "shutdown" in group.seconds]
     if not again:
         return None
     anew = [sum(group.seconds.get(name, 0.0) for name in RESTART_PHASES) for group in again]
@@ -218,7 +220,7 @@ def run(proof: Proof, options: argparse.Namespace) -> tuple[Seen, float]:
         seen.look(proof)
         if time.time() > told + 30:
             told = time.time()
-            print(f"{until - told:.0f} s left, steps by epoch {seen.newest_step}", file=sys.stderr, flush=True)
+            print(f"{until - told:.0f} s left, steps by incarnation {seen.newest_step}", file=sys.stderr, flush=True)
         time.sleep(LOOK_SECONDS)
     stopped_at = time.time()
     ended = proof.slm("stop", RUN, timeout=300)

@@ -3,7 +3,7 @@
 `python bench/prove_cap_local.py --minutes 10 --seed S [--json]` trains the demo's model on two local nodes.
 What was stopped goes on after a while, or never. A supervisor that died is replaced by running the same command again;
 one that is stopped for ever, as a laptop that was closed, must see its nodes end by themselves. Afterwards nothing may
-be left running, the books may not be below the cloud's own bill, and that bill not below the time during which any
+be left running, the ledger may not be below the cloud's own bill, and that bill not below the time during which any
 process of a node was seen alive, at its price.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 from proof import Proof, finish, proof_in
-from prove_kills import COMMAND, GRANT_SECONDS, check_books
+from prove_kills import COMMAND, GRANT_SECONDS, check_ledger
 
 from tasks.run_store_keys import PROGRESS
 
@@ -37,7 +37,7 @@ STOPPED_SECONDS = ((0.5, 5.0), (5.0, 40.0))
 
 @dataclass
 class Watch:
-    """Sees which nodes have a living process, by the mark in its environment; knows nothing of books and market."""
+    """Sees which nodes have a living process, by the mark in its environment; knows nothing of ledger and market."""
 
     proof: Proof
     first: dict[str, float] = field(default_factory=dict)
@@ -210,16 +210,16 @@ def main() -> int:
         watch.done.set()
         thread.join()
         proof.check(not left, f"nothing runs {GRANT_SECONDS:.0f} s after the supervisor is gone: {left}")
-        books: dict[str, Any] = {}
+        ledger: dict[str, Any] = {}
         for folder in sorted((proof.home / "runs").iterdir()):
             ended = proof.slm("stop", folder.name, timeout=120)
             proof.check(ended.returncode == 0, f"slm stop settles what is left: {ended.stderr}")
-            found = check_books(proof, folder.name)
+            found = check_ledger(proof, folder.name)
             seen = seen_usd(watch, proof, folder.name)
             proof.check(
                 seen <= Decimal(str(found["bill"])), f"the bill ({found['bill']}) covers what was seen ({seen})"
             )
-            books[folder.name] = {**found, "seen_usd": round(seen, 4)}
+            ledger[folder.name] = {**found, "seen_usd": round(seen, 4)}
         if proof.failures:
             print(storm.log.read_text()[-6000:], file=sys.stderr)
         facts = {
@@ -232,7 +232,7 @@ def main() -> int:
             "supervisor_asleep_until_nodes_ended_seconds": storm.asleep_seconds,
             "last_end_seconds": ended_after,
             "left_running": left,
-            "books": books,
+            "ledger": ledger,
         }
         return finish(proof, facts, as_json=arguments.json)
 

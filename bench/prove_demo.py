@@ -67,7 +67,7 @@ def main() -> int:
             f"it ends {unigram - last:.2f} >= {MIN_BELOW_UNIGRAM_NATS} nats below the unigram entropy",
         )
         proof.check(0 < spent <= BUDGET_USD, f"${spent} is spent within the budget")
-        proof.check(proof.true_bill_usd(run_id) <= spent, "the books are not below the cloud's own bill")
+        proof.check(proof.true_bill_usd(run_id) <= spent, "the ledger is not below the cloud's own bill")
         proof.check(seconds < MAX_SECONDS, f"{seconds:.0f} s < {MAX_SECONDS} s")
         proof.check(memory.peak_bytes < MAX_BYTES, f"{memory.peak_bytes / 2**30:.2f} GiB < 6 GiB")
         facts = {

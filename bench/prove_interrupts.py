@@ -2,7 +2,7 @@
 
 `python bench/prove_interrupts.py [--moments 6] [--seed 0] [--json]` launches the demo's model, presses Ctrl-C at a
 random moment (half of the times a second one shortly after), and checks that the command ends, that no process is
-left, that the books are settled and not below the cloud's own bill; at last a resumed run goes on behind where it was.
+left, that the ledger is settled and not below the cloud's own bill; at last a resumed run goes on behind where it was.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def interrupt(proof: Proof, number: int, rng: random.Random) -> dict[str, Any]:
 
 
 def check_settled(proof: Proof) -> list[str]:
-    """Every run's books hold nothing back and are not below the bill."""
+    """Every run's ledger holds nothing back and is not below the bill."""
     states = []
     for run in (proof.json("status") or {}).get("runs", []):
         view = proof.json("ledger", run["run_id"]) or {}

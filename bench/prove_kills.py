@@ -2,7 +2,7 @@
 
 `python bench/prove_kills.py [--kills 20] [--seed 0] [--json]` trains the demo's model without an end, kills each target
 so many times in random order, half of the kills while the one before is still being repaired, and counts what was
-repaired. Afterwards the books are replayed against the cap and against the cloud's own bill, and the last act kills the
+repaired. Afterwards the ledger is replayed against the cap and against the cloud's own bill, and the last act kills the
 supervisor for good: nothing may be left running once the grants have run out.
 """
 
@@ -58,9 +58,9 @@ class Siege:
             self.supervisor = self.proof.start(*COMMAND, log=self.log)
 
     def progress(self) -> tuple[int, int]:
-        """Epoch of the workers and newest step."""
+        """Incarnation of the workers and newest step."""
         newest = self.proof.read("demo-1", PROGRESS) or {}
-        return int(newest.get("epoch", -1)), int(newest.get("step", -1))
+        return int(newest.get("incarnation", -1)), int(newest.get("step", -1))
 
     def wait(self, seconds: float, until: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + seconds
@@ -96,16 +96,16 @@ class Siege:
 
     def wait_for_repair(self, targets: list[str]) -> None:
         """Training must advance by itself, or after the command was run again."""
-        epoch, step = self.progress()
+        incarnation, step = self.progress()
         started = time.monotonic()
 
         def advanced() -> bool:
-            now_epoch, now_step = self.progress()
-            return (now_epoch, now_step) != (epoch, step) and now_step >= 0 and now_step != step
+            now_incarnation, now_step = self.progress()
+            return (now_incarnation, now_step) != (incarnation, step) and now_step >= 0 and now_step != step
 
         # A step in flight may still land after the kill: two advances in a row count.
         if self.wait(REPAIR_SECONDS, advanced):
-            epoch, step = self.progress()
+            incarnation, step = self.progress()
             if self.wait(REPAIR_SECONDS, advanced):
                 self.repaired.update(targets)
                 self.repair_seconds.append(round(time.monotonic() - started, 1))
@@ -145,7 +145,7 @@ def besiege(siege: Siege, kills_each: int) -> None:
         print(f"{done} kills, {sum(siege.repaired.values())} repaired, last {pair}", file=sys.stderr, flush=True)
 
 
-def check_books(proof: Proof, run_id: str = "demo-1") -> dict[str, object]:
+def check_ledger(proof: Proof, run_id: str = "demo-1") -> dict[str, object]:
     """Replay every entry: never over the cap, never below the cloud's own bill."""
     view = proof.json("ledger", run_id) or {}
     committed = highest = Decimal(0)
@@ -155,7 +155,7 @@ def check_books(proof: Proof, run_id: str = "demo-1") -> dict[str, object]:
     bill = proof.true_bill_usd(run_id)
     spent = Decimal(str(view.get("spent_usd", "-1")))
     proof.check(highest <= CAP_USD, f"committed never exceeds the cap: ${highest:.4f} <= ${CAP_USD}")
-    proof.check(spent >= bill, f"the books (${spent:.4f}) are not below the cloud's own bill (${bill:.4f})")
+    proof.check(spent >= bill, f"the ledger (${spent:.4f}) is not below the cloud's own bill (${bill:.4f})")
     return {"entries": len(view.get("entries", [])), "highest_committed_usd": highest, "spent_usd": spent, "bill": bill}
 
 
@@ -176,7 +176,7 @@ def main() -> int:
         proof.check(not left, f"nothing runs {GRANT_SECONDS:.0f} s after the supervisor is gone: {left}")
         ended = proof.slm("stop", "demo-1", timeout=120)
         proof.check(ended.returncode == 0, f"slm stop settles what is left: {ended.stderr}")
-        books = check_books(proof)
+        ledger = check_ledger(proof)
         if proof.failures:
             print(siege.log.read_text()[-6000:], file=sys.stderr)
         facts = {
@@ -186,7 +186,7 @@ def main() -> int:
             "command_run_again": siege.reruns,
             "repair_seconds_median": sorted(siege.repair_seconds)[len(siege.repair_seconds) // 2],
             "repair_seconds_max": max(siege.repair_seconds),
-            **books,
+            **ledger,
             "left_running": left,
         }
         return finish(proof, facts, as_json=arguments.json)

@@ -73,7 +73,7 @@ MUTATIONS = (
         "trainer/checkpoints/manager.py",
         '        key = f"part-{self.rank:05d}.bin"\n',
         '        key = f"part-{self.rank:05d}.bin"\n'
-        "        early = Manifest(place.epoch, place.step, self.world_size, (), staging.tensors, dict(facts))\n"
+        "        early = Manifest(place.incarnation, place.step, self.world_size, (), staging.tensors, dict(facts))\n"
         '        self.store.write(place.prefix + "manifest.json", early.to_bytes())\n',
         "tests/trainer/checkpoints/test_manager.py",
     ),

@@ -3,7 +3,7 @@
 `python bench/prove_recover.py [--steps N] [--json]` launches the demo from one SLM_HOME with a run store in a folder
 that both reach, stops its supervisor with SIGSTOP (a laptop that sleeps), recovers the run in an empty second SLM_HOME
 and resumes it there. Then the first supervisor is woken. The second must adopt the living nodes and finish; the first
-must end without having granted anything; the second's books must cover the cloud's bill; nothing may be left running.
+must end without having granted anything; the second's ledger must cover the cloud's bill; nothing may be left running.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def wait_for_step(proof: Proof, step: int) -> bool:
     return False
 
 
-def epochs_in(store: Path) -> list[int]:
-    """Of all records of the books, in their order."""
-    return [json.loads(path.read_bytes())["epoch"] for path in sorted((store / LEDGER).glob("*.json"))]
+def tokens_in(store: Path) -> list[int]:
+    """Of all records of the ledger, in their order."""
+    return [json.loads(path.read_bytes())["fencing_token"] for path in sorted((store / LEDGER).glob("*.json"))]
 
 
 def main() -> int:
@@ -74,19 +74,19 @@ def main() -> int:
         laptop.check(status.get("state") == "SUCCEEDED", f"it succeeded, not {status.get('state')}")
         starts = [line for line in (Path(shared) / "desktop.log").read_text().splitlines() if "took over" in line]
         laptop.check(bool(starts), "the living nodes were adopted")
-        epochs = epochs_in(store)
-        laptop.check(epochs == sorted(epochs), f"no record of the first after the second had the run: {epochs}")
+        tokens = tokens_in(store)
+        laptop.check(tokens == sorted(tokens), f"no record of the first after the second had the run: {tokens}")
         bill = laptop.true_bill_usd(run_id)
         spent = status.get("spent_usd", 0)
-        laptop.check(spent >= float(bill) - 1e-6, f"${spent} in the books covers the cloud's ${bill}")
+        laptop.check(spent >= float(bill) - 1e-6, f"${spent} in the ledger covers the cloud's ${bill}")
         left = laptop.wait_until_empty(30) + desktop.wait_until_empty(30)
         laptop.check(not left, f"nothing is left: {left}")
         facts = {
             "spent_usd": spent,
             "bill_usd": float(bill),
             "cap_usd": status.get("cap_usd"),
-            "epochs": sorted(set(epochs)),
-            "records": len(epochs),
+            "tokens": sorted(set(tokens)),
+            "records": len(tokens),
             "step": status.get("step"),
             "preemptions": status.get("preemptions"),
         }

@@ -4,8 +4,9 @@
 
 The real loop in real processes (Fabric, gloo between two workers, a folder as the store), for one and two workers,
 AdamW and Muon, fp32 and bf16, with gradient accumulation. Every process that trains is ended by SIGKILL: inside a step,
-before, in the middle of and after writing a part or a manifest, while it deletes, while an epoch begins, or at a random
-time. Then the same run goes on, until the next kill. At its end it is compared with the run that was never stopped.
+before, in the middle of and after writing a part or a manifest, while it deletes, while an incarnation begins, or at a
+random time. Then the same run continues, until the next kill. At its end it is compared with the run that was never
+stopped.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ MOMENTS = {
     "before a manifest": ("before", "manifest"),
     "after a manifest": ("after", "manifest"),
     "before a deletion": ("before", "deletion"),
-    "before an epoch begins": ("before", "epoch"),
-    "after an epoch began": ("after", "epoch"),
+    "before an incarnation begins": ("before", "incarnation"),
+    "after an incarnation began": ("after", "incarnation"),
 }
 """When around which change of the store."""
 PLACES = ("in a step", *MOMENTS, "at a random time")
@@ -149,8 +150,8 @@ def prove(case: Case, places: Sequence[str], rng: random.Random) -> dict[str, An
 
 
 def a_kill(place: str, case: Case, rng: random.Random) -> Kill:
-    rank = 0 if "manifest" in place or "deletion" in place or "epoch" in place else rng.randrange(case.world_size)
-    return Kill(place, rank, rng.randint(1, 1 if "epoch" in place else 3), rng.uniform(0.0, RANDOM_SECONDS))
+    rank = 0 if "manifest" in place or "deletion" in place or "incarnation" in place else rng.randrange(case.world_size)
+    return Kill(place, rank, rng.randint(1, 1 if "incarnation" in place else 3), rng.uniform(0.0, RANDOM_SECONDS))
 
 
 def run_group(case: Case, store: Path, kill: Kill | None) -> bool:
@@ -195,7 +196,11 @@ def compare(alone: Path, killed: Path) -> dict[str, Any]:
     differing = sorted({row["step"] for row in rows if (row["loss"], row["gradient_norm"]) != curve[row["step"]]})
     seen = {row["step"] for row in rows}
     same = not differing and seen == set(curve) and results[0] == results[1]
-    return {"same": same, "differing_steps": differing, "epochs": len(list((killed / keys.INCARNATIONS).iterdir()))}
+    return {
+        "same": same,
+        "differing_steps": differing,
+        "incarnations": len(list((killed / keys.INCARNATIONS).iterdir())),
+    }
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -287,7 +292,7 @@ class KillingStore(DirectoryStore):
 
     def create(self, key: str, data: bytes) -> bool:
         made = []
-        self._around("epoch", lambda: made.append(super(KillingStore, self).create(key, data)))
+        self._around("incarnation", lambda: made.append(super(KillingStore, self).create(key, data)))
         return made[0]
 
     def _is_due(self, kind: str) -> bool:

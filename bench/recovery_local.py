@@ -57,22 +57,22 @@ def one_round(number: int) -> dict[str, Any]:
         nodes.wait("a checkpoint", nodes.checkpoints, BOUND_SECONDS)
         memory = sum(process.memory_full_info().pss for rank in (0, 1) for process in nodes.family(rank)) // 2**20
 
-        epoch = nodes.progress()["epoch"]
+        incarnation = nodes.progress()["incarnation"]
         for process in nodes.family(1):
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 process.kill()
-        measure(seconds, "worker killed", nodes, lambda: nodes.trains(2, epoch))
+        measure(seconds, "worker killed", nodes, lambda: nodes.trains(2, incarnation))
 
-        epoch = nodes.progress()["epoch"]
+        incarnation = nodes.progress()["incarnation"]
         nodes.kill(1)
-        measure(seconds, "node killed", nodes, lambda: nodes.trains(1, epoch))
+        measure(seconds, "node killed", nodes, lambda: nodes.trains(1, incarnation))
 
         nodes.start(1)
         measure(seconds, "node added", nodes, lambda: nodes.trains(2))
 
-        epoch = nodes.progress()["epoch"]
+        incarnation = nodes.progress()["incarnation"]
         nodes.notice(1, NOTICE_SECONDS)
-        measure(seconds, "node drained", nodes, lambda: nodes.trains(1, epoch))
+        measure(seconds, "node drained", nodes, lambda: nodes.trains(1, incarnation))
         seconds["node drained"] -= NOTICE_SECONDS - LEAVE_SECONDS
 
         gcs = [process for process in nodes.family(0) if process.name() == "gcs_server"]

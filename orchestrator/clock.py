@@ -2,7 +2,7 @@
 
 On a real cloud they are the same. The local cloud lets `scale` billed seconds pass in each real one. While a
 supervisor lives, both follow the monotonic clock, so that a wall clock that jumps changes nothing; across restarts
-billed time never goes back behind `floor_ms`, the newest moment in the books.
+billed time never goes back behind `floor_ms`, the newest moment in the ledger.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Clock(Protocol):
 class SystemClock:
     """Billed time that started at `origin_ms` and runs `scale` times as fast as the wall clock.
 
-    `went_back_ms` tells how far the wall clock stands before the newest moment in the books (0 when it does not). Then
+    `went_back_ms` tells how far the wall clock stands before the newest moment in the ledger (0 when it does not). Then
     nobody knows how much time has passed, and it goes on from `last_moment_ms`, up to which all that lived is paid for.
     """
 
@@ -76,7 +76,7 @@ class ManualClock:
 
 
 def start_ms(wall_ms: int, floor_ms: int, last_moment_ms: int | None = None) -> int:
-    """Where billed time begins: at the wall clock, unless the books show that it was set back."""
+    """Where billed time begins: at the wall clock, unless the ledger shows that it was set back."""
     if wall_ms >= floor_ms:
         return wall_ms
     return max(floor_ms, last_moment_ms or 0)
@@ -85,7 +85,7 @@ def start_ms(wall_ms: int, floor_ms: int, last_moment_ms: int | None = None) -> 
 def seconds_since_boot() -> float:
     """Monotonic seconds that also pass while a laptop sleeps, as they do for the nodes and their bill.
 
-    `time.monotonic` stands still in suspend on both systems: a lease would outlive what the books count.
+    `time.monotonic` stands still in suspend on both systems: a lease would outlive what the ledger counts.
     """
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 

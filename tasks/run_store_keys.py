@@ -44,7 +44,7 @@ EXIT_NOTICE = 40
 SPEC = "spec.json"
 """What this attempt is told: `tasks.spec.RunSpec`."""
 GRANTS = "grants/"
-LEDGER = "books/"
+LEDGER = "ledger/"
 CLUSTERS = "clusters/"
 STAGES = "stages/"
 DATA = "data/"

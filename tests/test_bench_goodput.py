@@ -30,18 +30,18 @@ def run(tmp_path: Path) -> Path:
     store, market = tmp_path / "store", tmp_path / "market"
     groups = [
         (0, 2, "start", 0.0, 10.0, None, range(1, 31)),
-        (1, 2, "after a loss", 42.0, 46.0, {"epoch": 0, "step": 25}, range(26, 61)),
-        (2, 1, "regrouped at step 60", 80.0, 83.0, {"epoch": 1, "step": 60}, range(61, 71)),
+        (1, 2, "after a loss", 42.0, 46.0, {"incarnation": 0, "step": 25}, range(26, 61)),
+        (2, 1, "regrouped at step 60", 80.0, 83.0, {"incarnation": 1, "step": 60}, range(61, 71)),
     ]
-    for folder in ("phases", "epochs"):
+    for folder in ("phases", "incarnations"):
         (store / folder).mkdir(parents=True)
-    for epoch, world_size, reason, noticed, trains, parent, steps in groups:
+    for incarnation, world_size, reason, noticed, trains, parent, steps in groups:
         phases = {"shutdown": 1.0, "process_group": 0.5} if parent else {"ray": 5.0}
-        facts = {"epoch": epoch, "world_size": world_size, "reason": reason, "started_at": iso(noticed)}
+        facts = {"incarnation": incarnation, "world_size": world_size, "reason": reason, "started_at": iso(noticed)}
         facts |= {"seconds": phases, "total_seconds": trains - noticed}
-        (store / "phases" / f"lease-{epoch}.json").write_text(json.dumps(facts))
-        (store / "epochs" / f"{epoch}.json").write_text(json.dumps({"parent": parent, "lease_id": "lease"}))
-        metrics = store / "metrics" / f"epoch={epoch}"
+        (store / "phases" / f"lease-{incarnation}.json").write_text(json.dumps(facts))
+        (store / "incarnations" / f"{incarnation}.json").write_text(json.dumps({"parent": parent, "lease_id": "lease"}))
+        metrics = store / "metrics" / f"incarnation={incarnation}"
         metrics.mkdir(parents=True)
         rows = [json.dumps({"step": step, "seconds": 1.0}) for step in steps]
         (metrics / "part-000000.jsonl").write_text("\n".join(rows) + "\n")

@@ -34,7 +34,7 @@ def simulate(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 def harm(found: dict[str, Any]) -> int:
-    return int(found["violations"] + found["books_short"] + found["overshoot_beyond_bound"])
+    return int(found["violations"] + found["ledger_short"] + found["overshoot_beyond_bound"])
 
 
 def test_under_the_default_mix_the_bill_stays_under_the_cap() -> None:

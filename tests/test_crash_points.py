@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = {"books", "commit", "extend", "grants", "renew", "reserve", "resize", "settle", "spec.json", "start", "stop"}
+NEEDED = {"ledger", "commit", "extend", "grants", "renew", "reserve", "resize", "settle", "spec.json", "start", "stop"}
 
 
 @pytest.mark.parametrize("profile", ["aws", "kubernetes"])

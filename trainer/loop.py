@@ -169,7 +169,7 @@ class _Run:
         self.at = self.checkpoints.begin(self._tensors(), self.identity, lease_id)
         phase("load")
 
-        self.reporter = Reporter(store, epoch=self.checkpoints.epoch, writes=self.rank == 0)
+        self.reporter = Reporter(store, incarnation=self.checkpoints.incarnation, writes=self.rank == 0)
         self.rate = Rate()
         self.newest = StepFacts()
         self.flops_per_token = flops_per_token(config.model)
@@ -186,7 +186,7 @@ class _Run:
             self.phase("compile")
         self.saved_at = time.monotonic()
         first, stop = True, at.step >= last_step
-        with profiler(self.store, self.checkpoints.epoch, wanted=config.profile and self.rank == 0) as tracer:
+        with profiler(self.store, self.checkpoints.incarnation, wanted=config.profile and self.rank == 0) as tracer:
             while not stop:
                 signal = self._step()
                 if tracer is not None:
@@ -328,7 +328,7 @@ class _Run:
         finished = self.at.step == self.config.num_steps
         result = Result("finished" if finished else "stopped", self.at.step, self.at.heldout_loss, digest)
         if finished and self.rank == 0:
-            require_newest(self.store, self.checkpoints.epoch)
+            require_newest(self.store, self.checkpoints.incarnation)
             facts = {
                 **dataclasses.asdict(result),
                 "tokens": self.at.tokens,
@@ -371,7 +371,7 @@ class _Run:
             tokens_per_second_per_device=None if rate is None else rate / self.world_size,
             mfu=self._mfu(rate),
             world_size=self.world_size,
-            epoch=self.checkpoints.epoch,
+            incarnation=self.checkpoints.incarnation,
             checkpoint_step=None if self.checkpoints.newest is None else self.checkpoints.newest.step,
             checkpoint_stall_seconds=self.checkpoints.last_stall_seconds,
             checkpoint_save_seconds=self.checkpoints.last_save_seconds,

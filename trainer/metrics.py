@@ -40,7 +40,7 @@ class Progress:
     mfu: float | None
     """0..1 of the devices' dense peak in the run's precision; None on a CPU."""
     world_size: int
-    epoch: int
+    incarnation: int
     checkpoint_step: int | None
     checkpoint_stall_seconds: float
     """How long training waited for the newest checkpoint."""
@@ -77,9 +77,9 @@ class Rate:
 class Reporter:
     """Writes progress and metrics to the store; only rank 0 has one that writes."""
 
-    def __init__(self, store: Store, *, epoch: int, writes: bool) -> None:
+    def __init__(self, store: Store, *, incarnation: int, writes: bool) -> None:
         self._store = store
-        self._epoch = epoch
+        self._incarnation = incarnation
         self._writes = writes
         self._rows: list[str] = []
         self._num_parts = 0
@@ -106,7 +106,9 @@ class Reporter:
     def flush(self) -> None:
         """Store the rows gathered since the last time as one more part."""
         if self._rows:
-            self._store.write(keys.metrics_part(self._epoch, self._num_parts), ("\n".join(self._rows) + "\n").encode())
+            self._store.write(
+                keys.metrics_part(self._incarnation, self._num_parts), ("\n".join(self._rows) + "\n").encode()
+            )
             self._rows.clear()
             self._num_parts += 1
         self._metrics_due_at = time.monotonic() + METRICS_INTERVAL_SECONDS

@@ -17,7 +17,7 @@ SKIPPED_STEPS, WARM_UP_STEPS, TRACED_STEPS = 5, 1, 3
 """From where a group of workers begins: its first steps compile and warm up."""
 
 
-def profiler(store: Store, epoch: int, *, wanted: bool) -> AbstractContextManager[Any]:
+def profiler(store: Store, incarnation: int, *, wanted: bool) -> AbstractContextManager[Any]:
     """Enter it around the steps, and call `step()` of what it gives, if anything, after each."""
     if not wanted:
         return nullcontext()
@@ -26,7 +26,7 @@ def profiler(store: Store, epoch: int, *, wanted: bool) -> AbstractContextManage
         with tempfile.TemporaryDirectory(prefix="slm-profile-") as folder:
             path = Path(folder) / "trace.json"
             finished.export_chrome_trace(str(path))
-            store.upload(keys.profile_trace(epoch), path)
+            store.upload(keys.profile_trace(incarnation), path)
 
     on_device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     return profile(

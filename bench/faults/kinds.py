@@ -254,7 +254,7 @@ def provider_timer_fails(_: Machine, node: Node) -> None:
 
 
 def wall_clock_jumps(machine: Machine, t: float) -> None:
-    """Ahead by any time, or back so far that the books' newest entry shows it; counts at the next start."""
+    """Ahead by any time, or back so far that the ledger's newest entry shows it; counts at the next start."""
     rng = machine.world.rng
     jump = rng.uniform(10.0, 7200.0) if rng.random() < 0.5 else -t - rng.uniform(3600.0, 86_400.0)
     machine.world.at(t, lambda: setattr(machine, "skew_seconds", jump))

@@ -78,8 +78,8 @@ def settle_at_the_last_price(_: Machine) -> None:
 
 
 def no_fencing(_: Machine) -> None:
-    """Neither the books nor their copy in the run store keep a supervisor out that lost the run."""
-    patch(WatchedLedger, "_check_epoch", lambda _: None)
+    """Neither the ledger nor its copy in the run store keeps a supervisor out that lost the run."""
+    patch(WatchedLedger, "_check_fencing_token", lambda _: None)
     patch(WatchedLedger, "_catch_up", lambda _: None)
     append = StoreJournal.append
 
@@ -91,9 +91,9 @@ def no_fencing(_: Machine) -> None:
     patch(StoreJournal, "append", at_the_end)
     move = Runs.move
 
-    def unfenced(self: Runs, run_id: str, state: Any, *, reason: str = "", epoch: int) -> None:
-        del epoch
-        move(self, run_id, state, reason=reason, epoch=self.get(run_id).epoch)
+    def unfenced(self: Runs, run_id: str, state: Any, *, reason: str = "", fencing_token: int) -> None:
+        del fencing_token
+        move(self, run_id, state, reason=reason, fencing_token=self.get(run_id).fencing_token)
 
     patch(Runs, "move", unfenced)
 

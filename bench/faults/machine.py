@@ -60,7 +60,7 @@ DOLLAR_TOLERANCE = 1e-5
 
 
 class WatchedLedger(Ledger):
-    """The real books; before and after each write the process may be killed or held up."""
+    """The real ledger; before and after each write the process may be killed or held up."""
 
     world: World
 
@@ -85,7 +85,7 @@ class WatchedLedger(Ledger):
 
 @dataclass(slots=True)
 class Machine:
-    """Books, store, cloud and as many supervisors after one another (or at once) as the faults make."""
+    """Ledger, store, cloud and as many supervisors after one another (or at once) as the faults make."""
 
     world: World
     cloud: FakeCloud
@@ -99,7 +99,7 @@ class Machine:
     depth: int = 0
     checks: int = 0
     shortfall_usd: float = 0.0
-    """The most by which a lease's true bill was ever above what the books had spent and set aside for it."""
+    """The most by which a lease's true bill was ever above what the ledger had spent and set aside for it."""
     end: str = "nobody came back"
     """How it came to an end; `RunState` of the last supervisor that reached one."""
     moves: bool = False
@@ -113,13 +113,13 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.door = SupervisorsDoor(self.store, self.world)
-        self._new_books()
+        self._new_ledger()
         cap = Decimal(int(self.cap_usd * 1_000_000)) / 1_000_000
         self.run = self.runs.create(
             recipe_name="r", recipe_digest="d", recipe_json="{}", options=RunOptions("fake"), cap_usd=cap
         )
 
-    def _new_books(self) -> None:
+    def _new_ledger(self) -> None:
         self.db = sqlite3.connect(":memory:", isolation_level=None)
         self.db.row_factory = sqlite3.Row
         migrate(self.db)
@@ -169,7 +169,7 @@ class Machine:
         if self.moves:
             self.moves = False
             before = self.db, self.runs
-            self._new_books()
+            self._new_ledger()
             try:
                 run = recover(self.runs, self.door)
             except BaseException as error:  # nothing was made of it: tried again, unless there is nothing to recover
@@ -180,7 +180,7 @@ class Machine:
             journal = StoreJournal(self.door)
         else:
             run, journal = enter(self.runs, self.run.run_id, self.door, owner=OWNER)
-        ledger = WatchedLedger(self.db, run.run_id, epoch=run.epoch, journal=journal)
+        ledger = WatchedLedger(self.db, run.run_id, fencing_token=run.fencing_token, journal=journal)
         ledger.world = self.world
         clock = self._clock(ledger)
         return loop.Supervisor(
@@ -202,8 +202,8 @@ class Machine:
     def unfenced_writes(self) -> int:
         """Records by which a supervisor raised what may be spent after another had taken over: out of order."""
         records = sorted(key for key in self.store.data if key.startswith(LEDGER))
-        epochs = [json.loads(self.store.read(key))["epoch"] for key in records]
-        return sum(1 for before, after in itertools.pairwise(epochs) if after < before)
+        tokens = [json.loads(self.store.read(key))["fencing_token"] for key in records]
+        return sum(1 for before, after in itertools.pairwise(tokens) if after < before)
 
     def _clock(self, ledger: Ledger) -> SkewedClock:
         wall_ms = ORIGIN_MS + int((self.world.t + self.skew_seconds) * 1000)
@@ -232,14 +232,14 @@ class Machine:
             self.log(f"{self.world.t:9.1f} {text}")
 
     def check(self) -> None:
-        """The books' promise at this moment, lease by lease: what was billed so far is spent or set aside."""
+        """The ledger's promise at this moment, lease by lease: what was billed so far is spent or set aside."""
         rows = self.db.execute(
             "SELECT lease_id, SUM(spent_micro_usd) + SUM(held_micro_usd) AS sum FROM entries GROUP BY lease_id"
         )
-        books = {row["lease_id"]: row["sum"] / 1e6 for row in rows}
+        covered = {row["lease_id"]: row["sum"] / 1e6 for row in rows}
         self.checks += 1
         self._checked_at = self.world.t
-        missing = max((bill - books.get(lease_id, 0.0) for lease_id, bill in self.cloud.bills().items()), default=0.0)
+        missing = max((bill - covered.get(lease_id, 0.0) for lease_id, bill in self.cloud.bills().items()), default=0.0)
         if missing > max(self.shortfall_usd, DOLLAR_TOLERANCE):
             self.tell(f"SHORTFALL: the true bill is ${missing:.4f} above spent and held")
             self.shortfall_usd = missing

@@ -163,7 +163,7 @@ class Node:
         if now - self._last_save >= CHECKPOINT_SECONDS:
             self.save()
         if not self.cut:
-            progress = {"step": self.step(), "epoch": self.lease.attempt, "tokens": 1}
+            progress = {"step": self.step(), "incarnation": self.lease.attempt, "tokens": 1}
             self.store.write(keys.PROGRESS, json.dumps(progress).encode())
         self.world.after(STEP_SECONDS, self._train)
 

@@ -75,7 +75,7 @@ class Result:
         return self.bill_usd > self.cap_usd + self.excess_usd + DOLLAR_TOLERANCE
 
     @property
-    def books_short(self) -> bool:
+    def ledger_short(self) -> bool:
         """At some moment more was billed than was spent and set aside, beyond what a broken assumption explains.
 
         Or somebody raised what may be spent after another supervisor had taken over.
@@ -177,7 +177,7 @@ def run_schedule(
     machine.live()
     machine.world.advance(AFTERWARDS_SECONDS)
     machine.check()
-    balance = Ledger(machine.db, machine.run.run_id, epoch=0).balance()
+    balance = Ledger(machine.db, machine.run.run_id, fencing_token=0).balance()
     return Result(
         seed=seed,
         faults=chosen,

@@ -95,7 +95,7 @@ class SupervisorsDoor(MemoryStore):
         self.world.boundary(f"{name}:after")
 
     def create(self, key: str, data: bytes) -> bool:
-        """Records of the books are conditional writes."""
+        """Records of the ledger are conditional writes."""
         name = key.split("/")[0]
         self.world.boundary(f"{name}:before")
         self._reach("create", key)

@@ -167,8 +167,8 @@ def account_row(account: LeaseAccount) -> dict[str, Any]:
     }
 
 
-def account_from_row(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> LeaseAccount:
-    """The account in a row, whose lease carries the `epoch` of whoever reads it."""
+def account_from_row(row: Mapping[str, Any] | sqlite3.Row, *, fencing_token: int) -> LeaseAccount:
+    """The account in a row, whose lease carries the `fencing_token` of whoever reads it."""
     lease = Lease(
         lease_id=row["lease_id"],
         run_id=row["run_id"],
@@ -178,7 +178,7 @@ def account_from_row(row: Mapping[str, Any] | sqlite3.Row, *, epoch: int) -> Lea
         worst_usd_per_hour=usd(row["worst_micro_usd"]),
         first_grant_seconds=row["first_grant_seconds"],
         kill_latency_seconds=row["kill_latency_seconds"],
-        epoch=epoch,
+        fencing_token=fencing_token,
         minimum_billed_seconds=row["minimum_ms"] / 1000,
         ttl_seconds=row["ttl_seconds"],
         stage=row["stage"] if "stage" in row.keys() else FIRST_STAGE,  # noqa: SIM118 (a sqlite3.Row is no mapping)

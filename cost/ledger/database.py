@@ -110,6 +110,10 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE leases ADD COLUMN stage TEXT NOT NULL DEFAULT 'pretrain';
     ALTER TABLE entries ADD COLUMN stage TEXT NOT NULL DEFAULT 'pretrain';
     """,
+    # An epoch is a pass over data; a supervisor's term is known by its fencing token.
+    """
+    ALTER TABLE runs RENAME COLUMN epoch TO fencing_token;
+    """,
 )
 
 

@@ -43,7 +43,7 @@ class Found(NamedTuple):
     """A record as it was read."""
 
     number: int
-    epoch: int
+    fencing_token: int
     content: Mapping[str, Any]
 
 
@@ -56,7 +56,7 @@ def records_from(journal: Journal, number: int) -> Iterator[Found]:
     while (data := journal.read(number)) is not None:
         try:
             content = json.loads(data)
-            yield Found(number, int(content["epoch"]), content)
+            yield Found(number, int(content["fencing_token"]), content)
         except (ValueError, KeyError, TypeError) as error:
             raise JournalDamaged(
                 f"record {number} of the ledger in the run store cannot be read ({error}); restore it from a backup of "
@@ -84,21 +84,21 @@ def pending(db: sqlite3.Connection, run_id: str) -> tuple[dict[str, Any], int]:
     return content, rows[-1]["seq"] if rows else after
 
 
-def catch_up(db: sqlite3.Connection, run_id: str, journal: Journal, *, epoch: int) -> int:
-    """Apply every record that this ledger has not seen; returns the newest epoch among them, 0 without any.
+def catch_up(db: sqlite3.Connection, run_id: str, journal: Journal, *, fencing_token: int) -> int:
+    """Apply every record that this ledger has not seen; returns the newest fencing token among them, 0 without any.
 
     Inside a transaction of the caller.
     """
     run = db.execute("SELECT journal_next, mirrored_seq FROM runs WHERE run_id = ?", (run_id,)).fetchone()
     nothing_of_our_own = newest_seq(db, run_id) <= run["mirrored_seq"]
-    newest_epoch = 0
+    newest_token = 0
     for found in records_from(journal, run["journal_next"]):
-        aligned = apply(db, run_id, found, epoch=epoch)
+        aligned = apply(db, run_id, found, fencing_token=fencing_token)
         nothing_of_our_own = nothing_of_our_own and not aligned
-        newest_epoch = max(newest_epoch, found.epoch)
+        newest_token = max(newest_token, found.fencing_token)
     if nothing_of_our_own:
         db.execute("UPDATE runs SET mirrored_seq = ? WHERE run_id = ?", (newest_seq(db, run_id), run_id))
-    return newest_epoch
+    return newest_token
 
 
 def newest_seq(db: sqlite3.Connection, run_id: str) -> int:
@@ -106,7 +106,7 @@ def newest_seq(db: sqlite3.Connection, run_id: str) -> int:
     return row["newest"] or 0
 
 
-def apply(db: sqlite3.Connection, run_id: str, found: Found, *, epoch: int) -> bool:
+def apply(db: sqlite3.Connection, run_id: str, found: Found, *, fencing_token: int) -> bool:
     """Apply one record to the ledger; a record that was applied before changes nothing.
 
     Inside a transaction of the caller. Entries that were made here and that no record holds are kept, and where the
@@ -119,12 +119,12 @@ def apply(db: sqlite3.Connection, run_id: str, found: Found, *, epoch: int) -> b
             [run_id, *({"stage": FIRST_STAGE, **entry}[name] for name in ENTRY_FIELDS)],
         )
     for row in content["leases"]:
-        incoming = account_from_row(row, epoch=epoch)
+        incoming = account_from_row(row, fencing_token=fencing_token)
         known_row = db.execute("SELECT * FROM leases WHERE lease_id = ?", (row["lease_id"],)).fetchone()
         account = incoming
         if known_row is not None:
-            known = account_from_row(known_row, epoch=epoch)
-            account = merged(known, incoming, its_state_counts=found.epoch != epoch)
+            known = account_from_row(known_row, fencing_token=fencing_token)
+            account = merged(known, incoming, its_state_counts=found.fencing_token != fencing_token)
         put(db, account)
         aligned |= _align(db, run_id, row["lease_id"], account.spent_micro_usd, account.held_micro_usd, found)
     for row in content["lines"]:

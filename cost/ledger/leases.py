@@ -35,7 +35,7 @@ class Lease:
     """Real seconds from boot after which an unrenewed node ends itself."""
     kill_latency_seconds: float
     """The kill latency: real seconds that the slowest working terminator needs (κ)."""
-    epoch: int
+    fencing_token: int
     """Fencing number of the supervisor that wrote it."""
     minimum_billed_seconds: float = 0.0
     """Billed seconds that the provider charges for each node at least."""

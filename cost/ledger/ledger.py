@@ -48,7 +48,7 @@ class Fenced(SlmError):
 
     def __init__(self, *, run_id: str, mine: int, current: int) -> None:
         super().__init__(
-            f"run {run_id} was taken over by another supervisor (epoch {current}, this one has {mine}); "
+            f"run {run_id} was taken over by another supervisor (fencing token {current}, this one has {mine}); "
             f"follow it with: slm status {run_id}"
         )
 
@@ -83,15 +83,17 @@ class Balance:
 
 
 class Ledger:
-    """The ledger of one run, written by the supervisor that holds `epoch`.
+    """The ledger of one run, written by the supervisor that holds `fencing_token`.
 
     With a `journal`, what raises spent + held stands there first; without one (to look at, or in tests) only here.
     """
 
-    def __init__(self, db: sqlite3.Connection, run_id: str, *, epoch: int, journal: Journal | None = None) -> None:
+    def __init__(
+        self, db: sqlite3.Connection, run_id: str, *, fencing_token: int, journal: Journal | None = None
+    ) -> None:
         self._db = db
         self.run_id = run_id
-        self.epoch = epoch
+        self.fencing_token = fencing_token
         self._journal = journal
         self.stage = FIRST_STAGE
         """The stage that the run is in: whom costs that are no node's are charged to."""
@@ -131,19 +133,19 @@ class Ledger:
     def accounts(self) -> list[LeaseAccount]:
         """Every lease of the run, oldest first."""
         rows = self._db.execute("SELECT * FROM leases WHERE run_id = ? ORDER BY attempt", (self.run_id,))
-        return [account_from_row(row, epoch=self.epoch) for row in rows]
+        return [account_from_row(row, fencing_token=self.fencing_token) for row in rows]
 
     def account(self, lease_id: str) -> LeaseAccount:
         row = self._db.execute("SELECT * FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
         if row is None:
             raise SlmError(f"the ledger of run {self.run_id} has no lease {lease_id}.")
-        return account_from_row(row, epoch=self.epoch)
+        return account_from_row(row, fencing_token=self.fencing_token)
 
     def open_accounts(self) -> list[LeaseAccount]:
         rows = self._db.execute(
             "SELECT * FROM leases WHERE run_id = ? AND state = ? ORDER BY attempt", (self.run_id, OPEN)
         )
-        return [account_from_row(row, epoch=self.epoch) for row in rows]
+        return [account_from_row(row, fencing_token=self.fencing_token) for row in rows]
 
     def lines(self) -> list[Line]:
         """The incidental costs."""
@@ -181,7 +183,7 @@ class Ledger:
         with self._writing(raises=True):
             known = self._db.execute("SELECT * FROM leases WHERE lease_id = ?", (lease.lease_id,)).fetchone()
             if known is not None:
-                return account_from_row(known, epoch=self.epoch)
+                return account_from_row(known, fencing_token=self.fencing_token)
             account = LeaseAccount(
                 lease=lease,
                 state=OPEN,
@@ -388,7 +390,7 @@ class Ledger:
         """
         if self._journal is not None:
             with transaction(self._db):
-                self._check_epoch()
+                self._check_fencing_token()
                 self._catch_up()
 
     @contextmanager
@@ -403,7 +405,7 @@ class Ledger:
         if self._unsure:
             self._find_out(must=raises)
         with transaction(self._db):
-            self._check_epoch()
+            self._check_fencing_token()
             yield
             if raises and self._journal is not None:
                 self._append(self._journal, always=always)
@@ -427,7 +429,7 @@ class Ledger:
         if not content["entries"] and not always:
             return
         self._unsure, self._tries = True, self._tries + 1
-        if not append(self._db, self.run_id, journal, content, newest_seq, epoch=self.epoch):
+        if not append(self._db, self.run_id, journal, content, newest_seq, fencing_token=self.fencing_token):
             self._catch_up()
             raise SlmError(
                 f"the ledger of run {self.run_id} was older than its copy in the run store and is now "
@@ -436,14 +438,14 @@ class Ledger:
 
     def _catch_up(self) -> None:
         assert self._journal is not None
-        newest = records.catch_up(self._db, self.run_id, self._journal, epoch=self.epoch)
-        if newest > self.epoch:
-            raise Fenced(run_id=self.run_id, mine=self.epoch, current=newest)
+        newest = records.catch_up(self._db, self.run_id, self._journal, fencing_token=self.fencing_token)
+        if newest > self.fencing_token:
+            raise Fenced(run_id=self.run_id, mine=self.fencing_token, current=newest)
 
     # -- helpers ---------------------------------------------------------------------------------
 
     def _open(self, lease_id: str) -> LeaseAccount:
-        self._check_epoch()
+        self._check_fencing_token()
         account = self.account(lease_id)
         if not account.is_open:
             raise SlmError(f"lease {lease_id} is settled and can be neither renewed nor charged.")
@@ -483,16 +485,16 @@ class Ledger:
         if usd(rise_micro_usd) > free:
             raise BudgetExceeded(needed_usd=usd(rise_micro_usd), remaining_usd=free)
 
-    def _check_epoch(self) -> None:
-        row = self._db.execute("SELECT epoch FROM runs WHERE run_id = ?", (self.run_id,)).fetchone()
+    def _check_fencing_token(self) -> None:
+        row = self._db.execute("SELECT fencing_token FROM runs WHERE run_id = ?", (self.run_id,)).fetchone()
         if row is None:
             raise SlmError(f"there is no ledger for run {self.run_id}; `slm status` lists the runs.")
-        if row["epoch"] != self.epoch:
-            raise Fenced(run_id=self.run_id, mine=self.epoch, current=row["epoch"])
+        if row["fencing_token"] != self.fencing_token:
+            raise Fenced(run_id=self.run_id, mine=self.fencing_token, current=row["fencing_token"])
 
     def _write(self, kind: EntryKind, lease_id: str, spent: int, held: int, at_ms: int, note: str, stage: str) -> None:
         # A key is never used for two different lines, also when a write of ours was undone here and stands in the
-        # journal: epoch, tries and count name one moment of one supervisor.
+        # journal: fencing token, tries and count name one moment of one supervisor.
         count = self._db.execute("SELECT COUNT(*) FROM entries WHERE lease_id = ?", (lease_id,)).fetchone()[0]
         self._db.execute(
             "INSERT INTO entries (run_id, lease_id, kind, key, spent_micro_usd, held_micro_usd, at_ms, note, stage) "
@@ -501,7 +503,7 @@ class Ledger:
                 self.run_id,
                 lease_id,
                 kind.value,
-                f"{lease_id}/{self.epoch}.{self._tries}.{count}",
+                f"{lease_id}/{self.fencing_token}.{self._tries}.{count}",
                 spent,
                 held,
                 at_ms,
@@ -518,11 +520,16 @@ def append(
     content: Mapping[str, Any],
     newest_seq: int,
     *,
-    epoch: int,
+    fencing_token: int,
 ) -> bool:
     """Store a record under the next number; False when that number is taken."""
     run = db.execute("SELECT cap_micro_usd, journal_next FROM runs WHERE run_id = ?", (run_id,)).fetchone()
-    record = {**content, "epoch": epoch, "cap_micro_usd": run["cap_micro_usd"], "nonce": secrets.token_hex(8)}
+    record = {
+        **content,
+        "fencing_token": fencing_token,
+        "cap_micro_usd": run["cap_micro_usd"],
+        "nonce": secrets.token_hex(8),
+    }
     number = run["journal_next"]
     if not journal.append(number, json.dumps(record, sort_keys=True).encode()):
         return False
@@ -531,18 +538,18 @@ def append(
 
 
 def take_over(db: sqlite3.Connection, run_id: str, journal: Journal, facts: Mapping[str, Any]) -> int:
-    """Apply all records of the run store and raise the epoch there: the previous supervisor can grant no more.
+    """Apply all records of the run store and raise the fencing token there: the previous supervisor can grant no more.
 
-    `facts` are what another machine needs to continue the run. Returns the new epoch.
+    `facts` are what another machine needs to continue the run. Returns the new fencing token.
     """
     for _ in range(TAKE_OVER_TRIES):
         with transaction(db):
-            known = db.execute("SELECT epoch FROM runs WHERE run_id = ?", (run_id,)).fetchone()["epoch"]
-            epoch = 1 + max(int(known), records.catch_up(db, run_id, journal, epoch=known))
-            db.execute("UPDATE runs SET epoch = ? WHERE run_id = ?", (epoch, run_id))
+            known = db.execute("SELECT fencing_token FROM runs WHERE run_id = ?", (run_id,)).fetchone()["fencing_token"]
+            fencing_token = 1 + max(int(known), records.catch_up(db, run_id, journal, fencing_token=known))
+            db.execute("UPDATE runs SET fencing_token = ? WHERE run_id = ?", (fencing_token, run_id))
             content, newest_seq = records.pending(db, run_id)
-            if append(db, run_id, journal, {**content, "run": dict(facts)}, newest_seq, epoch=epoch):
-                return epoch
+            if append(db, run_id, journal, {**content, "run": dict(facts)}, newest_seq, fencing_token=fencing_token):
+                return fencing_token
     raise SlmError(
         f"other supervisors keep taking over run {run_id}; stop them, or follow the run with: slm status {run_id}"
     )

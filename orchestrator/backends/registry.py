@@ -22,7 +22,7 @@ from orchestrator.backends.gcp.support import GcpSupport
 from orchestrator.backends.local.backend import LocalBackend
 from orchestrator.backends.local.records import STATE_FILE
 from orchestrator.backends.sky.backend import SkyBackend
-from orchestrator.runs.status import books
+from orchestrator.runs.status import open_runs
 from orchestrator.settings import Home
 
 MARKET_FOLDER = "market"
@@ -59,13 +59,15 @@ def aws_accounts(home: Home) -> list[Backend]:
 
 
 def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
-    """All that the books ever had there; none where they cannot be read, which whoever ends anything is told."""
+    """All that the ledger ever had there; none where it cannot be read, which whoever ends anything is told."""
     if not home.database.exists():
         return []
     try:
-        with books(home) as runs:
+        with open_runs(home) as runs:
             accounts = [
-                account for run in runs.all() for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+                account
+                for run in runs.all()
+                for account in Ledger(runs.db, run.run_id, fencing_token=run.fencing_token).accounts()
             ]
     except (SlmError, sqlite3.Error):
         return []
@@ -73,7 +75,7 @@ def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
 
 
 def local_markets(home: Home) -> list[Backend]:
-    """The market of every run that ever had one below this home, whether or not the books know the run."""
+    """The market of every run that ever had one below this home, whether or not the ledger knows the run."""
     folders = sorted(path.parent for path in (home.root / "runs").glob(f"*/{MARKET_FOLDER}/{STATE_FILE}"))
     return [
         LocalBackend(
@@ -97,22 +99,22 @@ def skypilot(home: Home) -> list[Backend]:
 
 
 def rents_through_skypilot(home: Home) -> bool:
-    """Whether the books know such a run: one that was brought here from another machine has no folder yet."""
+    """Whether the ledger knows such a run: one that was brought here from another machine has no folder yet."""
     with suppress(DatabaseError, sqlite3.Error):
         if home.database.exists():
-            with books(home) as runs:
+            with open_runs(home) as runs:
                 return any(run.options.backend == "sky" for run in runs.all())
     return False
 
 
 def known_leases(home: Home) -> list[str]:
-    """Every lease that the books ever wrote down; none from books that cannot be read."""
+    """Every lease that the ledger ever wrote down; none from a ledger that cannot be read."""
     if not home.database.exists():
         return []
-    with suppress(DatabaseError, sqlite3.Error), books(home) as runs:
+    with suppress(DatabaseError, sqlite3.Error), open_runs(home) as runs:
         return [
             account.lease.lease_id
             for run in runs.all()
-            for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+            for account in Ledger(runs.db, run.run_id, fencing_token=run.fencing_token).accounts()
         ]
     return []

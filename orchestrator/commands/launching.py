@@ -270,7 +270,7 @@ def recover(
     ],
     as_json: options.JsonOption = False,
 ) -> None:
-    """Rebuild a run's books from its run store, on another machine, and take the run over.
+    """Rebuild a run's ledger from its run store, on another machine, and take the run over.
 
     The supervisor before can rent and grant no more; what it has paid for counts to the last terminator's time.
     Nothing is rented or ended by this: then go on with slm resume, or end it with slm stop.

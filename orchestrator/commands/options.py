@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SMALLEST_USD = Decimal("0.000001")
-"""The books count in millionths of a dollar."""
+"""The ledger counts in millionths of a dollar."""
 
 
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}

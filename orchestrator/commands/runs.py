@@ -110,7 +110,7 @@ def ledger(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every entry of a run's books.
+    """Show every entry of a run's ledger.
 
     \b
     Examples:

@@ -21,8 +21,8 @@ def reconcile(
 ) -> None:
     """List all that is ours, and end what nobody pays for any more.
 
-    Ours is what carries the name slm-OWNER-; nothing else is touched. What the books do not know, have settled, or have
-    paid for no longer is ended. A supervisor does the same at its start and every few minutes. Exit code 1 means that
+    Ours is what carries the name slm-OWNER-; nothing else is touched. What the ledger does not know, has settled, or
+    no longer pays for is ended. A supervisor does the same at its start and every few minutes. Exit code 1 means that
     something is left, or that a place could not be looked at.
 
     \b
@@ -57,7 +57,7 @@ def doctor(
     """Say whether everything is as it must be before money is spent.
 
     What is configured, what ends a node on each cloud, the clock, the store's permissions, disk space, instances that
-    nobody pays for, and whether the books add up; each with the way out. Exit code 1 means that something fails.
+    nobody pays for, and whether the ledger adds up; each with the way out. Exit code 1 means that something fails.
 
     \b
     Examples:

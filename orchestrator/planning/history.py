@@ -243,7 +243,7 @@ def settled_speed(read: Read) -> SettledSpeed | None:
     tokens_per_second, world_size = newest["tokens_per_second"], int(newest["world_size"])
     if newest["step"] < SETTLED_STEPS or tokens_per_second is None or not (0 < tokens_per_second < math.inf):
         return None
-    return SettledSpeed(float(tokens_per_second), world_size, newest.get("epoch"))
+    return SettledSpeed(float(tokens_per_second), world_size, newest.get("incarnation"))
 
 
 def training_lease(read: Read, speed: SettledSpeed) -> str:

@@ -1,6 +1,6 @@
-"""The copy of a run's books in its run store, and how another machine makes books of it.
+"""The copy of a run's ledger in its run store, and how another machine makes a ledger of it.
 
-`books/N.json` are the records of `cost.ledger.journal`. Each supervisor's first record carries what is needed to go on
+`ledger/N.json` are the records of `cost.ledger.journal`. Each supervisor's first record carries what is needed to go on
 with the run elsewhere: recipe, options, cap and the name under which its nodes were rented.
 """
 
@@ -59,7 +59,7 @@ def run_id_in(store: Store) -> str:
     """The run that a store belongs to.
 
     Raises:
-        UserError: It holds no books.
+        UserError: It holds no ledger.
     """
     return str(facts_in(store)["run_id"])
 
@@ -71,7 +71,7 @@ def facts_in(store: Store) -> Mapping[str, Any]:
         facts = found.content.get("run", facts)
     if facts is None:
         raise UserError(
-            f"{store.uri} holds no books of a run; give the run store itself, the folder or prefix that holds "
+            f"{store.uri} holds no ledger of a run; give the run store itself, the folder or prefix that holds "
             f"{keys.LEDGER}, {keys.SPEC} and {keys.CHECKPOINTS}."
         )
     return facts
@@ -107,12 +107,12 @@ def facts_of(run: Run, *, owner: str) -> dict[str, Any]:
 
 
 def recover(runs: Runs, store: Store) -> Run:
-    """Make the books of the run that this store belongs to, as far as they are not here yet, and take it over.
+    """Make the ledger of the run that this store belongs to, as far as it is not here yet, and take it over.
 
     Every grant that was paid for counts to its last terminator's time. The supervisor before can grant no more.
 
     Raises:
-        UserError: The store holds no books, or books of another run stand here under that name.
+        UserError: The store holds no ledger, or the ledger of another run stands here under that name.
     """
     journal, facts = StoreJournal(store), facts_in(store)
     run_id = str(facts["run_id"])
@@ -123,7 +123,7 @@ def recover(runs: Runs, store: Store) -> Run:
             _insert(runs.db, facts, options)
         elif row["recipe_digest"] != facts["recipe_digest"] or row["created_at"] != str(facts["created_ms"]):
             raise UserError(
-                f"another run stands in these books as {run_id}; set SLM_HOME to a folder of its own and run it again."
+                f"another run stands in this ledger as {run_id}; set SLM_HOME to a folder of its own and run it again."
             )
         else:
             runs.set_options(run_id, options)
@@ -150,4 +150,4 @@ def _insert(db: sqlite3.Connection, facts: Mapping[str, Any], options: RunOption
             ),
         )
     except KeyError as error:
-        raise JournalDamaged(f"the books in the run store lack {error}; bring them back from a copy.") from error
+        raise JournalDamaged(f"the ledger in the run store lacks {error}; bring it back from a copy.") from error

@@ -38,7 +38,7 @@ def source_of(run_id: str | None, home: Home) -> Source:
     Raises:
         UserError: There is no such run, or it has not begun.
     """
-    with report.books(home) as runs:
+    with report.open_runs(home) as runs:
         run = runs.pick(run_id)
     spec = report.read_json(run, home, SPEC)
     if spec is None:

@@ -1,7 +1,7 @@
 """Run records: what was asked, how far it is, and who may act on it.
 
 One run has one supervisor at a time: it holds a file lock that the kernel drops when the process dies, and it raises
-the run's epoch in the books, so that a supervisor that lost the run can write nothing more.
+the run's fencing token in the ledger, so that a supervisor that lost the run can write nothing more.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MOVES: Mapping[RunState, frozenset[RunState]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One row of the books. `options` is what the launch was told beside the recipe."""
+    """One row of the ledger. `options` is what the launch was told beside the recipe."""
 
     run_id: str
     recipe_name: str
@@ -67,7 +67,7 @@ class Run:
     cap_usd: Decimal
     state: RunState
     reason: str
-    epoch: int
+    fencing_token: int
     stop_requested: bool
     preemptions: int
     failures: int
@@ -151,15 +151,15 @@ class Runs:
             raise UserError(f"there are {len(runs)} runs, say which: {names}")
         return runs[0]
 
-    def move(self, run_id: str, state: RunState, *, reason: str = "", epoch: int) -> None:
-        """Change the state along MOVES; only the supervisor that holds `epoch` may.
+    def move(self, run_id: str, state: RunState, *, reason: str = "", fencing_token: int) -> None:
+        """Change the state along MOVES; only the supervisor that holds `fencing_token` may.
 
         Raises:
             SlmError: The move is not allowed, or another supervisor took over.
         """
         with transaction(self.db):
             run = self.get(run_id)
-            if run.epoch != epoch:
+            if run.fencing_token != fencing_token:
                 raise SlmError(
                     f"run {run_id} was taken over by another supervisor; follow it with: slm status {run_id}"
                 )
@@ -171,9 +171,9 @@ class Runs:
             )
 
     def take_over(self, run_id: str) -> Run:
-        """Raise the epoch here, for a run whose books are nowhere else; `orchestrator.runs.journal.enter` does both."""
+        """Raise the fencing token for a run whose ledger is only here; `orchestrator.runs.journal.enter` does both."""
         with transaction(self.db):
-            self.db.execute("UPDATE runs SET epoch = epoch + 1 WHERE run_id = ?", (run_id,))
+            self.db.execute("UPDATE runs SET fencing_token = fencing_token + 1 WHERE run_id = ?", (run_id,))
             return self.entered(run_id)
 
     def entered(self, run_id: str) -> Run:
@@ -213,7 +213,7 @@ def run_from_row(row: sqlite3.Row) -> Run:
         cap_usd=usd(row["cap_micro_usd"]),
         state=RunState(row["state"]),
         reason=row["reason"],
-        epoch=row["epoch"],
+        fencing_token=row["fencing_token"],
         stop_requested=bool(row["stop_requested"]),
         preemptions=row["preemptions"],
         failures=row["failures"],

@@ -1,4 +1,4 @@
-"""Looking at runs: status, books, logs, summary. Reads only, so that it is safe beside a living supervisor."""
+"""Looking at runs: status, ledger, logs, summary. Reads only, so that it is safe beside a living supervisor."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RunSummary:
     """The trainer's own: first and final held-out loss, unigram entropy, weights' hash; None before completion."""
     wall_seconds: float
     billed_seconds: float
-    """Node-seconds that the books charge, in billed time."""
+    """Node-seconds that the ledger charges, in billed time."""
     events: Sequence[Mapping[str, Any]]
     goodput: float | None = None
     """Seconds of the steps that were kept over billed seconds of a cluster, 0..1; None where nothing was billed."""
@@ -77,7 +77,7 @@ class RunSummary:
 
 @dataclass(frozen=True, slots=True)
 class LedgerView:
-    """The books of one run."""
+    """The ledger of one run."""
 
     run_id: str
     balance: Balance
@@ -87,26 +87,26 @@ class LedgerView:
 
 def status(run_id: str | None, *, home: Home) -> list[RunStatus]:
     """One run, or all of them, newest last."""
-    with books(home) as runs:
+    with open_runs(home) as runs:
         chosen = runs.all() if run_id is None else [runs.get(run_id)]
         return [status_of(run, runs, home) for run in chosen]
 
 
 def ledger(run_id: str | None, *, home: Home) -> LedgerView:
     """Every entry and the balance."""
-    with books(home) as runs:
+    with open_runs(home) as runs:
         run = runs.pick(run_id)
-        view = Ledger(runs.db, run.run_id, epoch=run.epoch)
+        view = Ledger(runs.db, run.run_id, fencing_token=run.fencing_token)
         return LedgerView(run.run_id, view.balance(), view.entries(), view.accounts())
 
 
 def logs(run_id: str | None, *, home: Home, follow: bool = False) -> Iterator[str]:
     """Lines of all nodes' logs, each with its node's name; with `follow`, until the run ends."""
-    with books(home) as runs:
+    with open_runs(home) as runs:
         run = runs.pick(run_id)
     offsets: dict[str, int] = {}
     while True:
-        with books(home) as runs:
+        with open_runs(home) as runs:
             finished = runs.get(run.run_id).state in TERMINAL
         store = stored(run, home)
         for key in store.list(keys.LOGS) if store is not None else []:
@@ -121,8 +121,8 @@ def logs(run_id: str | None, *, home: Home, follow: bool = False) -> Iterator[st
 
 
 def status_of(run: Run, runs: Runs, home: Home) -> RunStatus:
-    """Books and the newest progress of the run store, put together."""
-    view = Ledger(runs.db, run.run_id, epoch=run.epoch)
+    """Ledger and the newest progress of the run store, put together."""
+    view = Ledger(runs.db, run.run_id, fencing_token=run.fencing_token)
     balance, accounts = view.balance(), view.accounts()
     recipe = Recipe.model_validate_json(run.recipe_json)
     progress = read_json(run, home, keys.PROGRESS) or {}
@@ -158,7 +158,7 @@ def status_of(run: Run, runs: Runs, home: Home) -> RunStatus:
 
 def summary_of(runs: Runs, run_id: str, home: Home, *, wall_seconds: float) -> RunSummary:
     run = runs.get(run_id)
-    accounts = Ledger(runs.db, run_id, epoch=run.epoch).accounts()
+    accounts = Ledger(runs.db, run_id, fencing_token=run.fencing_token).accounts()
     units = sum(account.accrued_units / max(1, account.price_micro_usd) for account in accounts)
     return RunSummary(
         status=status_of(run, runs, home),
@@ -187,7 +187,7 @@ def stored(run: Run, home: Home) -> Store | None:
 
 
 @contextmanager
-def books(home: Home) -> Iterator[Runs]:
+def open_runs(home: Home) -> Iterator[Runs]:
     """The run records of this home, with their database open."""
     db = connect(home.database)
     try:

@@ -1,7 +1,7 @@
-"""Renewing the right to run: pay in the books first, then move the provider's limit, then answer the nodes.
+"""Renewing the right to run: pay in the ledger first, then move the provider's limit, then answer the nodes.
 
 A node asks with a numbered request that carries its own boot-time clock; the answer is a duration counted from that
-moment, so neither clock skew nor a late reader can stretch it. What the books set aside ends later than any answer.
+moment, so neither clock skew nor a late reader can stretch it. What the ledger sets aside ends later than any answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.run_store.base import Store, StoreKeyMissing
 def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
     """The newest moment at which a supervisor granted anything to these leases; 0 if none did.
 
-    Books that were made from the run store hold no accruals, so this may be hours newer than their newest entry.
+    A ledger that was made from the run store holds no accruals, so this may be hours newer than its newest entry.
     """
     newest = 0
     for account in accounts:
@@ -44,7 +44,7 @@ PAY_TRIES = 5
 
 
 class Grants:
-    """Keeps one lease's nodes alive for as long as the books allow."""
+    """Keeps one lease's nodes alive for as long as the ledger allows."""
 
     def __init__(self, *, ledger: Ledger, backend: Backend, store: Store, clock: Clock, terms: Terms) -> None:
         self._ledger = ledger
@@ -94,7 +94,7 @@ class Grants:
     def pay_first_deadline(self, lease: Lease) -> LeaseAccount:
         """Pay up to the first deadline of a node that is asked for at this moment.
 
-        The last look at the books, here and in the run store, is less than `call_seconds` ago when this returns.
+        The last look at the ledger, here and in the run store, is less than `call_seconds` ago when this returns.
 
         Raises:
             BudgetExceeded: It is not affordable.
@@ -148,7 +148,7 @@ class Grants:
             if duration <= 0:
                 continue
             grant = {
-                "epoch": self._ledger.epoch,
+                "epoch": self._ledger.fencing_token,
                 "number": number,
                 "duration_seconds": duration,
                 "at_ms": self._clock.now_ms(),  # for `heard_ms`: another machine knows by it how late it was

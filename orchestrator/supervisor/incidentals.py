@@ -1,7 +1,7 @@
 """What a run costs beside its nodes: disks, the run store, transfers, and the download at the end.
 
 All of it follows from billed time: so many gigabytes for so long, so many checkpoints sent. So the totals can be
-computed anew from the books at any time, by any supervisor, and charging twice charges once. Rates:
+computed anew from the ledger at any time, by any supervisor, and charging twice charges once. Rates:
 `cost.market.clouds`; sizes and assumptions: `cost.plan.bill`.
 """
 
@@ -62,7 +62,7 @@ def download_usd(offer: Offer, *, num_params: int) -> Decimal:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """Keeps the lines of one run's books; `rates` is asked for each lease's offer."""
+    """Keeps the lines of one run's ledger; `rates` is asked for each lease's offer."""
 
     ledger: Ledger
     rates: Callable[[Offer], Rates]

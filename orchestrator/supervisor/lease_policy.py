@@ -48,10 +48,10 @@ class Terms:
     price_gap_seconds: float = 120.0
     """Between two looks at a price no further apart, it was at most the higher of both; else it is unconfirmed."""
     reconcile_seconds: float = 300.0
-    """How often everything that carries our name is compared with the books."""
+    """How often everything that carries our name is compared with the ledger."""
     poll_seconds: float = 1.0
     accrue_seconds: float = 5.0
-    """How often elapsed time becomes an entry of the books; what is not yet accrued stays set aside at p-hat."""
+    """How often elapsed time becomes an entry of the ledger; what is not yet accrued stays set aside at p-hat."""
     renew_below: float = 0.7
     """Renew when less than this share of a term is left."""
     store_patience_seconds: float = 20.0

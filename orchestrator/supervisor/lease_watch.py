@@ -78,7 +78,7 @@ class Watch:
     _grow_tries: int = 0
     lost_at: float | None = None
     """When the lease before this one was lost, for telling how long recovery took."""
-    _trainer_epoch: int = -1
+    _incarnation: int = -1
     _unseen_since: float | None = None
     _store_away: bool = False
     _extras_at: float = 0.0
@@ -138,7 +138,7 @@ class Watch:
         try:
             account, reaches = self.grants.renew(account)
         except BackendError as error:
-            # Paid for, but the provider's limit stands where it was: it ends the nodes earlier than the books say.
+            # Paid for, but the provider's limit stands where it was: it ends the nodes earlier than the ledger says.
             self.tell("warning", f"the time limit of {self.lease.lease_id} could not be moved: {error}")
             return
         reaches = self._keep_extras() and reaches
@@ -306,7 +306,7 @@ class Watch:
         """Begin where the run stands: its newest step, and a stop that an earlier supervisor has asked for."""
         progress = self._progress()
         if progress is not None:
-            self.step, self._trainer_epoch = progress.get("step"), int(progress.get("epoch", -1))
+            self.step, self._incarnation = progress.get("step"), int(progress.get("incarnation", -1))
         asked = self._json(keys.control(self.lease.lease_id))
         if asked is not None and asked.get("command") == "stop":
             self._stopping, self._stop_detail = Cause(asked["reason"]), "asked before this supervisor took over"
@@ -326,16 +326,16 @@ class Watch:
         progress = self._progress()
         if progress is None:
             return
-        step, epoch = progress.get("step"), int(progress.get("epoch", -1))
-        if (step, epoch) == (self.step, self._trainer_epoch):
+        step, incarnation = progress.get("step"), int(progress.get("incarnation", -1))
+        if (step, incarnation) == (self.step, self._incarnation):
             return
         now = self.clock.real_seconds()
-        if epoch != self._trainer_epoch and self.lost_at is not None:
+        if incarnation != self._incarnation and self.lost_at is not None:
             self.tell("recovered", f"training again at step {step} after {now - self.lost_at:.1f} s", step=step)
             self.lost_at = None
-        if epoch != self._trainer_epoch:
-            self._tell_skipped_checkpoints(epoch)
-        self._trainer_epoch, self.step, self._last_new_step_at = epoch, step, now
+        if incarnation != self._incarnation:
+            self._tell_skipped_checkpoints(incarnation)
+        self._incarnation, self.step, self._last_new_step_at = incarnation, step, now
         if not self._running:
             self._running = True
             self.on_running()
@@ -351,9 +351,9 @@ class Watch:
             preemptions=self.runs.get(self.run_id).preemptions,
         )
 
-    def _tell_skipped_checkpoints(self, epoch: int) -> None:
+    def _tell_skipped_checkpoints(self, incarnation: int) -> None:
         """Say which damaged checkpoints the workers passed over when they began."""
-        for reason in (self._json(keys.incarnation(epoch)) or {}).get("skipped", []):
+        for reason in (self._json(keys.incarnation(incarnation)) or {}).get("skipped", []):
             self.tell("warning", f"a damaged checkpoint was passed over for the one before: {reason}")
 
     # -- stopping --------------------------------------------------------------------------------

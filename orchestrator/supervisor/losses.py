@@ -1,7 +1,7 @@
 """What the trainer is told of losses and restarts, so that it can choose when to save.
 
 The plan's belief goes into the run's options; each new lease adds what this run has seen itself. Rates leave here in
-real time, as the trainer's clock counts; the books count billed time.
+real time, as the trainer's clock counts; the ledger counts billed time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nothing of ours may live that the books do not know."""
+"""Nothing of ours may live that the ledger does not know."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def end_unknown_instances(
         nodes = [stranger for stranger in strangers if stranger.lease_id == lease_id]
         try:
             backend.stop(lease_of(nodes[0], len(nodes)))
-            messages.append(f"ended {len(nodes)} nodes of {lease_id}, which the books do not know as open")
+            messages.append(f"ended {len(nodes)} nodes of {lease_id}, which the ledger does not know as open")
         except BackendError as error:
             messages.append(f"could not end {lease_id}: {error}")
     return messages
@@ -77,5 +77,5 @@ def lease_of(instance: Instance, num_nodes: int) -> Lease:
         worst_usd_per_hour=Decimal(instance.usd_per_hour),
         first_grant_seconds=0.0,
         kill_latency_seconds=0.0,
-        epoch=0,
+        fencing_token=0,
     )

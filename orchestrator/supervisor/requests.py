@@ -1,7 +1,7 @@
 """What a person asks for, as functions: launch, resume, stop, prepare.
 
 The command line parses and renders; the loop is in `supervise`, looking is in `report`. Everything that a second run of
-the same command needs to repair a broken one stands in the books or in the run store.
+the same command needs to repair a broken one stands in the ledger or in the run store.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from orchestrator.planning.replan import measured_ratio, replanned
 from orchestrator.runs import journal as journals
 from orchestrator.runs.options import LaunchRequest, RunOptions
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
-from orchestrator.runs.status import FOLLOW_SECONDS, RunStatus, RunSummary, books, lock_path, status_of, summary_of
+from orchestrator.runs.status import FOLLOW_SECONDS, RunStatus, RunSummary, lock_path, open_runs, status_of, summary_of
 from orchestrator.settings import Home
 from orchestrator.supervisor.grants import heard_ms
 from orchestrator.supervisor.incidentals import Extras, download_usd, rates_on
@@ -71,7 +71,7 @@ def launch(request: LaunchRequest, *, home: Home, on_event: Emit, switch: StopSw
     cap_usd = recipe.budget_usd if request.budget_usd is None else request.budget_usd
     if not options.is_local:
         options = replace(options, offers=require_cloud(request, cap_usd=cap_usd))
-    with books(home) as runs:
+    with open_runs(home) as runs:
         known = unfinished(runs, recipe, home)
         if known is None:
             require_one_lease(candidates_of(recipe, options, terms_of(recipe, options)), cap_usd, Decimal(0))
@@ -99,17 +99,17 @@ def created(runs: Runs, home: Home, request: LaunchRequest, *, cap_usd: Decimal)
 
 
 def recover(store_uri: str, *, home: Home) -> RunStatus:
-    """Make the books of a run from its run store, on a machine that knows nothing of it, and take it over.
+    """Make the ledger of a run from its run store, on a machine that knows nothing of it, and take it over.
 
     Nothing is rented or ended: `resume` goes on with the run, `stop` ends it.
 
     Raises:
-        UserError: There are no books in that store, or a living supervisor of this machine has the run.
+        UserError: There is no ledger in that store, or a living supervisor of this machine has the run.
     """
     home.create()
     store = open_store(store_uri, create=False)
     run_id = journals.run_id_in(store)
-    with SupervisorLock(lock_path(home, run_id), run_id), books(home) as runs:
+    with SupervisorLock(lock_path(home, run_id), run_id), open_runs(home) as runs:
         run = journals.recover(runs, store)
         return status_of(run, runs, home)
 
@@ -129,13 +129,13 @@ def resume(
     Raises:
         UserError: It is complete, or a supervisor is alive.
     """
-    with books(home) as runs:
+    with open_runs(home) as runs:
         run = runs.pick(run_id)
     if run.state is RunState.SUCCEEDED:
         raise UserError(f"run {run.run_id} is complete; see: slm status {run.run_id}")
     remember_whom_to_tell(home, run.run_id, notify_target)
     if single_supervisor and not run.options.single_supervisor:
-        with books(home) as runs:
+        with open_runs(home) as runs:
             runs.set_options(run.run_id, replace(run.options, single_supervisor=True))
     return supervise(run.run_id, home=home, budget_usd=budget_usd, on_event=on_event, switch=switch)
 
@@ -166,7 +166,7 @@ def supervise(
     started = time.monotonic()
     with (
         SupervisorLock(lock_path(home, run_id), run_id),
-        books(home) as runs,
+        open_runs(home) as runs,
         signals(switch),
         notified(home, run_id, EventLog(home.run_dir(run_id) / "events.jsonl", on_event)) as emit,
     ):
@@ -176,7 +176,7 @@ def supervise(
         if asked_to_stop and not run.is_finished:
             switch.press()
         recipe = Recipe.model_validate_json(run.recipe_json)
-        ledger = Ledger(runs.db, run_id, epoch=run.epoch, journal=journal)
+        ledger = Ledger(runs.db, run_id, fencing_token=run.fencing_token, journal=journal)
         if budget_usd is not None and budget_usd != run.cap_usd:
             ledger.set_cap(budget_usd)
         clock = clock_of(run, recipe, ledger, store, emit)
@@ -219,7 +219,7 @@ def store_of(run: Run, runs: Runs, home: Home) -> Store:
     """The run's store. One that vanished after the first lease held checkpoints: that is told, not made anew."""
     return open_for_training(
         journals.store_uri(run, home),
-        create=not Ledger(runs.db, run.run_id, epoch=run.epoch).accounts(),
+        create=not Ledger(runs.db, run.run_id, fencing_token=run.fencing_token).accounts(),
         single_supervisor=run.options.single_supervisor,
         patience=SUPERVISORS,
     )
@@ -308,7 +308,7 @@ def candidates_now(run: Run, store: Store, ledger: Ledger, candidates: list[Cand
 
 
 def preemptions_of(runs: Runs, run: Run) -> int:
-    """As the books count them now."""
+    """As the ledger counts them now."""
     return runs.get(run.run_id).preemptions
 
 
@@ -376,7 +376,7 @@ def brought(store: Store, data_dir: Path, emit: Emit) -> str:
 
 
 def clock_of(run: Run, recipe: Recipe, ledger: Ledger, store: Store, emit: Emit) -> SystemClock:
-    """Billed time of the run, never before the newest entry of its books or the newest grant of its nodes."""
+    """Billed time of the run, never before the newest entry of its ledger or the newest grant of its nodes."""
     scale = run.options.time_scale(recipe)
     clock = SystemClock(
         origin_ms=run.created_ms,
@@ -387,7 +387,7 @@ def clock_of(run: Run, recipe: Recipe, ledger: Ledger, store: Store, emit: Emit)
     if clock.went_back_ms > 1000:
         seconds = clock.went_back_ms / 1000
         message = (
-            f"this machine's clock stands {seconds:.0f} s before the newest entry of the books; going on from there"
+            f"this machine's clock stands {seconds:.0f} s before the newest entry of the ledger; going on from there"
         )
         emit(Event("warning", message, datetime.now(UTC)))
     return clock
@@ -438,7 +438,7 @@ def stop(run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:
     Raises:
         SlmError: Its supervisor did not stop in time.
     """
-    with books(home) as runs:
+    with open_runs(home) as runs:
         run = runs.pick(run_id)
         if not run.is_finished:
             runs.request_stop(run.run_id)

@@ -231,7 +231,7 @@ class Supervisor:
         try:
             cause, detail = watch.until_it_ends()
         except DatabaseError as error:
-            self._end_without_books(account, error)
+            self._end_without_ledger(account, error)
             raise
         self._lost_at = self.clock.real_seconds()
         if cause in (Cause.ASKED, Cause.CAP):
@@ -317,7 +317,7 @@ class Supervisor:
             worst_usd_per_hour=worst,
             first_grant_seconds=max(min(term, ttl) if ttl else term, 1.0),
             kill_latency_seconds=terms.kill_latency_seconds,
-            epoch=self.ledger.epoch,
+            fencing_token=self.ledger.fencing_token,
             minimum_billed_seconds=terms.minimum_billed_seconds,
             ttl_seconds=max(ttl, 1.0) if ttl else 0.0,
         )
@@ -444,8 +444,8 @@ class Supervisor:
             return False
         return self.clock.now_ms() > account.expires_ms + account.latency_ms
 
-    def _end_without_books(self, account: LeaseAccount, error: SlmError) -> None:
-        """The run store or the books fail: nothing more can be granted, so end the nodes while we still can."""
+    def _end_without_ledger(self, account: LeaseAccount, error: SlmError) -> None:
+        """The run store or the ledger fails: nothing more can be granted, so end the nodes while we still can."""
         with contextlib.suppress(BackendError):
             self.backend.stop(account.lease)
         with contextlib.suppress(DatabaseError):  # where even this fails, the next supervisor settles
@@ -514,7 +514,7 @@ class Supervisor:
         return bool(self.switch.level) or self.runs.stop_requested(self.run_record.run_id)
 
     def _move(self, state: RunState, reason: str) -> None:
-        self.runs.move(self.run_record.run_id, state, reason=reason, epoch=self.ledger.epoch)
+        self.runs.move(self.run_record.run_id, state, reason=reason, fencing_token=self.ledger.fencing_token)
         self._tell(
             "state",
             f"{state.value.lower().replace('_', ' ')}{': ' + reason if reason else ''}",

@@ -27,7 +27,7 @@ from orchestrator.backends.registry import cloud_supports
 from orchestrator.backends.sky.enabled_clouds import Enabled, enabled_clouds
 from orchestrator.backends.sky.terminators import armed_provider
 from orchestrator.figures import duration, plural
-from orchestrator.runs.status import books
+from orchestrator.runs.status import open_runs
 from orchestrator.settings import DISTRIBUTION, Home
 from orchestrator.upkeep import clock_skew
 from orchestrator.upkeep.inventory import reconcile
@@ -119,7 +119,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def home_folder(home: Home) -> Finding:
-    """It holds the books and the addresses of nodes."""
+    """It holds the ledger and the addresses of nodes."""
     mode = stat.S_IMODE(home.root.stat().st_mode)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         return Finding("home", Level.WARN, f"{home.root} is open to others ({mode:o})", f"chmod 700 {home.root}")
@@ -139,30 +139,34 @@ def space(name: str, folder: Path, free: float) -> Finding:
     return Finding(name, level, detail, "free some, or set SLM_HOME to a larger disk; full, no grant can be written")
 
 
-# ---------------------------------------------------------------- the books
+# ---------------------------------------------------------------- the ledger
 
 
 def ledgers(home: Home) -> Iterator[Finding]:
     """Whether the file is whole, and whether its entries add up to what its leases say."""
     if not home.database.exists():
-        yield Finding("books", Level.OK, "nothing was launched yet")
+        yield Finding("ledger", Level.OK, "nothing was launched yet")
         return
     try:
-        with books(home) as runs:
+        with open_runs(home) as runs:
             said = [row[0] for row in runs.db.execute("PRAGMA integrity_check")]
             if said != ["ok"]:
-                yield Finding("books", Level.FAIL, f"{home.database} is damaged: {said[0]}", RESTORE)
+                yield Finding("ledger", Level.FAIL, f"{home.database} is damaged: {said[0]}", RESTORE)
                 return
             all_runs = runs.all()
-            wrong = [text for run in all_runs if (text := discrepancy(Ledger(runs.db, run.run_id, epoch=run.epoch)))]
+            wrong = [
+                text
+                for run in all_runs
+                if (text := discrepancy(Ledger(runs.db, run.run_id, fencing_token=run.fencing_token)))
+            ]
     except (SlmError, sqlite3.Error) as error:
-        yield Finding("books", Level.FAIL, str(error), RESTORE)
+        yield Finding("ledger", Level.FAIL, str(error), RESTORE)
         return
     for text in wrong:
-        yield Finding("books", Level.FAIL, text, "launch nothing; keep a copy of the file, and report this as a bug")
+        yield Finding("ledger", Level.FAIL, text, "launch nothing; keep a copy of the file, and report this as a bug")
     if not wrong:
         yield Finding(
-            "books", Level.OK, f"{plural(len(all_runs), 'run')}, whole, every balance is the sum of its entries"
+            "ledger", Level.OK, f"{plural(len(all_runs), 'run')}, whole, every balance is the sum of its entries"
         )
 
 
@@ -287,7 +291,7 @@ def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
     if worst >= clock_skew.FAIL_SECONDS:
         return Finding("clock", Level.FAIL, f"{detail}: stores refuse requests that are 15 min off", SYNCHRONIZE)
     if worst >= clock_skew.WARN_SECONDS:
-        detail += ": grants do not depend on it, times in the books do"
+        detail += ": grants do not depend on it, times in the ledger do"
         return Finding("clock", Level.WARN, detail, SYNCHRONIZE)
     return Finding("clock", Level.OK, detail)
 
@@ -300,7 +304,7 @@ def leaks(home: Home, backends: Sequence[Backend]) -> Iterator[Finding]:
     try:
         found = reconcile(home, backends, dry_run=True)
     except SlmError as error:
-        yield Finding("leaks", Level.FAIL, f"what lives cannot be compared with the books: {error}", RESTORE)
+        yield Finding("leaks", Level.FAIL, f"what lives cannot be compared with the ledger: {error}", RESTORE)
         return
     for problem in found.problems:
         yield Finding("leaks", Level.WARN, problem, "slm reconcile")

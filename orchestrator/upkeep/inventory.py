@@ -1,7 +1,7 @@
-"""What of ours lives anywhere, whether the books still pay for it, and the end of what they do not.
+"""What of ours lives anywhere, whether the ledger still pays for it, and the end of what it does not.
 
-Ours is what carries the name `slm-OWNER-`; nothing else is ever touched. Instances are listed before the books are
-read: a lease stands in the books before anything is rented for it, so whatever is listed and paid for is found there.
+Ours is what carries the name `slm-OWNER-`; nothing else is ever touched. Instances are listed before the ledger is
+read: a lease stands in the ledger before anything is rented for it, so whatever is listed and paid for is found there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.backends.base import Backend, BackendError, Instance
 from orchestrator.clock import SystemClock
 from orchestrator.runs.journal import StoreJournal
 from orchestrator.runs.records import Run, Runs, is_supervised
-from orchestrator.runs.status import books, lock_path
+from orchestrator.runs.status import lock_path, open_runs
 from orchestrator.settings import Home
 from orchestrator.supervisor.reconcile import is_ours, lease_of
 from orchestrator.supervisor.requests import store_of
@@ -35,13 +35,13 @@ PAUSE_SECONDS = 2.0
 
 
 class Verdict(StrEnum):
-    """What the books say of a cluster that lives."""
+    """What the ledger says of a cluster that lives."""
 
     SUPERVISED = "supervised"
     PAID = "paid"
     """Nobody supervises it, but its paid time is not over: the next supervisor of its run takes it over."""
     ELSEWHERE = "elsewhere"
-    """Its paid time is over in these books, but another machine has taken the run over and pays by its own."""
+    """Its paid time is over in this ledger, but another machine has taken the run over and pays by its own."""
     EXPIRED = "expired"
     SETTLED = "settled"
     UNKNOWN = "unknown"
@@ -94,7 +94,7 @@ class Inventory:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the books know: a verdict on each lease, and under which names a run's nodes were ever rented."""
+    """What the ledger knows: a verdict on each lease, and under which names a run's nodes were ever rented."""
 
     owner: str
     verdicts: Mapping[str, Verdict]
@@ -122,7 +122,7 @@ def reconcile(
     `now_ms` tells a run's billed time; by default its clock does.
 
     Raises:
-        DatabaseError: The books are there and cannot be read: nothing is ended then.
+        DatabaseError: The ledger is there and cannot be read: nothing is ended then.
     """
     listed: list[tuple[Backend, list[Instance]]] = []
     problems = []
@@ -136,7 +136,7 @@ def reconcile(
             }  # a cloud and SkyPilot may both show it
         except BackendError as error:
             problems.append(f"{backend.name}: cannot list what is alive: {error}")
-    known = read_books(home, now_ms or billed_now_ms)
+    known = read_ledger(home, now_ms or billed_now_ms)
     found = [
         (backend, cluster_of(backend, nodes, known)) for backend, instances in listed for nodes in by_name(instances)
     ]
@@ -166,22 +166,22 @@ def cluster_of(backend: Backend, nodes: Sequence[Instance], known: Known) -> Clu
     )
 
 
-def read_books(home: Home, now_ms: Callable[[Run, Ledger], int]) -> Known:
+def read_ledger(home: Home, now_ms: Callable[[Run, Ledger], int]) -> Known:
     """What they know of every lease; nothing where there are none yet."""
     owner = home.owner_id()
     if not home.database.exists():
         return Known(owner, {}, {})
     try:
-        with books(home) as runs:
+        with open_runs(home) as runs:
             verdicts = {
                 account.lease.lease_id: verdict_of(account, run, runs, home, now_ms)
                 for run in runs.all()
-                for account in Ledger(runs.db, run.run_id, epoch=run.epoch).accounts()
+                for account in Ledger(runs.db, run.run_id, fencing_token=run.fencing_token).accounts()
             }
             return Known(owner, verdicts, {run.run_id: run.options.owners for run in runs.all()})
     except sqlite3.Error as error:
         raise DatabaseError(
-            f"the books at {home.database} cannot be read, so nothing is ended: {error}; bring back a copy of the "
+            f"the ledger at {home.database} cannot be read, so nothing is ended: {error}; bring back a copy of the "
             "file, or move it away, and then everything that carries our name is ended."
         ) from error
 
@@ -193,26 +193,26 @@ def verdict_of(
         return Verdict.SETTLED
     if is_supervised(lock_path(home, run.run_id)):
         return Verdict.SUPERVISED  # its supervisor looks every second, and ends what has expired itself
-    now = now_ms(run, Ledger(runs.db, run.run_id, epoch=run.epoch))
+    now = now_ms(run, Ledger(runs.db, run.run_id, fencing_token=run.fencing_token))
     if now <= account.expires_ms + account.latency_ms:
         return Verdict.PAID
     return Verdict.ELSEWHERE if is_elsewhere(run, runs, home) else Verdict.EXPIRED
 
 
 def is_elsewhere(run: Run, runs: Runs, home: Home) -> bool:
-    """Whether the run store holds books of a supervisor that these books do not know.
+    """Whether the run store holds a record of a supervisor that this ledger does not know.
 
     A store that cannot be read is no reason to keep what is not paid for: then nobody can grant either.
     """
     try:
         journal = StoreJournal(store_of(run, runs, home))
-        return any(found.epoch > run.epoch for found in records_from(journal, next_record(run, runs)))
+        return any(found.fencing_token > run.fencing_token for found in records_from(journal, next_record(run, runs)))
     except SlmError:
         return False
 
 
 def next_record(run: Run, runs: Runs) -> int:
-    """The number of the first record of the run store that these books have not seen."""
+    """The number of the first record of the run store that this ledger has not seen."""
     row = runs.db.execute("SELECT journal_next FROM runs WHERE run_id = ?", (run.run_id,)).fetchone()
     return int(row["journal_next"])
 

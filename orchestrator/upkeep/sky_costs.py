@@ -1,4 +1,4 @@
-"""Our books next to SkyPilot's own cost report, lease by lease; neither corrects the other.
+"""Our ledger next to SkyPilot's own cost report, lease by lease; neither corrects the other.
 
 SkyPilot multiplies the catalog's price by the time that it believes a cluster was up, on the machine that launched it.
 Ours charges from the order to the confirmed end at the price that was read, so ours is expected to be the higher one.

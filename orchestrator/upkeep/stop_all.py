@@ -1,6 +1,6 @@
 """`slm stop --all`: every unfinished run gets a checkpoint and its end, then whatever should not live is ended.
 
-The requests stand in the books before anything is waited for, so that Ctrl-C, or a kill, stops only the waiting: a
+The requests stand in the ledger before anything is waited for, so that Ctrl-C, or a kill, stops only the waiting: a
 supervised run goes on stopping, and the same command again does the rest.
 """
 
@@ -14,7 +14,7 @@ from typing import Protocol
 from cost.errors import SlmError
 from orchestrator.backends.registry import every_backend
 from orchestrator.events import Emit, Event
-from orchestrator.runs.status import RunStatus, books, status
+from orchestrator.runs.status import RunStatus, open_runs, status
 from orchestrator.settings import Home
 from orchestrator.upkeep.inventory import Inventory, Outcome, Verdict, reconcile
 
@@ -65,7 +65,7 @@ def stop_all(
 
 def request_stops(home: Home) -> list[str]:
     """Write down that every unfinished run is to stop; their names."""
-    with books(home) as runs:
+    with open_runs(home) as runs:
         unfinished = [run.run_id for run in runs.all() if not run.is_finished]
         for run_id in unfinished:
             runs.request_stop(run_id)

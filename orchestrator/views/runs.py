@@ -1,4 +1,4 @@
-"""Runs, books and recipes as tables. The first line answers, the last names the next command.
+"""Runs, ledger and recipes as tables. The first line answers, the last names the next command.
 
 Everything here takes facts and a console and returns nothing; `as_json` prints the same facts for programs.
 """
@@ -260,7 +260,7 @@ def _headline(ended: RunSummary) -> str:
     return f"{run.run_id} is {state_words(run)}: {_where(run)}"
 
 
-# ---------------------------------------------------------------- books
+# ---------------------------------------------------------------- ledger
 
 
 def ledger(view: LedgerView, console: Console) -> None:
@@ -293,7 +293,7 @@ def ledger(view: LedgerView, console: Console) -> None:
 
 
 def ledger_facts(view: LedgerView) -> dict[str, Any]:
-    """The books in dollars, for JSON."""
+    """The ledger in dollars, for JSON."""
     balance = view.balance
     entries = [
         {
@@ -335,7 +335,7 @@ def ledger_facts(view: LedgerView) -> dict[str, Any]:
 
 
 def billed_time(at_ms: int) -> datetime:
-    """A moment of the books; on the local cloud billed time runs ahead of the clock on the wall."""
+    """A moment of the ledger; on the local cloud billed time runs ahead of the clock on the wall."""
     return datetime.fromtimestamp(at_ms / 1000, tz=UTC)
 
 

@@ -25,8 +25,8 @@ WHY = {
     Verdict.PAID: "paid for until its grant ends; slm resume takes it over",
     Verdict.ELSEWHERE: "another machine has taken its run over",
     Verdict.EXPIRED: "its paid time is over",
-    Verdict.SETTLED: "the books have settled it",
-    Verdict.UNKNOWN: "the books do not know it",
+    Verdict.SETTLED: "the ledger has settled it",
+    Verdict.UNKNOWN: "the ledger does not know it",
     Verdict.FOREIGN: "does not carry our name",
 }
 

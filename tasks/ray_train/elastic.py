@@ -23,7 +23,7 @@ from cost.errors import SlmError
 from tasks import run_store_keys as keys
 from tasks.node.environment import NodeEnv
 from tasks.node.ray_node import KV_NAMESPACE, KV_READY, NODE_RESOURCE, reachable
-from tasks.ray_train.workers import Regroup, ask, first_line, newest_epoch, receive
+from tasks.ray_train.workers import Regroup, ask, first_line, newest_incarnation, receive
 from tasks.spec import RunSpec
 from tasks.stages.registry import stage_of, store_of_stage
 from tasks.stores.opening import open_store
@@ -237,10 +237,12 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         time.sleep(WAITING_SECONDS)
 
     def _parent(self) -> object:
-        """What the newest epoch began from."""
-        epoch = newest_epoch(self._store)
+        """What the newest incarnation began from."""
+        incarnation = newest_incarnation(self._store)
         try:
-            return None if epoch is None else json.loads(self._store.read(keys.incarnation(epoch)))["parent"]
+            return (
+                None if incarnation is None else json.loads(self._store.read(keys.incarnation(incarnation)))["parent"]
+            )
         except (StoreKeyMissing, ValueError, KeyError):
             return None
 

@@ -363,7 +363,7 @@ def record_failure(store: Store, env: NodeEnv, error: BaseException, step: int) 
     facts = {
         "lease_id": env.lease_id,
         "group": int(ASKED.group.get("number", 0)),
-        "epoch": newest_epoch(store),
+        "incarnation": newest_incarnation(store),
         "step": step,
         "fingerprint": fingerprint(error),
         "message": str(error) if isinstance(error, SlmError) else first_line(error),
@@ -376,7 +376,7 @@ def record_failure(store: Store, env: NodeEnv, error: BaseException, step: int) 
         number += 1
 
 
-def newest_epoch(store: Store) -> int | None:
+def newest_incarnation(store: Store) -> int | None:
     """The number of the newest group of workers that has begun."""
     numbers = (keys.incarnation_number(key) for key in store.list(keys.INCARNATIONS))
     return max((number for number in numbers if number is not None), default=None)
@@ -411,7 +411,7 @@ class Phases:
         began = self._stamps[0][1]
         facts = {
             "lease_id": env.lease_id,
-            "epoch": newest_epoch(store),
+            "incarnation": newest_incarnation(store),
             "world_size": world_size,
             "reason": self._group.get("reason", ""),
             "started_at": datetime.fromtimestamp(began, UTC).isoformat(timespec="milliseconds"),

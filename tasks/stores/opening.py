@@ -21,7 +21,7 @@ PROBE_PREFIX = "probes/"
 
 
 SUPERVISORS = Patience(attempts=3, first_wait_seconds=0.2, longest_wait_seconds=1.0, reply_seconds=6.0)
-"""A supervisor asks again at its next turn anyway, and must not hold the books' lock, or a renewal, for minutes."""
+"""A supervisor asks again at its next turn anyway, and must not hold the ledger's lock, or a renewal, for minutes."""
 
 
 def open_store(uri_or_path: str, *, create: bool = True, patience: Patience | None = None) -> Store:

@@ -93,9 +93,9 @@ def add_run(home: Home, *, name: str = "demo") -> str:
         run_id=run.run_id,
         num_nodes=2,
         worst_usd_per_hour=60,
-        epoch=run.epoch,
+        fencing_token=run.fencing_token,
     )
-    ledger = Ledger(db, run.run_id, epoch=run.epoch)
+    ledger = Ledger(db, run.run_id, fencing_token=run.fencing_token)
     start = 1_800_000_000_000
     ledger.reserve(lease, expires_ms=start + 60_000, latency_ms=0, at_ms=start)
     ledger.accrue(lease.lease_id, at_ms=start + 30_000, usd_per_hour=Decimal(60))
@@ -297,18 +297,18 @@ def test_a_misspelt_run_is_answered_with_the_nearest(slm: Slm, home: Home) -> No
     assert (ended.code, ended.err) == (2, "Error: there is no run dmeo-1; did you mean demo-1?\n")
 
 
-def test_status_and_books_as_json(slm: Slm, home: Home) -> None:
+def test_status_and_ledger_as_json(slm: Slm, home: Home) -> None:
     run_id = add_run(home)
     status = json.loads(slm("status", run_id, "--json").out)["runs"][0]
     assert (status["run_id"], status["step"], status["spent_usd"], status["state"]) == (run_id, 100, 1.0, "PLANNED")
-    books = json.loads(slm("ledger", "--json").out)
-    assert [entry["entry"] for entry in books["entries"]] == ["reserve", "accrue"]
-    assert sum(entry["spent_usd"] for entry in books["entries"]) == books["spent_usd"] == 1.0
+    ledger = json.loads(slm("ledger", "--json").out)
+    assert [entry["entry"] for entry in ledger["entries"]] == ["reserve", "accrue"]
+    assert sum(entry["spent_usd"] for entry in ledger["entries"]) == ledger["spent_usd"] == 1.0
 
 
 def test_logs_of_an_ended_run_can_be_followed_to_their_end(slm: Slm, home: Home) -> None:
     run_id = add_run(home)
     db = connect(home.database)
-    Runs(db).move(run_id, RunState.STOPPED, epoch=1)
+    Runs(db).move(run_id, RunState.STOPPED, fencing_token=1)
     db.close()
     assert slm("logs", "--follow").out.endswith("second\n")

@@ -29,7 +29,7 @@ LEASE: dict[str, Any] = {
     "num_nodes": 1,
     "first_grant_seconds": 60.0,
     "kill_latency_seconds": 0.0,
-    "epoch": 1,
+    "fencing_token": 1,
 }
 
 

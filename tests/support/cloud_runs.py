@@ -1,4 +1,4 @@
-"""A home in which a run on a cloud happened: real books, written through the ledger, and a real run store."""
+"""A home in which a run on a cloud happened: a real ledger, written through the ledger, and a real run store."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ran_on(
         cap_usd=Decimal(10_000),
     )
     run = runs.take_over(created.run_id)
-    ledger = Ledger(db, run.run_id, epoch=run.epoch)
+    ledger = Ledger(db, run.run_id, fencing_token=run.fencing_token)
     now, lease_id = START_MS, ""
     for attempt, outcome in enumerate(outcomes, start=1):
         lease_id = f"slm-abc123-{run.run_id}-{attempt}"
@@ -56,7 +56,7 @@ def ran_on(
             attempt=attempt,
             num_nodes=num_nodes,
             worst_usd_per_hour=offer.usd_per_hour,
-            epoch=run.epoch,
+            fencing_token=run.fencing_token,
         )
         end = now + hours_each * HOUR_MS
         ledger.reserve(lease, expires_ms=end, latency_ms=0, at_ms=now)
@@ -65,7 +65,13 @@ def ran_on(
     db.close()
     store = DirectoryStore(home.store_dir(run.run_id))
     world_size = num_nodes * offer.gpus_per_node
-    newest = {"step": 100, "world_size": world_size, "epoch": 1, "tokens_per_second": SPEED * world_size, **progress}
-    store.write("epochs/1.json", json.dumps({"epoch": 1, "lease_id": lease_id}).encode())
+    newest = {
+        "step": 100,
+        "world_size": world_size,
+        "incarnation": 1,
+        "tokens_per_second": SPEED * world_size,
+        **progress,
+    }
+    store.write("incarnations/1.json", json.dumps({"incarnation": 1, "lease_id": lease_id}).encode())
     store.write("progress/latest.json", json.dumps(newest).encode())
     return run

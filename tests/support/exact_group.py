@@ -129,33 +129,33 @@ class Attempt:
 def seen_by_weights(store: Path, attempts: list[Attempt]) -> list[dict[str, Any]]:
     """What every step that the newest weights went through was trained on, first to last: all ranks' notes in order.
 
-    Goes back from the newest epoch to its parent checkpoint, to that one's epoch, and so on to step 0.
+    Goes back from the newest incarnation to its parent checkpoint, to that one's incarnation, and so on to step 0.
     """
-    epochs = {int(path.stem): json.loads(path.read_text()) for path in (store / "epochs").glob("*.json")}
+    incarnations = {int(path.stem): json.loads(path.read_text()) for path in (store / "incarnations").glob("*.json")}
     result = json.loads((store / "result.json").read_text())
-    epoch, upto = max(epochs), int(result["step"])
+    incarnation, upto = max(incarnations), int(result["step"])
     found: list[dict[str, Any]] = []
     while True:
-        attempt = next(each for each in attempts if each.lease_id == epochs[epoch]["lease_id"])
-        parent = epochs[epoch]["parent"]
+        attempt = next(each for each in attempts if each.lease_id == incarnations[incarnation]["lease_id"])
+        parent = incarnations[incarnation]["parent"]
         begun = 0 if parent is None else int(parent["step"])
         notes = notes_of(attempt.folder, 0, attempt.world_size)
         for step in reversed(range(begun, upto)):
             ranks = [notes[step][rank] for rank in range(attempt.world_size)]
             kinds = ("samples", "sources", "windows", "rows")
             together = {kind: [value for note in ranks for value in note[kind]] for kind in kinds}
-            found.append({"step": step, "epoch": epoch, **together})
+            found.append({"step": step, "incarnation": incarnation, **together})
         if parent is None:
             return found[::-1]
-        epoch, upto = int(parent["epoch"]), begun
+        incarnation, upto = int(parent["incarnation"]), begun
 
 
 def only_checkpoint(store: Path, step: int, target: Path) -> Path:
-    """A copy of a store of one epoch with the checkpoint of one step alone."""
-    source = store / "checkpoints" / "epoch=0" / f"step={step}"
-    shutil.copytree(source, target / "checkpoints" / "epoch=0" / f"step={step}")
-    (target / "epochs").mkdir()
-    shutil.copy(store / "epochs" / "0.json", target / "epochs" / "0.json")
+    """A copy of a store of one incarnation with the checkpoint of one step alone."""
+    source = store / "checkpoints" / "incarnation=0" / f"step={step}"
+    shutil.copytree(source, target / "checkpoints" / "incarnation=0" / f"step={step}")
+    (target / "incarnations").mkdir()
+    shutil.copy(store / "incarnations" / "0.json", target / "incarnations" / "0.json")
     return target
 
 

@@ -178,24 +178,24 @@ class Nodes:
     def phases(self) -> list[dict[str, Any]]:
         return [self.read(key) for key in self.store.list("phases/")]
 
-    def epochs(self) -> list[dict[str, Any]]:
-        keys = sorted(self.store.list("epochs/"), key=lambda key: int(Path(key).stem))
+    def incarnations(self) -> list[dict[str, Any]]:
+        keys = sorted(self.store.list("incarnations/"), key=lambda key: int(Path(key).stem))
         return [self.read(key) for key in keys]
 
     def checkpoints(self) -> list[tuple[int, int]]:
-        """(epoch, step) of every whole checkpoint."""
+        """(incarnation, step) of every whole checkpoint."""
         found = []
         for key in self.store.list("checkpoints/"):
             if key.endswith("manifest.json"):
-                _, epoch, step, _ = key.split("/")
-                found.append((int(epoch.split("=")[1]), int(step.split("=")[1])))
+                _, incarnation, step, _ = key.split("/")
+                found.append((int(incarnation.split("=")[1]), int(step.split("=")[1])))
         return sorted(found)
 
-    def trains(self, world_size: int, epoch_after: int = -1) -> bool:
-        """Whether a group of that size has made a step in an epoch after `epoch_after`."""
+    def trains(self, world_size: int, incarnation_after: int = -1) -> bool:
+        """Whether a group of that size has made a step in an incarnation after `incarnation_after`."""
         now = self.progress()
         made_a_step = now.get("loss") is not None
-        return made_a_step and now["world_size"] == world_size and now["epoch"] > epoch_after
+        return made_a_step and now["world_size"] == world_size and now["incarnation"] > incarnation_after
 
     def wait(self, what: str, condition: Callable[[], Any], seconds: float) -> float:
         """Seconds until `condition` holds; with the nodes' logs in the error when it does not in time."""

@@ -42,10 +42,10 @@ class StoreContract:
             store.read(key)
 
     def test_create_keeps_the_first_value(self, store: Store) -> None:
-        assert store.create("epochs/0.json", b"mine")
-        assert not store.create("epochs/0.json", b"theirs")
-        assert not store.create("epochs/0.json", b"mine")
-        assert store.read("epochs/0.json") == b"mine"
+        assert store.create("incarnations/0.json", b"mine")
+        assert not store.create("incarnations/0.json", b"theirs")
+        assert not store.create("incarnations/0.json", b"mine")
+        assert store.read("incarnations/0.json") == b"mine"
 
     def test_list_gives_whole_keys_sorted_and_only_under_the_prefix(self, store: Store) -> None:
         for key in ("b/2", "b/10", "a", "b/sub/3", "bc/1"):

@@ -191,12 +191,12 @@ def saved_tensors() -> Callable[[Path], dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
-    """Every row of a store's metrics, the newest epoch's where steps were repeated."""
+    """Every row of a store's metrics, the newest incarnation's where steps were repeated."""
 
     def read(folder: Path) -> list[dict[str, Any]]:
         store = DirectoryStore(folder, create=False)
         rows: dict[int, dict[str, Any]] = {}
-        for key in sorted(store.list("metrics/"), key=lambda key: int(key.split("/")[1].removeprefix("epoch="))):
+        for key in sorted(store.list("metrics/"), key=lambda key: int(key.split("/")[1].removeprefix("incarnation="))):
             rows |= {row["step"]: row for row in map(json.loads, store.read(key).splitlines())}
         return [rows[step] for step in sorted(rows)]
 

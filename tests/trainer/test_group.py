@@ -111,7 +111,7 @@ def test_a_run_goes_on_at_another_world_size_from_the_same_weights_and_position(
     assert [row["learning_rate"] for row in rows] == [row["learning_rate"] for row in whole]
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in whole]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-3)
-    worlds = [json.loads((tmp_path / "run" / "epochs" / f"{n}.json").read_text())["world_size"] for n in range(5)]
+    worlds = [json.loads((tmp_path / "run" / "incarnations" / f"{n}.json").read_text())["world_size"] for n in range(5)]
     assert worlds == [1, 2, 2, 1, 1]
 
 
@@ -177,7 +177,7 @@ def test_what_one_rank_wants_all_do_at_the_same_step(ends: dict[str, Any]) -> No
 
 def test_each_rank_saves_its_share(ends: dict[str, Any]) -> None:
     store = DirectoryStore(ends["folder"] / "wished")
-    sizes = {key.rsplit("/", 1)[1]: len(store.read(key)) for key in store.list("checkpoints/epoch=0/step=4/")}
+    sizes = {key.rsplit("/", 1)[1]: len(store.read(key)) for key in store.list("checkpoints/incarnation=0/step=4/")}
     assert sizes.keys() == {"part-00000.bin", "part-00001.bin", "manifest.json"}
     assert 0.4 < sizes["part-00000.bin"] / sizes["part-00001.bin"] < 2.5
 

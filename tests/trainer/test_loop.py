@@ -16,7 +16,7 @@ from torch import nn
 
 from cost.errors import SlmError, UserError
 from cost.performance.workload import Workload
-from trainer.checkpoints.lineage import EpochStart, Place, Superseded, begin_epoch, checkpoints_of_chain
+from trainer.checkpoints.lineage import IncarnationStart, Place, Superseded, begin_incarnation, checkpoints_of_chain
 from trainer.config import ModelConfig, TrainConfig
 from trainer.data.loader import Batch
 from trainer.loop import PHASES, Result, Signal, fabric_precision
@@ -76,7 +76,7 @@ def test_progress_has_every_field_and_the_last_state(tiny: TrainConfig, run_sing
     result = run_single(tiny, tmp_path)
     progress = Progress(**json.loads((tmp_path / "progress" / "latest.json").read_text()))
     assert (progress.step, progress.num_steps, progress.tokens) == (6, 6, 768)
-    assert (progress.world_size, progress.epoch, progress.checkpoint_step) == (1, 0, 6)
+    assert (progress.world_size, progress.incarnation, progress.checkpoint_step) == (1, 0, 6)
     assert progress.heldout_loss == result.heldout_loss
     assert progress.learning_rate == pytest.approx(0.01 / 3)  # the last of three decaying steps
     assert progress.mfu is None
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_said_before_it_reaches_the_weights(
     config = with_optimizer(replace(tiny, checkpoint_every_steps=1), name="adamw", learning_rate=1e38, warmup_steps=0)
     message = (
         r"the loss is nan and the gradient norm \S+ at step 2, learning rate 1e\+38; the newest checkpoint is at "
-        r"step 1 of epoch 0. Start a new run with a smaller optimizer.learning_rate"
+        r"step 1 of incarnation 0. Start a new run with a smaller optimizer.learning_rate"
     )
     with pytest.raises(SlmError, match=message):
         run_single(config, tmp_path)
@@ -171,15 +171,15 @@ def test_a_model_of_too_small_a_vocabulary_is_refused(tiny: TrainConfig, run_sin
 
 
 class TakesOver:
-    """Begins epoch 2 during one step, as a relaunch would while this process still lives."""
+    """Begins incarnation 2 during one step, as a relaunch would while this process still lives."""
 
     def __init__(self, folder: Path, at_step: int) -> None:
         self.folder, self.at_step = folder, at_step
 
     def poll(self, step: int) -> Signal:
         if step == self.at_step:
-            start = EpochStart(2, Place(0, 2), "lease-1", 1, "2026-11-23T00:00:00+00:00")
-            assert begin_epoch(DirectoryStore(self.folder), start)
+            start = IncarnationStart(2, Place(0, 2), "lease-1", 1, "2026-11-23T00:00:00+00:00")
+            assert begin_incarnation(DirectoryStore(self.folder), start)
         return Signal()
 
 
@@ -189,10 +189,10 @@ def test_a_superseded_run_ends_without_a_result_and_without_a_trace_in_the_chain
 ) -> None:
     run_single(tiny, tmp_path, stop_after=2)
     config = replace(tiny, checkpoint_every_steps=checkpoint_every_steps)
-    with pytest.raises(Superseded, match="epoch 1 of this run was superseded by epoch 2"):
+    with pytest.raises(Superseded, match="incarnation 1 of this run was superseded by incarnation 2"):
         run_single(config, tmp_path, signals=TakesOver(tmp_path, at_step=3))
     assert steps_saved(tmp_path) == [2]
-    assert not list((tmp_path / "checkpoints").glob("epoch=1/*/manifest.json"))
+    assert not list((tmp_path / "checkpoints").glob("incarnation=1/*/manifest.json"))
     assert not (tmp_path / "result.json").exists()
 
 

@@ -1,12 +1,12 @@
-"""Which checkpoint counts: epochs, each started by one conditional write, and the chain of parents between them.
+"""Which checkpoint counts: incarnations, each started by one conditional write, and the chain of their parents.
 
-Every start of a group of workers is an epoch. It writes `epochs/E.json`, which names the checkpoint that it goes on
-from, and saves only under `checkpoints/epoch=E/`. A reader walks from the newest epoch to its parent and so on, and
-takes the newest whole checkpoint that it meets. What a process of an older epoch adds after the next one began (a
-zombie: cut off, but not dead) lies beyond a parent's step and is never met.
+Every start of a group of workers is an incarnation. It writes `incarnations/I.json`, which names the checkpoint that it
+continues from, and saves only under `checkpoints/incarnation=I/`. A reader walks from the newest incarnation to its
+parent and so on, and takes the newest whole checkpoint that it meets. What a process of an older incarnation adds after
+the next one began (a zombie: cut off, but not dead) lies beyond a parent's step and is never met.
 Invariants: a checkpoint without its manifest does not exist; a manifest is written last and deleted first; the
 KEPT_AT_LEAST newest of the chain are never deleted. A store whose lists lag behind (S3 itself does not, some that
-speak its protocol do) hides neither the newest epoch nor its newest checkpoint: both are also found by name.
+speak its protocol do) hides neither the newest incarnation nor its newest checkpoint: both are also found by name.
 This module is torch-free.
 """
 
@@ -25,44 +25,44 @@ from trainer.run_store.base import Store, StoreKeyMissing
 
 MANIFEST_VERSION = 2
 KEPT_AT_LEAST = 2
-"""One could be damaged; and a zombie between its last look and its last deletion cannot take what a newer epoch
+"""One could be damaged; and a zombie between its last look and its last deletion cannot take what a newer incarnation
 starts from, because that is its own newest but one at the worst."""
 
 
 class Superseded(SlmError):
     """A newer group of workers has taken over this run."""
 
-    def __init__(self, epoch: int, newest: int) -> None:
-        self.epoch = epoch
+    def __init__(self, incarnation: int, newest: int) -> None:
+        self.incarnation = incarnation
         self.newest = newest
         super().__init__(
-            f"epoch {epoch} of this run was superseded by epoch {newest}; this process stops and leaves the run "
-            "to the newer one."
+            f"incarnation {incarnation} of this run was superseded by incarnation {newest}; this process stops and "
+            "leaves the run to the newer one."
         )
 
     def __reduce__(self) -> tuple[type[Superseded], tuple[int, int]]:
-        return Superseded, (self.epoch, self.newest)
+        return Superseded, (self.incarnation, self.newest)
 
 
 class Place(NamedTuple):
     """Where a checkpoint lies. Places of one chain sort by age."""
 
-    epoch: int
+    incarnation: int
     step: int
 
     @property
     def prefix(self) -> str:
-        return keys.checkpoint_folder(self.epoch, self.step)
+        return keys.checkpoint_folder(self.incarnation, self.step)
 
     def __str__(self) -> str:
-        return f"step {self.step} of epoch {self.epoch}"
+        return f"step {self.step} of incarnation {self.incarnation}"
 
 
 @dataclass(frozen=True)
-class EpochStart:
+class IncarnationStart:
     """One group of workers, and what it goes on from."""
 
-    epoch: int
+    incarnation: int
     parent: Place | None
     lease_id: str
     world_size: int
@@ -75,7 +75,7 @@ class EpochStart:
 class Manifest:
     """What makes a set of parts a checkpoint."""
 
-    epoch: int
+    incarnation: int
     step: int
     world_size: int
     parts: tuple[Part, ...]
@@ -107,8 +107,8 @@ class Manifest:
             raise Damaged(f"its manifest cannot be read ({type(error).__name__}: {error})") from error
 
 
-def newest_epoch(store: Store) -> int:
-    """The number of the newest epoch, -1 before the first."""
+def newest_incarnation(store: Store) -> int:
+    """The number of the newest incarnation, -1 before the first."""
     found = (keys.incarnation_number(key) for key in store.list(keys.INCARNATIONS))
     newest = max((number for number in found if number is not None), default=-1)
     while _exists(store, keys.incarnation(newest + 1)):  # a list may lag behind
@@ -116,46 +116,46 @@ def newest_epoch(store: Store) -> int:
     return newest
 
 
-def begin_epoch(store: Store, start: EpochStart) -> bool:
+def begin_incarnation(store: Store, start: IncarnationStart) -> bool:
     """Record it; False when another group of workers took that number first."""
     parent = None if start.parent is None else start.parent._asdict()
     record = {**asdict(start), "parent": parent}
-    return store.create(keys.incarnation(start.epoch), json.dumps(record).encode())
+    return store.create(keys.incarnation(start.incarnation), json.dumps(record).encode())
 
 
-def require_newest(store: Store, epoch: int) -> None:
-    """Raises Superseded when a newer epoch has begun."""
-    newest = newest_epoch(store)
-    if newest > epoch:
-        raise Superseded(epoch, newest)
+def require_newest(store: Store, incarnation: int) -> None:
+    """Raises Superseded when a newer incarnation has begun."""
+    newest = newest_incarnation(store)
+    if newest > incarnation:
+        raise Superseded(incarnation, newest)
 
 
 def checkpoints_of_chain(store: Store) -> list[Place]:
-    """Every checkpoint with a manifest that the newest epoch descends from or made, newest first."""
+    """Every checkpoint with a manifest that the newest incarnation descends from or made, newest first."""
     complete: dict[int, set[int]] = {}
-    for epoch, step, name in _checkpoint_keys(store):
+    for incarnation, step, name in _checkpoint_keys(store):
         if name == keys.MANIFEST:
-            complete.setdefault(epoch, set()).add(step)
+            complete.setdefault(incarnation, set()).add(step)
     places: list[Place] = []
-    epoch, limit = newest_epoch(store), None
-    while epoch >= 0:
-        steps = complete.pop(epoch, set())
+    incarnation, limit = newest_incarnation(store), None
+    while incarnation >= 0:
+        steps = complete.pop(incarnation, set())
         if not places:
-            steps |= _published_step(store, epoch)
-        places += [Place(epoch, step) for step in sorted(steps, reverse=True) if limit is None or step <= limit]
-        parent = _parent_of(store, epoch)
-        if parent is None or (places and not any(older < epoch for older in complete)):
+            steps |= _published_step(store, incarnation)
+        places += [Place(incarnation, step) for step in sorted(steps, reverse=True) if limit is None or step <= limit]
+        parent = _parent_of(store, incarnation)
+        if parent is None or (places and not any(older < incarnation for older in complete)):
             break
-        epoch, limit = parent
+        incarnation, limit = parent
     return places
 
 
 def publish(store: Store, manifest: Manifest) -> None:
-    """Make what its parts hold a checkpoint; raises Superseded when a newer epoch has begun."""
-    require_newest(store, manifest.epoch)
-    place = Place(manifest.epoch, manifest.step)
+    """Make what its parts hold a checkpoint; raises Superseded when a newer incarnation has begun."""
+    require_newest(store, manifest.incarnation)
+    place = Place(manifest.incarnation, manifest.step)
     store.write(place.prefix + keys.MANIFEST, manifest.to_bytes())
-    store.write(keys.newest_checkpoint(manifest.epoch), json.dumps({"step": manifest.step}).encode())
+    store.write(keys.newest_checkpoint(manifest.incarnation), json.dumps({"step": manifest.step}).encode())
 
 
 def read_manifest(store: Store, place: Place) -> Manifest:
@@ -166,10 +166,10 @@ def read_manifest(store: Store, place: Place) -> Manifest:
         raise Damaged("its manifest is missing") from error
 
 
-def prune(store: Store, epoch: int, keep_last: int, milestone_every_steps: int | None = None) -> None:
+def prune(store: Store, incarnation: int, keep_last: int, milestone_every_steps: int | None = None) -> None:
     """Delete what no reader will need: all but milestones and the newest of the chain, and what is no checkpoint.
 
-    Raises Superseded, and deletes nothing, when `epoch` is no longer the newest. Call it between two saves.
+    Raises Superseded, and deletes nothing, when `incarnation` is no longer the newest. Call it between two saves.
     """
     chain = checkpoints_of_chain(store)
     kept = set(chain[: max(keep_last, KEPT_AT_LEAST)])
@@ -178,18 +178,18 @@ def prune(store: Store, epoch: int, keep_last: int, milestone_every_steps: int |
     doomed = [
         Place(found, step).prefix + name
         for found, step, name in _checkpoint_keys(store)
-        if found <= epoch and Place(found, step) not in kept
+        if found <= incarnation and Place(found, step) not in kept
     ]
-    require_newest(store, epoch)
+    require_newest(store, incarnation)
     for key in sorted(doomed, key=lambda key: not key.endswith("/" + keys.MANIFEST)):
         store.delete(key)
 
 
-def _parent_of(store: Store, epoch: int) -> Place | None:
-    key = keys.incarnation(epoch)
+def _parent_of(store: Store, incarnation: int) -> Place | None:
+    key = keys.incarnation(incarnation)
     try:
         parent = json.loads(store.read(key))["parent"]
-        return None if parent is None else Place(int(parent["epoch"]), int(parent["step"]))
+        return None if parent is None else Place(int(parent["incarnation"]), int(parent["step"]))
     except (KeyError, ValueError, TypeError) as error:
         raise SlmError(
             f"{key} in {store.uri} cannot be read ({error}), so it is unknown which checkpoints are this run's; "
@@ -197,13 +197,13 @@ def _parent_of(store: Store, epoch: int) -> Place | None:
         ) from error
 
 
-def _published_step(store: Store, epoch: int) -> set[int]:
-    """The step that this epoch saved last, if that is still there."""
+def _published_step(store: Store, incarnation: int) -> set[int]:
+    """The step that this incarnation saved last, if that is still there."""
     try:
-        step = int(json.loads(store.read(keys.newest_checkpoint(epoch)))["step"])
+        step = int(json.loads(store.read(keys.newest_checkpoint(incarnation)))["step"])
     except (StoreKeyMissing, ValueError, KeyError, TypeError):
         return set()
-    return {step} if _exists(store, Place(epoch, step).prefix + keys.MANIFEST) else set()
+    return {step} if _exists(store, Place(incarnation, step).prefix + keys.MANIFEST) else set()
 
 
 def _exists(store: Store, key: str) -> bool:

@@ -3,8 +3,9 @@
 Each rank copies its share of the state into a buffer (trainer.checkpoints.staging), and training goes on while a
 thread stores that buffer as one part; rank 0 writes the manifest once all parts are durable. One save is in flight at
 most. What the threads of several ranks agree on goes through a process group of their own, never through that of
-training. Loading takes the newest whole checkpoint along the chain of epochs (trainer.checkpoints.lineage), at any
-world size and layout. All ranks call every method of `Checkpoints` at the same step; a failure on one is raised on all.
+training. Loading takes the newest whole checkpoint along the chain of incarnations (trainer.checkpoints.lineage), at
+any world size and layout. All ranks call every method of `Checkpoints` at the same step; a failure on one is raised on
+all.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from torch.distributed.tensor import DTensor
 from cost.errors import SlmError, UserError
 from trainer.checkpoints.lineage import (
     Damaged,
-    EpochStart,
+    IncarnationStart,
     Manifest,
     Place,
-    begin_epoch,
+    begin_incarnation,
     checkpoints_of_chain,
-    newest_epoch,
+    newest_incarnation,
     prune,
     publish,
     read_manifest,
@@ -131,7 +132,7 @@ class Checkpoints:
         self.world_size = world_size
         self.keep_last = keep_last
         self.milestone_every_steps = milestone_every_steps
-        self.epoch = -1
+        self.incarnation = -1
         self.newest: Place | None = None
         """The newest that is durable."""
         self.last_stall_seconds = 0.0
@@ -147,7 +148,7 @@ class Checkpoints:
         self._group: Any = None
 
     def begin(self, tensors: Mapping[str, Tensor], identity: Identity, lease_id: str) -> Counters:
-        """Start an epoch, and fill `tensors` from the checkpoint that it goes on from, if there is one.
+        """Start an incarnation, and fill `tensors` from the checkpoint that it goes on from, if there is one.
 
         Raises UserError when that checkpoint is of another run, and SlmError when there are checkpoints and all of
         them are damaged.
@@ -156,7 +157,7 @@ class Checkpoints:
             self._group = dist.new_group(backend="gloo")
         begun, manifest = self._try_begin(tensors, identity, lease_id)
         while not begun:
-            log.warning("another group of workers began an epoch meanwhile; looking again")
+            log.warning("another group of workers began an incarnation meanwhile; looking again")
             begun, manifest = self._try_begin(tensors, identity, lease_id)
         if manifest is None:
             return Counters()
@@ -170,14 +171,14 @@ class Checkpoints:
         """Store everything under the step of `counters`; nothing if that is stored already.
 
         Returns once the state is copied, or with `durable` once it is stored for good. Waits for the save before it.
-        Raises StoreError when a disk is full or a store is gone, and Superseded when a newer epoch has begun: of
+        Raises StoreError when a disk is full or a store is gone, and Superseded when a newer incarnation has begun: of
         this save, or later of the next call.
         """
         started = time.monotonic()
         self.wait()
         if self.newest is not None and self.newest.step == counters.step:
             return
-        place = Place(self.epoch, counters.step)
+        place = Place(self.incarnation, counters.step)
         facts = {**identity.facts(), **position(identity.config, counters), "counters": asdict(counters)}
         state = {**tensors, **_random_state(self.rank)}
         if self._staging is None:
@@ -223,33 +224,33 @@ class Checkpoints:
         parts = self._together(
             lambda: write_part(self.store, place.prefix, keys.checkpoint_part(self.rank), staging.content())
         )
-        manifest = Manifest(place.epoch, place.step, self.world_size, tuple(parts), staging.tensors, dict(facts))
+        manifest = Manifest(place.incarnation, place.step, self.world_size, tuple(parts), staging.tensors, dict(facts))
         self._on_first_rank(lambda: self._publish(manifest))
 
     def _publish(self, manifest: Manifest) -> None:
         publish(self.store, manifest)
-        prune(self.store, self.epoch, self.keep_last, self.milestone_every_steps)
+        prune(self.store, self.incarnation, self.keep_last, self.milestone_every_steps)
 
     def _try_begin(
         self, tensors: Mapping[str, Tensor], identity: Identity, lease_id: str
     ) -> tuple[bool, Manifest | None]:
-        """Take the next epoch number, going on from the newest whole checkpoint, of which each rank reads its share.
+        """Take the next incarnation's number and continue from the newest whole checkpoint; each rank reads its share.
 
         False when another group of workers took that number first; the newest checkpoint may be another one then.
         """
-        number = self._on_first_rank(lambda: newest_epoch(self.store) + 1)
+        number = self._on_first_rank(lambda: newest_incarnation(self.store) + 1)
         manifest, skipped = self._read_newest_whole(tensors, identity)
-        parent = None if manifest is None else Place(manifest.epoch, manifest.step)
-        start = EpochStart(
-            epoch=number,
+        parent = None if manifest is None else Place(manifest.incarnation, manifest.step)
+        start = IncarnationStart(
+            incarnation=number,
             parent=parent,
             lease_id=lease_id,
             world_size=self.world_size,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             skipped=tuple(skipped),
         )
-        begun = self._on_first_rank(lambda: begin_epoch(self.store, start))
-        self.epoch, self.newest = number, parent
+        begun = self._on_first_rank(lambda: begin_incarnation(self.store, start))
+        self.incarnation, self.newest = number, parent
         return begun, manifest
 
     def _read_newest_whole(

@@ -14,13 +14,13 @@ RESULT = "result.json"
 """How training ended, written once when its last step is done."""
 METRICS = "metrics/"
 CHECKPOINTS = "checkpoints/"
-INCARNATIONS = "epochs/"
+INCARNATIONS = "incarnations/"
 MANIFEST = "manifest.json"
 """In the folder of a checkpoint, written last: what makes its parts a checkpoint."""
 
-_INCARNATION = re.compile(r"epochs/(\d+)\.json")
-_METRICS_PART = re.compile(r"metrics/epoch=(\d+)/")
-_CHECKPOINT_FILE = re.compile(r"checkpoints/epoch=(\d+)/step=(\d+)/(.+)")
+_INCARNATION = re.compile(r"incarnations/(\d+)\.json")
+_METRICS_PART = re.compile(r"metrics/incarnation=(\d+)/")
+_CHECKPOINT_FILE = re.compile(r"checkpoints/incarnation=(\d+)/step=(\d+)/(.+)")
 
 
 def incarnation(number: int) -> str:
@@ -36,7 +36,7 @@ def incarnation_number(key: str) -> int | None:
 
 def metrics_part(incarnation: int, part: int) -> str:
     """JSON lines, one for each step; the names of an incarnation's parts sort in their order."""
-    return f"{METRICS}epoch={incarnation}/part-{part:06d}.jsonl"
+    return f"{METRICS}incarnation={incarnation}/part-{part:06d}.jsonl"
 
 
 def incarnation_of_metrics(key: str) -> int | None:
@@ -47,7 +47,7 @@ def incarnation_of_metrics(key: str) -> int | None:
 
 def checkpoint_folder(incarnation: int, step: int) -> str:
     """Prefix of a checkpoint's parts and of its manifest."""
-    return f"{CHECKPOINTS}epoch={incarnation}/step={step}/"
+    return f"{CHECKPOINTS}incarnation={incarnation}/step={step}/"
 
 
 def checkpoint_part(rank: int) -> str:
@@ -63,9 +63,9 @@ def checkpoint_file(key: str) -> tuple[int, int, str] | None:
 
 def newest_checkpoint(incarnation: int) -> str:
     """The step that an incarnation saved last, for stores whose lists lag behind."""
-    return f"{CHECKPOINTS}epoch={incarnation}/newest.json"
+    return f"{CHECKPOINTS}incarnation={incarnation}/newest.json"
 
 
 def profile_trace(incarnation: int) -> str:
     """With --profile: three steps of rank 0."""
-    return f"profile/epoch={incarnation}/trace.json"
+    return f"profile/incarnation={incarnation}/trace.json"

@@ -109,7 +109,7 @@ class AwsSupport:
 class AwsInstances:
     """Every instance of ours in the account, as a backend that lists and ends and rents nothing.
 
-    `known_leases`: of the books, asked after AWS was; a label is no whole name, so they tell which lease is meant.
+    `known_leases`: of the ledger, asked after AWS was; a label is no whole name, so they tell which lease is meant.
     `is_expected`: something was rented here, so that not being able to look is a problem; otherwise credentials that
     are not for EC2 have nothing of ours to show.
     """

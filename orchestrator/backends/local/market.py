@@ -284,7 +284,7 @@ class Cloud:
         self._save()
         return node
 
-    # -- books -----------------------------------------------------------------------------------
+    # -- ledger -----------------------------------------------------------------------------------
 
     def _adopt(self) -> None:
         """Go on with what a market before this one left: its nodes live on, or are found to have ended."""

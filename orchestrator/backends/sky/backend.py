@@ -86,7 +86,7 @@ class SkyBackend:
         tell: Tell = lambda _: None,
         on_ready: Callable[[Lease, dict[str, float]], None] = lambda _, __: None,
     ) -> None:
-        """`known_leases`: of the books, whose names tell what is listed; `credentials`: of the run store, for nodes."""
+        """`known_leases`: of the ledger, to name what is listed; `credentials`: of the run store, for nodes."""
         self._folder = folder
         self._store = store
         self._offers = tuple(offers)

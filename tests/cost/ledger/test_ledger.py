@@ -1,4 +1,4 @@
-"""The books: reserve before spend, never over the cap, replayable, fenced."""
+"""The ledger: reserve before spend, never over the cap, replayable, fenced."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def a_lease(attempt: int = 1, *, nodes: int = 2, price: str = "1.00", worst: str
     )
 
 
-def new_run(db: sqlite3.Connection, cap_micro_usd: int = 100_000_000) -> None:
+def new_run(db: sqlite3.Connection, cap_micro_usd: int = 100_000_000, *, term: str = "fencing_token") -> None:
     db.execute(
-        "INSERT INTO runs (run_id, recipe_name, recipe_digest, recipe_json, options_json, cap_micro_usd, state, epoch, "
-        "created_at, updated_at) VALUES ('run-1', 'r', 'd', '{}', '{}', ?, 'RUNNING', 1, '0', '0')",
+        "INSERT INTO runs (run_id, recipe_name, recipe_digest, recipe_json, options_json, cap_micro_usd, state, "
+        f"{term}, created_at, updated_at) VALUES ('run-1', 'r', 'd', '{{}}', '{{}}', ?, 'RUNNING', 1, '0', '0')",
         (cap_micro_usd,),
     )
 
@@ -65,7 +65,7 @@ def db(tmp_path: Path) -> sqlite3.Connection:
 
 @pytest.fixture
 def ledger(db: sqlite3.Connection) -> Ledger:
-    return Ledger(db, "run-1", epoch=1)
+    return Ledger(db, "run-1", fencing_token=1)
 
 
 def reserve(ledger: Ledger, lease: Lease, *, hours: int = 1) -> None:
@@ -165,7 +165,7 @@ def test_an_earlier_expiry_never_releases_what_was_granted(ledger: Ledger) -> No
 
 def test_an_old_supervisor_can_neither_reserve_nor_renew(db: sqlite3.Connection, ledger: Ledger) -> None:
     reserve(ledger, a_lease())
-    db.execute("UPDATE runs SET epoch = 2")
+    db.execute("UPDATE runs SET fencing_token = 2")
     for act in (
         lambda: reserve(ledger, a_lease(2)),
         lambda: ledger.renew("slm-abc123-run-1-1", expires_ms=START_MS + 9 * HOUR_MS, at_ms=START_MS),
@@ -202,16 +202,16 @@ def test_unknown_runs_and_leases_are_named(db: sqlite3.Connection, ledger: Ledge
     with pytest.raises(SlmError, match=r"the ledger of run .* has no lease nope"):
         ledger.account("nope")
     with pytest.raises(SlmError, match="no ledger for run other"):
-        Ledger(db, "other", epoch=1).balance()
+        Ledger(db, "other", fencing_token=1).balance()
 
 
-def test_the_books_survive_being_opened_again(tmp_path: Path, db: sqlite3.Connection, ledger: Ledger) -> None:
+def test_the_ledger_survives_being_opened_again(tmp_path: Path, db: sqlite3.Connection, ledger: Ledger) -> None:
     reserve(ledger, a_lease(price="0.81", worst="2.95"))
-    again = Ledger(connect(tmp_path / "slm.db"), "run-1", epoch=1)
+    again = Ledger(connect(tmp_path / "slm.db"), "run-1", fencing_token=1)
     assert again.accounts() == ledger.accounts() and again.balance() == ledger.balance()
 
 
-def test_books_of_a_newer_version_are_left_alone(tmp_path: Path, db: sqlite3.Connection) -> None:
+def test_a_ledger_of_a_newer_version_is_left_alone(tmp_path: Path, db: sqlite3.Connection) -> None:
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     with pytest.raises(DatabaseError, match="upgrade slm"):
         connect(tmp_path / "slm.db")
@@ -230,7 +230,7 @@ def test_migrating_twice_changes_nothing(db: sqlite3.Connection) -> None:
     assert [tuple(row) for row in db.execute("SELECT sql FROM sqlite_master")] == [tuple(row) for row in before]
 
 
-def test_books_of_before_there_were_stages_are_read_as_those_of_pre_training(tmp_path: Path) -> None:
+def test_a_ledger_of_before_there_were_stages_is_read_as_one_of_pre_training(tmp_path: Path) -> None:
     path = tmp_path / "old.db"
     old = sqlite3.connect(path, isolation_level=None)
     old.row_factory = sqlite3.Row
@@ -239,7 +239,7 @@ def test_books_of_before_there_were_stages_are_read_as_those_of_pre_training(tmp
         for statement in split_statements(script):
             old.execute(statement)
     old.execute(f"PRAGMA user_version = {before_stages}")
-    new_run(old)
+    new_run(old, term="epoch")
     old.execute(
         "INSERT INTO leases VALUES ('slm-abc123-run-1-1', 'run-1', 1, ?, 2, 'open', 2, 1000000, 1000000, 0, 60, 5, "
         "?, ?, ?, NULL, 0, '', 0, 0, 0)",
@@ -251,7 +251,7 @@ def test_books_of_before_there_were_stages_are_read_as_those_of_pre_training(tmp
         (START_MS,),
     )
     old.close()
-    ledger = Ledger(connect(path), "run-1", epoch=1)
+    ledger = Ledger(connect(path), "run-1", fencing_token=1)
     assert [entry.stage for entry in ledger.entries()] == ["pretrain"]
     assert [account.lease.stage for account in ledger.accounts()] == ["pretrain"]
     assert ledger.balance().held_usd == 2
@@ -307,13 +307,13 @@ class LedgerMachine(RuleBasedStateMachine):
     """Any order of the verbs, at any prices and moments, keeps spent + held under the cap."""
 
     @initialize(cap=st.integers(0, 20_000_000))
-    def open_books(self, cap: int) -> None:
+    def open_ledger(self, cap: int) -> None:
         self.db = sqlite3.connect(":memory:", isolation_level=None)
         self.db.row_factory = sqlite3.Row
         migrate(self.db)
         new_run(self.db, cap)
         self.cap = Decimal(cap) / 1_000_000
-        self.ledger = Ledger(self.db, "run-1", epoch=1)
+        self.ledger = Ledger(self.db, "run-1", fencing_token=1)
         self.now = START_MS
         self.attempt = 0
 

@@ -218,7 +218,7 @@ class User:
     def store_prefix(self) -> str:
         """Where in the bucket the run keeps everything; empty before anything is there."""
         keys = self.bucket.keys(self.prefix)
-        found = {key.split("/books/")[0] for key in keys if "/books/" in key}
+        found = {key.split("/ledger/")[0] for key in keys if "/ledger/" in key}
         return found.pop() if found else ""
 
     def progress(self) -> dict[str, Any]:
@@ -233,18 +233,18 @@ class User:
         """Steps of whole checkpoints."""
         return self._checkpoints("")
 
-    def checkpoints_of(self, epoch: int) -> list[int]:
-        return self._checkpoints(f"epoch={epoch}/")
+    def checkpoints_of(self, incarnation: int) -> list[int]:
+        return self._checkpoints(f"incarnation={incarnation}/")
 
     def _checkpoints(self, below: str) -> list[int]:
         keys = self.bucket.keys(f"{self.store_prefix()}/checkpoints/{below}")
         return sorted(int(key.split("/step=")[1].split("/")[0]) for key in keys if key.endswith("/manifest.json"))
 
-    def epochs(self) -> list[dict[str, Any]]:
+    def incarnations(self) -> list[dict[str, Any]]:
         """Each start of the workers, and the checkpoint it came from."""
-        prefix = f"{self.store_prefix()}/epochs/"
+        prefix = f"{self.store_prefix()}/incarnations/"
         found = [self.bucket.json(key) for key in self.bucket.keys(prefix)]
-        return sorted(found, key=lambda entry: int(entry["epoch"]))
+        return sorted(found, key=lambda entry: int(entry["incarnation"]))
 
     def trains(self) -> bool:
         """Whether a step was made that a whole checkpoint holds."""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 
 
 def settled(lab: Lab, user: User, before: int, *, state: str = "SUCCEEDED") -> list[Job]:
-    """The clusters of one run after its end: none is left, and the books cover what the scheduler counted."""
+    """The clusters of one run after its end: none is left, and the ledger covers what the scheduler counted."""
     assert lab.jobs() == []
     assert user.status()["state"] == state, user.said()
     jobs = lab.ended_jobs()[before:]
@@ -26,7 +26,9 @@ def settled(lab: Lab, user: User, before: int, *, state: str = "SUCCEEDED") -> l
 
 def resumed_from(user: User) -> list[int]:
     """The saved steps at which workers began anew."""
-    return [int(epoch["parent"]["step"]) for epoch in user.epochs() if epoch["parent"] is not None]
+    return [
+        int(incarnation["parent"]["step"]) for incarnation in user.incarnations() if incarnation["parent"] is not None
+    ]
 
 
 def node_that_trains(lab: Lab, user: User) -> str:
@@ -35,7 +37,7 @@ def node_that_trains(lab: Lab, user: User) -> str:
     return (lab.running() or {})["nodes"]
 
 
-def test_two_nodes_train_as_one_group_and_the_books_cover_the_bill(lab: Lab, user: User) -> None:
+def test_two_nodes_train_as_one_group_and_the_ledger_covers_the_bill(lab: Lab, user: User) -> None:
     before = len(lab.ended_jobs())
     planned = user.slm("plan", str(RECIPE), "--backend", "sky", "--json")
     assert planned.returncode == 0, planned.stderr

@@ -400,10 +400,10 @@ def test_a_bucket_is_handed_over_as_it_was_written() -> None:
     assert actions.called["store"] == "s3://bucket/run"
 
 
-def test_recovering_from_a_folder_without_books_is_a_users_mistake(
+def test_recovering_from_a_folder_without_a_ledger_is_a_users_mistake(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as end:
         cli.main(["recover", "--store", str(tmp_path / "empty")])
-    assert end.value.code == 2 and "holds no books of a run" in capsys.readouterr().err
+    assert end.value.code == 2 and "holds no ledger of a run" in capsys.readouterr().err

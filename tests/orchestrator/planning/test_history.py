@@ -53,7 +53,7 @@ def best(known: History | None, *offers: Offer) -> Estimate:
     return planning.winner(planned(known, *offers).plan)
 
 
-def test_losses_and_node_hours_come_from_the_books(home: Home) -> None:
+def test_losses_and_node_hours_come_from_the_ledger(home: Home) -> None:
     ran_on(home, SPOT, outcomes=("preempted", "broken", "preempted", "no_capacity"), hours_each=3, num_nodes=2)
     ran_on(home, SPOT, outcomes=("finished",), hours_each=1)
     # 4 leases x 3 h x 2 nodes, and one of 1 h: only what the cloud took back is a loss.
@@ -125,13 +125,13 @@ def test_the_local_cloud_is_planned_without_what_clouds_taught(home: Home) -> No
     assert with_it == without
 
 
-def test_without_books_nothing_is_learned_and_none_are_made(home: Home) -> None:
+def test_without_a_ledger_nothing_is_learned_and_none_is_made(home: Home) -> None:
     assert read_history(home) == History()
     assert begun_precision(home, recipe("precision=auto")) is None
     assert not home.root.exists()
 
 
-def test_damaged_books_are_named_and_do_not_stop_the_plan(home: Home) -> None:
+def test_a_damaged_ledger_is_named_and_does_not_stop_the_plan(home: Home) -> None:
     home.create().database.write_bytes(b"no database at all" * 100)
     known = read_history(home)
     assert known.problem is not None
@@ -140,7 +140,7 @@ def test_damaged_books_are_named_and_do_not_stop_the_plan(home: Home) -> None:
     assert begun_precision(home, recipe("precision=auto")) is None
 
 
-def test_books_without_tables_and_books_of_a_newer_slm_are_named(home: Home) -> None:
+def test_a_ledger_without_tables_and_one_of_a_newer_slm_are_named(home: Home) -> None:
     sqlite3.connect(home.create().database).close()
     with sqlite3.connect(home.database) as db:
         db.execute("CREATE TABLE other (x)")

@@ -46,7 +46,7 @@ def test_the_speed_is_that_of_one_device_of_the_lease_that_trained(tmp_path: Pat
     home = Home(tmp_path / "slm")
     run = ran_on(home, H100, num_nodes=2)
     db = connect(home.database)
-    accounts = Ledger(db, run.run_id, epoch=run.epoch).accounts()
+    accounts = Ledger(db, run.run_id, fencing_token=run.fencing_token).accounts()
     store = DirectoryStore(home.store_dir(run.run_id))
     found = measured_ratio(store, accounts, {H100.offer_id: 2 * SPEED})
     assert found == SpeedRatio("H100-SXM", 0.5)

@@ -16,11 +16,11 @@ from trainer.run_store.base import DirectoryStore
 
 @pytest.fixture
 def store(tmp_path: Path) -> DirectoryStore:
-    """Epoch 0 did steps 1 to 3 and was lost; epoch 1 went on from step 1."""
+    """Incarnation 0 did steps 1 to 3 and was lost; incarnation 1 went on from step 1."""
     made = DirectoryStore(tmp_path / "store")
-    for epoch, seconds_by_step in ((0, {1: 2.0, 2: 2.0, 3: 2.0}), (1, {2: 1.0, 3: 1.0, 4: 1.0})):
+    for incarnation, seconds_by_step in ((0, {1: 2.0, 2: 2.0, 3: 2.0}), (1, {2: 1.0, 3: 1.0, 4: 1.0})):
         lines = [json.dumps({"step": step, "seconds": seconds}) for step, seconds in seconds_by_step.items()]
-        made.write(f"metrics/epoch={epoch}/part-000000.jsonl", ("\n".join(lines) + "\n").encode())
+        made.write(f"metrics/incarnation={incarnation}/part-000000.jsonl", ("\n".join(lines) + "\n").encode())
     return made
 
 

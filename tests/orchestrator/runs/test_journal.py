@@ -1,4 +1,4 @@
-"""The books in the run store: written first, one order for all machines, and enough to go on elsewhere."""
+"""The ledger in the run store: written first, one order for all machines, and enough to go on elsewhere."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FlakyStore(DirectoryStore):
 
 
 class Machine:
-    """One computer with books of its own, over a store that others reach too."""
+    """One computer with a ledger of its own, over a store that others reach too."""
 
     def __init__(self, home: Path, store: DirectoryStore, owner: str) -> None:
         self.runs, self.store, self.owner = Runs(connect(home / "slm.db")), store, owner
@@ -63,7 +63,7 @@ class Machine:
 
     def enter(self, run_id: str) -> Ledger:
         run, journal = enter(self.runs, run_id, self.store, owner=self.owner)
-        return Ledger(self.runs.db, run_id, epoch=run.epoch, journal=journal)
+        return Ledger(self.runs.db, run_id, fencing_token=run.fencing_token, journal=journal)
 
 
 @pytest.fixture
@@ -171,13 +171,13 @@ def test_a_full_disk_after_the_store_took_the_record_loses_nothing(laptop: Machi
     adds_up(ledger)
 
 
-def test_another_machine_rebuilds_the_books_and_takes_the_run(laptop: Machine, desktop: Machine) -> None:
+def test_another_machine_rebuilds_the_ledger_and_takes_the_run(laptop: Machine, desktop: Machine) -> None:
     ledger = laptop.enter(laptop.create().run_id)
     reserve(ledger)
     ledger.accrue(a_lease().lease_id, at_ms=START_MS + HOUR_MS // 4, usd_per_hour=Decimal("1.00"))
     ledger.renew(a_lease().lease_id, expires_ms=START_MS + 2 * HOUR_MS, at_ms=START_MS + HOUR_MS // 2)
     run = recover(desktop.runs, desktop.store)
-    theirs = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch, journal=StoreJournal(desktop.store))
+    theirs = Ledger(desktop.runs.db, run.run_id, fencing_token=run.fencing_token, journal=StoreJournal(desktop.store))
     assert theirs.balance() == ledger.balance() and run.cap_usd == 100
     assert [(account.expires_ms, account.state) for account in theirs.accounts()] == [(START_MS + 2 * HOUR_MS, "open")]
     assert run.options.owners == ("aaaaaa",) and run.options.store == desktop.store.uri
@@ -197,8 +197,8 @@ def test_recovering_again_changes_nothing(laptop: Machine, desktop: Machine) -> 
     reserve(laptop.enter(laptop.create().run_id))
     first = recover(desktop.runs, desktop.store)
     again = recover(desktop.runs, desktop.store)
-    assert again.epoch == first.epoch + 1
-    ledger = Ledger(desktop.runs.db, "tiny-1", epoch=again.epoch)
+    assert again.fencing_token == first.fencing_token + 1
+    ledger = Ledger(desktop.runs.db, "tiny-1", fencing_token=again.fencing_token)
     assert len(ledger.entries()) == 1 and ledger.balance().held_usd == 1
 
 
@@ -208,13 +208,13 @@ def test_the_first_machine_can_take_the_run_back(laptop: Machine, desktop: Machi
     reserve(old)
     lease_id = a_lease().lease_id
     run = recover(desktop.runs, desktop.store)
-    theirs = Ledger(desktop.runs.db, run_id, epoch=run.epoch, journal=StoreJournal(desktop.store))
+    theirs = Ledger(desktop.runs.db, run_id, fencing_token=run.fencing_token, journal=StoreJournal(desktop.store))
     end = START_MS + HOUR_MS // 2
     theirs.settle(lease_id, ended_ms=end, at_ms=end, outcome="finished")
     # Unaware of it, the first machine goes on counting time, which only it knows of.
     old.accrue(lease_id, at_ms=START_MS + HOUR_MS // 4, usd_per_hour=Decimal("1.00"))
     back = laptop.enter(run_id)
-    assert back.epoch > run.epoch
+    assert back.fencing_token > run.fencing_token
     assert [account.state for account in back.accounts()] == ["settled"]
     assert back.balance() == theirs.balance()
     adds_up(back)
@@ -243,7 +243,7 @@ def test_the_stage_of_leases_and_entries_is_in_the_copy(laptop: Machine, desktop
     ledger.begin_stage("count", at_ms=START_MS)
     ledger.reserve(replace(a_lease(), stage="count"), expires_ms=START_MS + HOUR_MS, latency_ms=0, at_ms=START_MS)
     run = recover(desktop.runs, desktop.store)
-    copied = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch)
+    copied = Ledger(desktop.runs.db, run.run_id, fencing_token=run.fencing_token)
     assert [entry.stage for entry in copied.entries()] == ["count"] * 3
     assert [account.lease.stage for account in copied.accounts()] == ["count"]
 
@@ -252,13 +252,13 @@ def test_records_of_before_there_were_stages_are_read_as_those_of_pre_training(
     laptop: Machine, desktop: Machine, store: FlakyStore
 ) -> None:
     reserve(laptop.enter(laptop.create().run_id))
-    for key in store.list("books/"):
+    for key in store.list("ledger/"):
         record = json.loads(store.read(key))
         for row in (*record["entries"], *record["leases"]):
             del row["stage"]
         store.write(key, json.dumps(record).encode())
     run = recover(desktop.runs, desktop.store)
-    copied = Ledger(desktop.runs.db, run.run_id, epoch=run.epoch)
+    copied = Ledger(desktop.runs.db, run.run_id, fencing_token=run.fencing_token)
     assert [entry.stage for entry in copied.entries()] == ["pretrain"]
     assert [account.lease.stage for account in copied.accounts()] == ["pretrain"]
 
@@ -284,13 +284,13 @@ def test_what_was_never_rented_owes_no_shortest_time(laptop: Machine) -> None:
 
 def test_a_damaged_record_stops_everything_that_would_spend(laptop: Machine, desktop: Machine) -> None:
     reserve(laptop.enter(laptop.create().run_id))
-    laptop.store.write(ledger_record(1), b'{"epoch"')
+    laptop.store.write(ledger_record(1), b'{"fencing_token"')
     with pytest.raises(JournalDamaged, match="record 1 of the ledger"):
         recover(desktop.runs, desktop.store)
 
 
-def test_a_folder_without_books_is_named(desktop: Machine) -> None:
-    with pytest.raises(UserError, match="holds no books of a run"):
+def test_a_folder_without_a_ledger_is_named(desktop: Machine) -> None:
+    with pytest.raises(UserError, match="holds no ledger of a run"):
         recover(desktop.runs, desktop.store)
 
 
@@ -299,16 +299,21 @@ def test_a_run_of_the_same_name_is_not_overwritten(laptop: Machine, desktop: Mac
     desktop.runs.create(
         recipe_name="tiny", recipe_digest="other", recipe_json="{}", options=RunOptions("fake"), cap_usd=Decimal(1)
     )
-    with pytest.raises(UserError, match="another run stands in these books as tiny-1"):
+    with pytest.raises(UserError, match="another run stands in this ledger as tiny-1"):
         recover(desktop.runs, desktop.store)
 
 
-def test_books_made_before_there_was_a_copy_are_stored_whole(laptop: Machine, desktop: Machine) -> None:
+def test_a_ledger_made_before_there_was_a_copy_is_stored_whole(laptop: Machine, desktop: Machine) -> None:
     run = laptop.runs.take_over(laptop.create().run_id)
-    without_copy = Ledger(laptop.runs.db, run.run_id, epoch=run.epoch)
+    without_copy = Ledger(laptop.runs.db, run.run_id, fencing_token=run.fencing_token)
     reserve(without_copy)
     laptop.enter(run.run_id)
-    assert Ledger(desktop.runs.db, "tiny-1", epoch=recover(desktop.runs, desktop.store).epoch).balance().held_usd == 1
+    assert (
+        Ledger(desktop.runs.db, "tiny-1", fencing_token=recover(desktop.runs, desktop.store).fencing_token)
+        .balance()
+        .held_usd
+        == 1
+    )
 
 
 class TwoMachines(RuleBasedStateMachine):
@@ -399,7 +404,9 @@ class TwoMachines(RuleBasedStateMachine):
         except StoreError:
             self.ledgers[which], self.holder = None, None  # its record may stand in the store, or not
             return
-        ledger = Ledger(self.machines[which].runs.db, "tiny-1", epoch=run.epoch, journal=StoreJournal(self.store))
+        ledger = Ledger(
+            self.machines[which].runs.db, "tiny-1", fencing_token=run.fencing_token, journal=StoreJournal(self.store)
+        )
         self.ledgers[which] = ledger
         self.holder = which
         known = {account.lease.lease_id: account for account in ledger.open_accounts()}
@@ -408,7 +415,7 @@ class TwoMachines(RuleBasedStateMachine):
 
     @precondition(lambda self: hasattr(self, "ledgers"))
     @invariant()
-    def the_books_of_the_holder_hold(self) -> None:
+    def the_ledger_of_the_holder_holds(self) -> None:
         ledger = None if self.holder is None else self.ledgers[self.holder]
         if ledger is None:
             return

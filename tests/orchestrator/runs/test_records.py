@@ -61,19 +61,19 @@ def test_an_unknown_run_is_answered_with_the_nearest(runs: Runs) -> None:
 
 def test_a_finished_run_can_only_be_launched_again_if_it_did_not_succeed(runs: Runs) -> None:
     run_id = create(runs)
-    runs.move(run_id, RunState.SUCCEEDED, epoch=0)
+    runs.move(run_id, RunState.SUCCEEDED, fencing_token=0)
     with pytest.raises(SlmError, match="cannot go from SUCCEEDED to LAUNCHING"):
-        runs.move(run_id, RunState.LAUNCHING, epoch=0)
+        runs.move(run_id, RunState.LAUNCHING, fencing_token=0)
     for state in TERMINAL - {RunState.SUCCEEDED}:
         assert MOVES[state] == {RunState.LAUNCHING}
 
 
-def test_only_the_newest_epoch_may_move_a_run(runs: Runs) -> None:
+def test_only_the_newest_fencing_token_may_move_a_run(runs: Runs) -> None:
     run_id = create(runs)
-    assert runs.take_over(run_id).epoch == 1
+    assert runs.take_over(run_id).fencing_token == 1
     with pytest.raises(SlmError, match="taken over by another supervisor"):
-        runs.move(run_id, RunState.LAUNCHING, epoch=0)
-    runs.move(run_id, RunState.LAUNCHING, epoch=1, reason="go")
+        runs.move(run_id, RunState.LAUNCHING, fencing_token=0)
+    runs.move(run_id, RunState.LAUNCHING, fencing_token=1, reason="go")
     assert (runs.get(run_id).state, runs.get(run_id).reason) == (RunState.LAUNCHING, "go")
 
 
@@ -113,7 +113,7 @@ def test_two_supervisors_can_not_have_one_run_and_a_killed_one_leaves_it_free(tm
         assert is_supervised(path)
 
 
-def test_billed_time_runs_at_its_scale_and_never_before_the_books() -> None:
+def test_billed_time_runs_at_its_scale_and_never_before_the_ledger() -> None:
     origin = wall_ms() - 10_000
     clock = SystemClock(origin_ms=origin, scale=60.0)
     assert 595_000 <= clock.now_ms() - origin <= 660_000

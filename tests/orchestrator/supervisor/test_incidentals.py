@@ -33,7 +33,7 @@ def ledger(tmp_path: Path) -> Ledger:
     run = runs.create(
         recipe_name="tiny", recipe_digest="d", recipe_json="{}", options=RunOptions("fake"), cap_usd=Decimal(10)
     )
-    return Ledger(runs.db, run.run_id, epoch=0)
+    return Ledger(runs.db, run.run_id, fencing_token=0)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What carries our name and is in nobody's books is ended, and nothing else is touched."""
+"""What carries our name and is in nobody's ledger is ended, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def a_cloud(*names: str) -> FakeBackend:
 def test_only_strangers_of_ours_are_ended() -> None:
     backend = a_cloud("slm-me-run-1-1", "slm-me-run-2-1", "slm-you-run-1-1", "web-server")
     messages = end_unknown_instances(backend, {"slm-me-run-1-1"}, owner="me")
-    assert messages == ["ended 2 nodes of slm-me-run-2-1, which the books do not know as open"]
+    assert messages == ["ended 2 nodes of slm-me-run-2-1, which the ledger does not know as open"]
     assert {item.lease_id for item in backend.list_alive()} == {"slm-me-run-1-1", "slm-you-run-1-1", "web-server"}
 
 

@@ -74,7 +74,7 @@ class AgendaClock(ManualClock):
 
 @dataclass
 class World:
-    """A run, its books, its cloud, and a trainer that takes `step_seconds` a step with two nodes."""
+    """A run, its ledger, its cloud, and a trainer that takes `step_seconds` a step with two nodes."""
 
     path: Path
     cap: Decimal = Decimal("100")
@@ -82,7 +82,7 @@ class World:
     clock: AgendaClock = field(default_factory=AgendaClock)
     events: list[Event] = field(default_factory=list)
     step: int = 0
-    epoch: int = 0
+    incarnation: int = 0
     switch: StopSwitch = field(default_factory=StopSwitch)
     bug_at: int | None = None
     breaks_at_start: bool = False
@@ -100,7 +100,7 @@ class World:
 
     def supervisor(self, offers: int = 2, nodes: int = 2, terms: Terms | None = None) -> Supervisor:
         run = self.runs.take_over(self.run.run_id)
-        self.ledger = Ledger(self.db, run.run_id, epoch=run.epoch)
+        self.ledger = Ledger(self.db, run.run_id, fencing_token=run.fencing_token)
         candidates = [Candidate(an_offer(f"zone-{i}"), nodes, Decimal("0.50")) for i in range(offers)]
         return Supervisor(
             run_record=run,
@@ -121,18 +121,18 @@ class World:
     def trainer_starts(self, backend: FakeBackend, lease: Lease) -> None:
         if self.store_has(f"control/{lease.lease_id}.json"):
             return
-        self.epoch += 1
+        self.incarnation += 1
         if self.breaks_at_start:
             self.clock.after(3.0, lambda: backend.end_command(lease.lease_id, 30))
         else:
-            self.clock.after(15.0, lambda: self.train(lease, self.epoch))
+            self.clock.after(15.0, lambda: self.train(lease, self.incarnation))
 
-    def train(self, lease: Lease, epoch: int) -> None:
+    def train(self, lease: Lease, incarnation: int) -> None:
         """One step, then the next in a second, as long as the head lives and nobody started anew."""
         if not self.store.root.exists():
             return
         ranks = {item.rank for item in self.backend.list_alive() if item.lease_id == lease.lease_id}
-        if epoch != self.epoch or 0 not in ranks:
+        if incarnation != self.incarnation or 0 not in ranks:
             return
         if self.store_has(f"control/{lease.lease_id}.json") and not self.deaf:
             self.backend.end_command(lease.lease_id, 10)
@@ -143,7 +143,12 @@ class World:
             self.backend.end_command(lease.lease_id, 20)
             return
         self.step += 1
-        progress = {"step": self.step, "num_steps": self.num_steps, "epoch": epoch, "tokens": self.step * 100}
+        progress = {
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "incarnation": incarnation,
+            "tokens": self.step * 100,
+        }
         self.store.write("progress/latest.json", json.dumps(progress).encode())
         request = {"number": self.step, "boottime": 0.0, "state": "running", "noticed": self.noticed}
         for rank in ranks:
@@ -151,7 +156,7 @@ class World:
         if self.step >= self.num_steps:
             self.backend.end_command(lease.lease_id, 0)
         else:
-            self.clock.after(1.0, lambda: self.train(lease, epoch))
+            self.clock.after(1.0, lambda: self.train(lease, incarnation))
 
     def store_has(self, key: str) -> bool:
         return key in self.store.list("control/")
@@ -168,7 +173,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def check_books(world: World) -> None:
+def check_ledger(world: World) -> None:
     """The ledger is never under the cloud's own bill, never over the cap, and nothing lives."""
     balance = world.ledger.balance()
     assert world.backend.true_bill_usd() <= balance.spent_usd <= world.cap
@@ -178,13 +183,13 @@ def check_books(world: World) -> None:
 
 def test_a_calm_run_finishes_and_pays_for_what_it_used(world: World) -> None:
     assert world.supervisor().run() is RunState.SUCCEEDED
-    check_books(world)
+    check_ledger(world)
     # 15 s to start and 60 steps of 1 s on two nodes at a cent per node-second, and a turn of the loop or two.
     assert Decimal("1.48") <= world.ledger.balance().spent_usd <= Decimal("1.56")
     assert world.runs.get(world.run.run_id).state is RunState.SUCCEEDED
 
 
-def test_the_reservation_is_in_the_books_before_the_rent(world: World) -> None:
+def test_the_reservation_is_in_the_ledger_before_the_rent(world: World) -> None:
     held_at_start: list[Decimal] = []
     world.backend.on_start = lambda backend, lease: (
         held_at_start.append(world.ledger.balance().held_usd),
@@ -206,7 +211,7 @@ def test_grants_answer_each_request_and_end_before_what_is_paid(world: World) ->
                 grant = json.loads(world.store.read(key))
                 paid = (account.expires_ms - world.clock.now_ms()) / 1000 / SCALE
                 seen.append((grant["number"], grant["duration_seconds"], paid))
-                assert grant["epoch"] == world.ledger.epoch
+                assert grant["epoch"] == world.ledger.fencing_token
         world.clock.after(5.0, look)
 
     world.clock.after(20.0, look)
@@ -221,7 +226,7 @@ def test_a_preempted_lease_is_settled_and_the_next_offer_is_rented(world: World)
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert [lease.offer.region for lease in world.backend.starts] == ["zone-0", "zone-1"]
     assert world.runs.get(world.run.run_id).preemptions == 1
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_preempted_zone_is_left_though_another_machine_there_is_next_in_the_plan(world: World) -> None:
@@ -238,17 +243,17 @@ def test_losing_the_head_ends_the_whole_lease(world: World) -> None:
     world.clock.after(30.0, lambda: world.backend.take(world.backend.starts[0].lease_id, 0))
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert len({lease.lease_id for lease in world.backend.starts}) == 2
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_damaged_checkpoint_that_the_workers_passed_over_is_told(world: World) -> None:
-    record = {"epoch": 1, "skipped": ["step 40 of epoch 0: part a.distcp has another checksum"]}
-    world.store.write("epochs/1.json", json.dumps(record).encode())
+    record = {"incarnation": 1, "skipped": ["step 40 of incarnation 0: part a.distcp has another checksum"]}
+    world.store.write("incarnations/1.json", json.dumps(record).encode())
     world.supervisor().run()
     told = [message for message in world.told("warning") if "passed over" in message]
     assert told == [
         "a damaged checkpoint was passed over for the one before: "
-        "step 40 of epoch 0: part a.distcp has another checksum"
+        "step 40 of incarnation 0: part a.distcp has another checksum"
     ]
 
 
@@ -263,7 +268,7 @@ def test_a_head_that_leaves_as_announced_is_a_preemption(world: World) -> None:
     run = world.runs.get(world.run.run_id)
     assert (run.preemptions, run.failures) == (1, 0)
     assert world.told("notice")[0] == "the cloud will take node 0 of slm-abc123-tiny-1-1"
-    check_books(world)
+    check_ledger(world)
 
 
 def test_losing_another_node_keeps_the_lease_and_rents_that_node_again(world: World) -> None:
@@ -271,7 +276,7 @@ def test_losing_another_node_keeps_the_lease_and_rents_that_node_again(world: Wo
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert len({lease.lease_id for lease in world.backend.starts}) == 1 and len(world.backend.starts) == 2
     assert "lost" in world.kinds() and "grown" in world.kinds()
-    check_books(world)
+    check_ledger(world)
 
 
 def test_without_capacity_to_grow_it_goes_on_smaller_and_owes_nothing_for_the_try(world: World) -> None:
@@ -282,7 +287,7 @@ def test_without_capacity_to_grow_it_goes_on_smaller_and_owes_nothing_for_the_tr
     world.clock.after(30.0, take)
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert any("no node to grow back" in message for message in world.told("warning"))
-    check_books(world)
+    check_ledger(world)
 
 
 def test_no_capacity_anywhere_waits_at_no_cost(world: World) -> None:
@@ -292,13 +297,13 @@ def test_no_capacity_anywhere_waits_at_no_cost(world: World) -> None:
     spent = [entry.spent_micro_usd for entry in world.ledger.entries() if entry.kind is EntryKind.ACCRUE]
     assert sum(spent) < 1_600_000
     assert any("at $0" in message for message in world.told("relaunch"))
-    check_books(world)
+    check_ledger(world)
 
 
 def test_at_the_cap_it_asks_for_a_checkpoint_and_stops_under_it(tmp_path: Path) -> None:
     world = World(tmp_path, cap=Decimal("1.30"), num_steps=10_000)
     assert world.supervisor().run() is RunState.OUT_OF_BUDGET
-    check_books(world)
+    check_ledger(world)
     assert world.ledger.balance().spent_usd > Decimal("0.80")
     assert any("drain line" in message for message in world.told("warning"))
 
@@ -306,7 +311,7 @@ def test_at_the_cap_it_asks_for_a_checkpoint_and_stops_under_it(tmp_path: Path) 
 def test_a_trainer_that_does_not_hear_the_drain_is_ended_within_the_cap(tmp_path: Path) -> None:
     world = World(tmp_path, cap=Decimal("1.30"), num_steps=10_000, deaf=True)
     assert world.supervisor().run() is RunState.OUT_OF_BUDGET
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_higher_cap_lets_it_go_on(tmp_path: Path) -> None:
@@ -318,7 +323,7 @@ def test_a_higher_cap_lets_it_go_on(tmp_path: Path) -> None:
     world.ledger.set_cap(world.cap)
     assert supervisor.run() is RunState.SUCCEEDED
     assert 0 < reached < world.step == world.num_steps
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_bug_stops_the_run_and_says_what_it_was(tmp_path: Path) -> None:
@@ -326,7 +331,7 @@ def test_a_bug_stops_the_run_and_says_what_it_was(tmp_path: Path) -> None:
     assert world.supervisor().run() is RunState.FAILED
     assert "step 7: ValueError: shapes" in world.runs.get(world.run.run_id).reason
     assert len(world.backend.starts) == 1
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_cluster_that_breaks_again_and_again_is_given_up(tmp_path: Path) -> None:
@@ -334,13 +339,13 @@ def test_a_cluster_that_breaks_again_and_again_is_given_up(tmp_path: Path) -> No
     assert world.supervisor().run() is RunState.FAILED
     assert "failures in a row" in world.runs.get(world.run.run_id).reason
     assert world.runs.get(world.run.run_id).failures == 6
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_stop_checkpoints_and_ends(world: World) -> None:
     world.clock.after(30.0, lambda: world.runs.request_stop(world.run.run_id))
     assert world.supervisor().run() is RunState.STOPPED
-    check_books(world)
+    check_ledger(world)
 
 
 def test_ctrl_c_twice_ends_at_once(world: World) -> None:
@@ -349,7 +354,7 @@ def test_ctrl_c_twice_ends_at_once(world: World) -> None:
     world.clock.after(31.0, world.switch.press)
     assert world.supervisor().run() is RunState.STOPPED
     assert world.clock.real_seconds() < 40
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_run_store_that_vanishes_ends_the_nodes_and_is_named(world: World) -> None:
@@ -358,10 +363,10 @@ def test_a_run_store_that_vanishes_ends_the_nodes_and_is_named(world: World) -> 
         world.supervisor().run()
     run = world.runs.get(world.run.run_id)
     assert run.state is RunState.FAILED and "store" in run.reason
-    check_books(world)
+    check_ledger(world)
 
 
-def test_books_that_can_not_be_written_end_the_nodes(tmp_path: Path) -> None:
+def test_a_ledger_that_can_not_be_written_ends_the_nodes(tmp_path: Path) -> None:
     """A full disk: no entry can be made, so nothing can be paid for any longer."""
     world = World(tmp_path, num_steps=600)
     supervisor = world.supervisor()
@@ -371,7 +376,7 @@ def test_books_that_can_not_be_written_end_the_nodes(tmp_path: Path) -> None:
     assert world.backend.list_alive() == []
     world.db.execute("PRAGMA max_page_count = 1000000")
     assert world.supervisor().run() is RunState.SUCCEEDED
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_broken_cluster_is_told_with_its_last_words(tmp_path: Path) -> None:
@@ -395,7 +400,7 @@ def test_a_killed_supervisor_is_replaced_and_adopts_the_lease(world: World, mome
         world.supervisor().run()
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert len({lease.lease_id for lease in world.backend.starts}) == 1
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_supervisor_that_comes_back_late_finds_nothing_alive_and_starts_again(world: World) -> None:
@@ -409,7 +414,7 @@ def test_a_supervisor_that_comes_back_late_finds_nothing_alive_and_starts_again(
     assert world.backend.list_alive() == []
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert len(world.backend.starts) == 2
-    check_books(world)
+    check_ledger(world)
 
 
 @pytest.mark.parametrize("spoke", [True, False])
@@ -433,7 +438,7 @@ def test_a_lease_whose_nodes_all_came_is_settled_without_waiting_for_more_to_com
     )[0]
     assert world.supervisor(terms=terms).run() is RunState.SUCCEEDED
     assert (restarted[0] < 10) is spoke
-    check_books(world)
+    check_ledger(world)
 
 
 def test_the_old_supervisor_is_powerless_after_a_take_over(world: World) -> None:
@@ -442,24 +447,24 @@ def test_the_old_supervisor_is_powerless_after_a_take_over(world: World) -> None
     with pytest.raises((Fenced, SlmError), match="taken over"):
         old.run()
     world.supervisor().run()
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_create_without_a_reply_is_ended_and_charged(world: World) -> None:
     world.backend.fail_next = 1
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert len(world.backend.starts) == 2
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_provider_that_does_not_answer_for_a_while_is_waited_for(world: World) -> None:
     world.clock.after(30.0, lambda: setattr(world.backend, "fail_next", 5))
     assert world.supervisor().run() is RunState.SUCCEEDED
     assert any("cannot see" in message for message in world.told("warning"))
-    check_books(world)
+    check_ledger(world)
 
 
-def test_an_instance_that_the_books_do_not_know_is_ended(world: World) -> None:
+def test_an_instance_that_the_ledger_does_not_know_is_ended(world: World) -> None:
     supervisor = world.supervisor()
     stray = Lease("slm-abc123-other-1", "other", 1, an_offer("zone-9"), 1, PRICE, 600.0, 5.0, 1)
     world.backend.on_start = None
@@ -487,7 +492,7 @@ def test_a_list_that_lies_once_frees_nothing(world: World) -> None:
     world.clock.after(34.0, world.backend.hidden.clear)
     assert world.supervisor(terms=Terms(confirm_seconds=6.0)).run() is RunState.SUCCEEDED
     assert "lost" not in world.kinds()
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_node_that_comes_back_after_it_was_given_up_is_paid_for(world: World) -> None:
@@ -503,7 +508,7 @@ def test_a_lease_that_is_gone_by_a_lie_is_waited_for_before_it_is_settled(world:
     world.clock.after(30.0, lambda: (world.backend.hidden.update({0, 1}), setattr(world.backend, "deaf_to_stop", True)))
     world.clock.after(33.0, lambda: (world.backend.hidden.clear(), setattr(world.backend, "deaf_to_stop", False)))
     assert world.supervisor(terms=Terms(confirm_seconds=6.0)).run() is RunState.SUCCEEDED
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_price_above_the_bound_ends_the_node_before_its_first_grant(world: World) -> None:
@@ -539,7 +544,7 @@ def test_a_rent_that_comes_late_after_its_reservation_is_paid_anew(world: World)
     world.backend.on_start = look
     assert supervisor.run() is RunState.SUCCEEDED
     assert left == [49.0]  # 2 s to ask, 10 s to boot and 37 s first grant, from the rent and not from the reservation
-    check_books(world)
+    check_ledger(world)
 
 
 def test_a_late_rent_that_the_cap_can_no_longer_pay_is_not_made(tmp_path: Path) -> None:
@@ -583,7 +588,7 @@ def test_a_wall_clock_ahead_does_not_settle_what_still_lives(world: World) -> No
     assert world.backend.list_alive() == []
 
 
-def test_the_books_are_settled_by_their_newest_expiry_when_the_store_fails(world: World) -> None:
+def test_the_ledger_is_settled_by_its_newest_expiry_when_the_store_fails(world: World) -> None:
     """The interface does not end the nodes, so they cost money until the provider's limit: so long it stays open."""
     world.num_steps = 10_000
 
@@ -594,7 +599,7 @@ def test_the_books_are_settled_by_their_newest_expiry_when_the_store_fails(world
     world.clock.after(120.0, fail)
     with pytest.raises(StoreError):
         world.supervisor().run()
-    check_books(world)
+    check_ledger(world)
 
 
 def test_strangers_are_looked_for_while_a_run_goes_on(world: World) -> None:
@@ -647,7 +652,7 @@ def test_a_fixed_limit_is_set_aside_as_a_whole_and_granted_bit_by_bit(world: Wor
     assert grants["duration_seconds"] <= terms.term_seconds
 
 
-def test_grants_say_how_late_it_was_to_books_that_hold_no_accruals(world: World) -> None:
+def test_grants_say_how_late_it_was_to_a_ledger_that_holds_no_accruals(world: World) -> None:
     """A clock set back by hours shows only against the newest moment that anything tells of."""
     seen: list[tuple[int, int]] = []
 

@@ -22,7 +22,7 @@ from orchestrator.backends.sky.enabled_clouds import Enabled, enabled_clouds
 from orchestrator.settings import Home
 from orchestrator.upkeep import clock_skew, doctor
 from orchestrator.upkeep.doctor import Finding, Level
-from tests.orchestrator.upkeep.test_inventory import a_cloud, a_run, in_the_books
+from tests.orchestrator.upkeep.test_inventory import a_cloud, a_run, in_the_ledger
 from trainer.run_store.base import DirectoryStore, Store
 
 
@@ -45,9 +45,9 @@ def examined(home: Home, *names: str) -> dict[str, Finding]:
 
 def test_a_new_home_is_well(home: Home) -> None:
     found = examined(home)
-    for name in ("home", "books", "cloud local", "store", "clock", "leaks"):
+    for name in ("home", "ledger", "cloud local", "store", "clock", "leaks"):
         assert found[name].level is Level.OK, found[name]
-    assert not home.database.exists(), "looking makes no books"
+    assert not home.database.exists(), "looking makes no ledger"
     assert not [path for path in (home.root / "store").rglob("*") if path.is_file()], "nothing is left in the store"
 
 
@@ -76,25 +76,25 @@ def test_a_disk_that_is_nearly_full_is_told(free: float, level: Level) -> None:
     assert doctor.space("disk", Path("/data"), free).level is level
 
 
-# ---------------------------------------------------------------- books
+# ---------------------------------------------------------------- ledger
 
 
-def test_books_that_add_up_are_well(home: Home) -> None:
+def test_a_ledger_that_adds_up_is_well(home: Home) -> None:
     run_id = a_run(home)
-    in_the_books(home, run_id, f"slm-{home.owner_id()}-{run_id}-1")
-    found = examined(home)["books"]
+    in_the_ledger(home, run_id, f"slm-{home.owner_id()}-{run_id}-1")
+    found = examined(home)["ledger"]
     assert found.level is Level.OK, found
     assert found.detail == "1 run, whole, every balance is the sum of its entries"
 
 
-def test_an_entry_that_was_changed_behind_the_books_is_found(home: Home) -> None:
+def test_an_entry_that_was_changed_behind_the_ledger_is_found(home: Home) -> None:
     run_id = a_run(home)
-    in_the_books(home, run_id, f"slm-{home.owner_id()}-{run_id}-1", settled=True)
+    in_the_ledger(home, run_id, f"slm-{home.owner_id()}-{run_id}-1", settled=True)
     db = connect(home.database)
     db.execute("DROP TRIGGER entries_never_change")
     db.execute("UPDATE entries SET spent_micro_usd = spent_micro_usd + 1 WHERE kind = 'accrue'")
     db.close()
-    found = examined(home)["books"]
+    found = examined(home)["ledger"]
     assert found.level is Level.FAIL
     assert "the entries of run demo-1 add up to $0.000" in found.detail
 
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_found_and_hides_no_other_finding(home: Home) -> None:
     for leftover in home.root.glob("slm.db-*"):
         leftover.unlink()
     found = examined(home)
-    assert found["books"].level is Level.FAIL
+    assert found["ledger"].level is Level.FAIL
     assert "leaks" in found
 
 

@@ -23,7 +23,7 @@ from orchestrator.clock import ManualClock
 from orchestrator.runs.journal import enter, recover
 from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs, SupervisorLock
-from orchestrator.runs.status import books, lock_path
+from orchestrator.runs.status import lock_path, open_runs
 from orchestrator.settings import Home
 from orchestrator.upkeep.inventory import Outcome, Verdict, reconcile
 from tasks.recipe.schema import load_recipe
@@ -61,11 +61,11 @@ def a_run(home: Home) -> str:
     return created.run_id
 
 
-def in_the_books(home: Home, run_id: str, lease_id: str, *, attempt: int = 1, settled: bool = False) -> None:
+def in_the_ledger(home: Home, run_id: str, lease_id: str, *, attempt: int = 1, settled: bool = False) -> None:
     db = connect(home.database)
     run = Runs(db).take_over(run_id)
-    ledger = Ledger(db, run_id, epoch=run.epoch)
-    lease: Lease = replace(lease_of(lease_id), run_id=run_id, attempt=attempt, epoch=run.epoch)
+    ledger = Ledger(db, run_id, fencing_token=run.fencing_token)
+    lease: Lease = replace(lease_of(lease_id), run_id=run_id, attempt=attempt, fencing_token=run.fencing_token)
     ledger.reserve(lease, expires_ms=START_MS + PAID_MS, latency_ms=LATENCY_MS, at_ms=START_MS)
     if settled:
         ledger.settle(lease_id, ended_ms=START_MS + 1000, at_ms=START_MS + 1000, outcome="asked")
@@ -86,7 +86,7 @@ def verdicts(home: Home, backend: FakeBackend, *, after: float = 0.0) -> dict[st
     return {cluster.name: cluster.verdict for cluster in found.clusters}
 
 
-def test_with_empty_books_all_that_carries_our_name_is_unknown_and_ended(home: Home) -> None:
+def test_with_an_empty_ledger_all_that_carries_our_name_is_unknown_and_ended(home: Home) -> None:
     ours, theirs = f"slm-{home.owner_id()}-demo-1-1", "slm-ffffff-demo-1-1"
     backend = a_cloud(ours, theirs, "web-server")
     found = reconcile(home, [backend])
@@ -96,13 +96,13 @@ def test_with_empty_books_all_that_carries_our_name_is_unknown_and_ended(home: H
         "web-server": (Verdict.FOREIGN, Outcome.KEPT),
     }
     assert {item.lease_id for item in backend.list_alive()} == {theirs, "web-server"}
-    assert not home.database.exists(), "looking makes no books"
+    assert not home.database.exists(), "looking makes no ledger"
 
 
 def test_what_is_paid_for_stays_until_its_last_terminator_has_had_its_time(home: Home) -> None:
     run_id = a_run(home)
     name = f"slm-{home.owner_id()}-{run_id}-1"
-    in_the_books(home, run_id, name)
+    in_the_ledger(home, run_id, name)
     backend = a_cloud(name)
     limit = (PAID_MS + LATENCY_MS) / 1000
     assert verdicts(home, backend, after=limit) == {name: Verdict.PAID}
@@ -112,7 +112,7 @@ def test_what_is_paid_for_stays_until_its_last_terminator_has_had_its_time(home:
 def test_a_lease_of_a_living_supervisor_is_its_own_affair(home: Home) -> None:
     run_id = a_run(home)
     name = f"slm-{home.owner_id()}-{run_id}-1"
-    in_the_books(home, run_id, name)
+    in_the_ledger(home, run_id, name)
     with SupervisorLock(lock_path(home, run_id), run_id):
         assert verdicts(home, a_cloud(name), after=1e6) == {name: Verdict.SUPERVISED}
 
@@ -120,16 +120,16 @@ def test_a_lease_of_a_living_supervisor_is_its_own_affair(home: Home) -> None:
 def test_a_run_that_another_machine_has_taken_over_is_not_ours_to_end(home: Home, tmp_path: Path) -> None:
     store = DirectoryStore(home.store_dir("demo-1"))
     name = f"slm-{home.owner_id()}-demo-1-1"
-    with books(home) as runs:
+    with open_runs(home) as runs:
         a_run(home)
         run, journal = enter(runs, "demo-1", store, owner=home.owner_id())
-        ledger = Ledger(runs.db, "demo-1", epoch=run.epoch, journal=journal)
-        lease = replace(lease_of(name), run_id="demo-1", epoch=run.epoch)
+        ledger = Ledger(runs.db, "demo-1", fencing_token=run.fencing_token, journal=journal)
+        lease = replace(lease_of(name), run_id="demo-1", fencing_token=run.fencing_token)
         ledger.reserve(lease, expires_ms=START_MS + PAID_MS, latency_ms=LATENCY_MS, at_ms=START_MS)
     backend = a_cloud(name)
     assert verdicts(home, backend, after=1e6) == {name: Verdict.EXPIRED}
     other = Home(tmp_path / "other").create()
-    with books(other) as runs:
+    with open_runs(other) as runs:
         recover(runs, store)
     assert verdicts(home, backend, after=1e6) == {name: Verdict.ELSEWHERE}
     found = reconcile(home, [backend], now_ms=seconds_later(1e6))
@@ -140,10 +140,10 @@ def test_a_run_that_another_machine_has_taken_over_is_not_ours_to_end(home: Home
     assert set(verdicts(other, a_cloud(f"slm-{home.owner_id()}-else-1-1")).values()) == {Verdict.FOREIGN}
 
 
-def test_a_node_that_lives_though_the_books_have_settled_it_is_ended(home: Home) -> None:
+def test_a_node_that_lives_though_the_ledger_has_settled_it_is_ended(home: Home) -> None:
     run_id = a_run(home)
     name = f"slm-{home.owner_id()}-{run_id}-1"
-    in_the_books(home, run_id, name, settled=True)
+    in_the_ledger(home, run_id, name, settled=True)
     backend = a_cloud(name)
     found = reconcile(home, [backend], now_ms=seconds_later(1))
     assert [(cluster.verdict, cluster.outcome) for cluster in found.clusters] == [(Verdict.SETTLED, Outcome.ENDED)]
@@ -195,7 +195,7 @@ def test_a_place_that_does_not_answer_hides_no_other(home: Home) -> None:
 
 @pytest.fixture
 def market(home: Home) -> Iterator[LocalBackend]:
-    """A market of a run that no books know, with real processes."""
+    """A market of a run that no ledger knows, with real processes."""
     backend = LocalBackend(
         home.run_dir("lost-1") / "market",
         "lost-1",
@@ -224,7 +224,7 @@ def slm(*arguments: str) -> int:
     return end.value.code if isinstance(end.value.code, int) else 0
 
 
-def test_the_command_ends_real_nodes_of_a_run_that_no_books_know(
+def test_the_command_ends_real_nodes_of_a_run_that_no_ledger_knows(
     home: Home, market: LocalBackend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLM_HOME", str(home.root))
@@ -249,7 +249,7 @@ def test_the_command_ends_real_nodes_of_a_run_that_no_books_know(
     assert capsys.readouterr().out.startswith(f"Nothing of ours (slm-{home.owner_id()}-) lives.")
 
 
-def test_a_market_whose_books_are_damaged_is_a_problem_and_an_exit_code(
+def test_a_market_whose_ledger_is_damaged_is_a_problem_and_an_exit_code(
     home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLM_HOME", str(home.root))

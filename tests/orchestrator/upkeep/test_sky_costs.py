@@ -19,7 +19,7 @@ from orchestrator.backends.sky.names import cluster_name
 from orchestrator.runs import status as report
 from orchestrator.settings import Home
 from orchestrator.upkeep.sky_costs import compare
-from tests.orchestrator.upkeep.test_inventory import a_run, in_the_books
+from tests.orchestrator.upkeep.test_inventory import a_run, in_the_ledger
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "json.md"
 
@@ -49,8 +49,8 @@ def home(tmp_path: Path) -> Home:
 def test_each_lease_is_compared_with_all_times_that_its_cluster_was_up(home: Home) -> None:
     run_id = a_run(home)
     first, second = (f"slm-{home.owner_id()}-{run_id}-{attempt}" for attempt in (1, 2))
-    in_the_books(home, run_id, first, settled=True)
-    in_the_books(home, run_id, second, attempt=2, settled=True)
+    in_the_ledger(home, run_id, first, settled=True)
+    in_the_ledger(home, run_id, second, attempt=2, settled=True)
     accounts = report.ledger(run_id, home=home).leases
     charged = {account.lease.lease_id: Decimal(account.spent_micro_usd) / 10**6 for account in accounts}
     name = cluster_name(first)
@@ -64,7 +64,7 @@ def test_each_lease_is_compared_with_all_times_that_its_cluster_was_up(home: Hom
 
 def test_a_skypilot_that_does_not_answer_is_told_and_hides_nothing(home: Home) -> None:
     run_id = a_run(home)
-    in_the_books(home, run_id, f"slm-{home.owner_id()}-{run_id}-1", settled=True)
+    in_the_ledger(home, run_id, f"slm-{home.owner_id()}-{run_id}-1", settled=True)
     found = compare(report.ledger(run_id, home=home).leases, Silent())
     assert "took longer than 60 s" in found.problem
     assert [lease.skypilot_usd for lease in found.leases] == [None]
@@ -73,7 +73,7 @@ def test_a_skypilot_that_does_not_answer_is_told_and_hides_nothing(home: Home) -
 @pytest.mark.skipif(find_spec("sky") is None, reason="SkyPilot is not installed (the extra cloud)")
 def test_skypilot_itself_is_asked_and_prints_what_the_page_says(home: Home, tmp_path: Path) -> None:
     run_id = a_run(home)
-    in_the_books(home, run_id, f"slm-{home.owner_id()}-{run_id}-1", settled=True)
+    in_the_ledger(home, run_id, f"slm-{home.owner_id()}-{run_id}-1", settled=True)
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", "ledger", run_id, "--compare", "--json"],
         env={**os.environ, "HOME": str(tmp_path), "SLM_HOME": str(home.root)},

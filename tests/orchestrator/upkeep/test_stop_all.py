@@ -17,7 +17,7 @@ from orchestrator.clock import ManualClock
 from orchestrator.events import Emit, Event
 from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs, RunState
-from orchestrator.runs.status import RunStatus, books, status
+from orchestrator.runs.status import RunStatus, open_runs, status
 from orchestrator.settings import Home
 from orchestrator.supervisor import requests as launch
 from orchestrator.upkeep.inventory import Inventory, reconcile
@@ -52,7 +52,7 @@ def add_runs(home: Home, *, number: int = 2) -> list[str]:
 
 
 def requested(home: Home) -> dict[str, bool]:
-    with books(home) as runs:
+    with open_runs(home) as runs:
         return {run.run_id: run.stop_requested for run in runs.all()}
 
 

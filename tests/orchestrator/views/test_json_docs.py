@@ -139,9 +139,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
         run_id=run.run_id,
         num_nodes=2,
         worst_usd_per_hour=60,
-        epoch=run.epoch,
+        fencing_token=run.fencing_token,
     )
-    ledger = Ledger(db, run.run_id, epoch=run.epoch)
+    ledger = Ledger(db, run.run_id, fencing_token=run.fencing_token)
     ledger.reserve(lease, expires_ms=1_800_000_060_000, latency_ms=0, at_ms=1_800_000_000_000)
     db.close()
     said = {"source_epochs": {"text": 0.5}, "start_seconds": {"load": 1.5, "first_step": 2.0}}

@@ -1,4 +1,4 @@
-"""Tables and sentences about runs and books, and the same facts as JSON."""
+"""Tables and sentences about runs and ledger, and the same facts as JSON."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_stopped_run_says_where() -> None:
     assert "demo-1 is stopped: step 180 of 400 (45 %)" in shown(render.summary, ended(RunState.STOPPED))
 
 
-# ---------------------------------------------------------------- books
+# ---------------------------------------------------------------- ledger
 
 OFFER = make_offer(region="us-east-2", instance_type="p5", gpus_per_node=8, usd_per_hour=8, as_of="2026-07-30")
 LEASE_ID = "slm-abc123-demo-1-1"
@@ -192,7 +192,7 @@ ACCOUNT = LeaseAccount(
     accrued_units=2 * 8_000_000 * 450_000,
     outcome="preempted",
 )
-BOOKS = LedgerView(
+LEDGER = LedgerView(
     run_id="demo-1",
     balance=Balance(Decimal(100), Decimal(2), Decimal("0.5")),
     entries=(
@@ -205,8 +205,8 @@ BOOKS = LedgerView(
 )
 
 
-def test_the_books_begin_with_the_balance_and_show_every_entry() -> None:
-    lines = shown(render.ledger, BOOKS).splitlines()
+def test_the_ledger_begins_with_the_balance_and_shows_every_entry() -> None:
+    lines = shown(render.ledger, LEDGER).splitlines()
     assert lines[0] == "demo-1 has spent $2.00 of $100.00; $0.500 set aside, $97.50 free."
     assert lines[3].split() == ["7", "01-15", "08:00:00", "pretrain", "1", "reserve", "+2.500000", "2", "x", "p5"]
     charged = ["8", "01-15", "08:07:30", "pretrain", "1", "accrue", "+2.000000", "-2.000000", "450", "s"]
@@ -215,8 +215,8 @@ def test_the_books_begin_with_the_balance_and_show_every_entry() -> None:
     assert lines[-1] == "Next: slm status demo-1"
 
 
-def test_the_books_as_json_are_in_dollars() -> None:
-    facts = render.plain(render.ledger_facts(BOOKS))
+def test_the_ledger_as_json_is_in_dollars() -> None:
+    facts = render.plain(render.ledger_facts(LEDGER))
     assert (facts["cap_usd"], facts["spent_usd"], facts["held_usd"], facts["free_usd"]) == (100, 2, 0.5, 97.5)
     assert facts["entries"][1]["spent_usd"] == 2.0
     assert facts["entries"][1]["stage"] == facts["leases"][0]["stage"] == "pretrain"

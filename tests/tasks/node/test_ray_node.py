@@ -26,14 +26,14 @@ def nodes() -> Iterator[Nodes]:
         yield nodes
 
 
-def last_step(nodes: Nodes, epoch: int) -> int:
+def last_step(nodes: Nodes, incarnation: int) -> int:
     """The newest step that a group of workers has recorded."""
-    return max(int(row["step"]) for row in steps_of(nodes, epoch))
+    return max(int(row["step"]) for row in steps_of(nodes, incarnation))
 
 
-def steps_of(nodes: Nodes, epoch: int) -> list[dict[str, Any]]:
+def steps_of(nodes: Nodes, incarnation: int) -> list[dict[str, Any]]:
     """What it has recorded of each step."""
-    keys = nodes.store.list(f"metrics/epoch={epoch}/")
+    keys = nodes.store.list(f"metrics/incarnation={incarnation}/")
     return [json.loads(line) for key in keys for line in nodes.store.read(key).splitlines()]
 
 
@@ -53,17 +53,17 @@ def test_a_lease_trains_on_through_loss_growth_and_notice(nodes: Nodes) -> None:
 
     nodes.kill(1)
     nodes.wait("the worker that is left trains", lambda: nodes.trains(1), CHANGE_SECONDS)
-    after_loss = nodes.progress()["epoch"]
-    assert nodes.epochs()[after_loss]["parent"]["step"] == nodes.checkpoints()[0][1]
+    after_loss = nodes.progress()["incarnation"]
+    assert nodes.incarnations()[after_loss]["parent"]["step"] == nodes.checkpoints()[0][1]
 
     nodes.start(1)
     nodes.wait("two workers train again", lambda: nodes.trains(2), START_SECONDS)
-    grown = nodes.progress()["epoch"]
-    assert nodes.epochs()[grown]["parent"] == {"epoch": after_loss, "step": last_step(nodes, after_loss)}
+    grown = nodes.progress()["incarnation"]
+    assert nodes.incarnations()[grown]["parent"] == {"incarnation": after_loss, "step": last_step(nodes, after_loss)}
 
     nodes.notice(1, seconds=9.0)
     nodes.wait("the drained node is left", lambda: nodes.trains(1, grown), CHANGE_SECONDS)
-    assert nodes.epochs()[grown + 1]["parent"] == {"epoch": grown, "step": last_step(nodes, grown)}
+    assert nodes.incarnations()[grown + 1]["parent"] == {"incarnation": grown, "step": last_step(nodes, grown)}
     nodes.wait("the drained node ends by itself", lambda: nodes.processes[1].poll() is not None, CHANGE_SECONDS)
     assert nodes.processes[1].returncode == 0
     assert not nodes.family(1)
@@ -89,18 +89,18 @@ def test_three_nodes_shrink_to_two_grow_back_and_lose_no_step_to_a_sigterm() -> 
 
         nodes.kill(2)
         nodes.wait("the two that are left train", lambda: nodes.trains(2), CHANGE_SECONDS)
-        shrunk = nodes.progress()["epoch"]
+        shrunk = nodes.progress()["incarnation"]
         nodes.start(2)
         nodes.wait("three workers train again", lambda: nodes.trains(3, shrunk), START_SECONDS)
-        grown = nodes.progress()["epoch"]
-        assert nodes.epochs()[grown]["parent"] == {"epoch": shrunk, "step": last_step(nodes, shrunk)}
+        grown = nodes.progress()["incarnation"]
+        assert nodes.incarnations()[grown]["parent"] == {"incarnation": shrunk, "step": last_step(nodes, shrunk)}
 
         nodes.terminate(1)  # what a platform without a notice of its own does
         nodes.wait("the node is left", lambda: nodes.trains(2, grown), CHANGE_SECONDS)
-        assert nodes.epochs()[grown + 1]["parent"] == {"epoch": grown, "step": last_step(nodes, grown)}
+        assert nodes.incarnations()[grown + 1]["parent"] == {"incarnation": grown, "step": last_step(nodes, grown)}
         nodes.wait("the node ends by itself", lambda: nodes.processes[1].poll() is not None, CHANGE_SECONDS)
         assert nodes.processes[1].returncode == 0
-        rows = [row for epoch in range(grown + 2) for row in steps_of(nodes, epoch)]
+        rows = [row for incarnation in range(grown + 2) for row in steps_of(nodes, incarnation)]
         assert {row["tokens"] for row in rows} == {32 * 128}
         assert not nodes.store.list("failures/")
 
@@ -146,7 +146,7 @@ def test_two_leases_on_one_machine_do_not_touch_each_other() -> None:
 
         step = other.progress()["step"]
         other.wait("the other lease goes on", lambda: other.progress()["step"] > step, CHANGE_SECONDS)
-        assert other.progress()["epoch"] == 0
+        assert other.progress()["incarnation"] == 0
         other.terminate(0)
         other.wait("SIGTERM ends it", lambda: other.processes[0].poll() is not None, CHANGE_SECONDS)
         assert other.processes[0].returncode == 40

@@ -1,4 +1,4 @@
-"""When a cluster is given up: decided from what workers and epochs recorded."""
+"""When a cluster is given up: decided from what workers and incarnations recorded."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_a_repeated_failure_ends_the_run(keeper: Keeper, store: Store) -> None:
 
 
 def test_groups_that_never_get_further_end_the_run(keeper: Keeper, store: Store) -> None:
-    store.write("epochs/0.json", json.dumps({"parent": None}).encode())
+    store.write("incarnations/0.json", json.dumps({"parent": None}).encode())
     for _ in range(elastic.MAX_RESTARTS_WITHOUT_PROGRESS):
         keeper.before_controller_execute_failure_decision(None)
-    store.write("epochs/1.json", json.dumps({"parent": {"epoch": 0, "step": 8}}).encode())
+    store.write("incarnations/1.json", json.dumps({"parent": {"incarnation": 0, "step": 8}}).encode())
     for _ in range(elastic.MAX_RESTARTS_WITHOUT_PROGRESS):
         keeper.before_controller_execute_failure_decision(None)
     with pytest.raises(GaveUp, match="7 groups in a row failed without a new checkpoint"):

@@ -180,11 +180,11 @@ def test_the_same_bug_has_the_same_fingerprint_whatever_its_numbers() -> None:
 def test_failures_are_recorded_under_free_numbers(tmp_path: Path, store: Store) -> None:
     (tmp_path / "node").mkdir()
     env = NodeEnv.from_environ(environ(tmp_path))
-    store.write("epochs/3.json", b"{}")
+    store.write("incarnations/3.json", b"{}")
     record_failure(store, env, raised("loss 1"), step=7)
     record_failure(store, env, UserError("a whole sentence\nin two lines"), step=8)
     first, second = (json.loads(store.read(f"failures/{number:04d}.json")) for number in (0, 1))
-    assert (first["step"], first["epoch"], first["lease_id"]) == (7, 3, "lease-1")
+    assert (first["step"], first["incarnation"], first["lease_id"]) == (7, 3, "lease-1")
     assert first["message"] == "ValueError: cannot use loss 1"
     assert "int_of" in first["traceback"]
     assert second["message"] == "a whole sentence\nin two lines"

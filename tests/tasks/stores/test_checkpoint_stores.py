@@ -61,7 +61,7 @@ def test_a_zombie_can_save_nothing_once_a_newer_group_has_begun(opened: Callable
     newer, counters = group(opened(), tensors)
     assert (counters.step, float(tensors["model/w"][0])) == (1, 1.0)
     zombie.save(state(-2.0), IDENTITY, Counters(step=2), durable=False)
-    with pytest.raises(Superseded, match="epoch 0 of this run was superseded by epoch 1"):
+    with pytest.raises(Superseded, match="incarnation 0 of this run was superseded by incarnation 1"):
         zombie.wait()
     assert Place(0, 2).prefix + MANIFEST not in opened().list("checkpoints/")
     newer.save(state(2.0), IDENTITY, Counters(step=2))
@@ -72,20 +72,20 @@ def test_what_a_zombie_was_already_writing_is_ignored(opened: Callable[[], Store
     old, _ = group(opened(), state(0.0))
     old.save(state(1.0), IDENTITY, Counters(step=1))
     group(opened(), state(0.0))
-    store, late = opened(), Place(0, 2)  # it had looked for a newer epoch just before there was one
+    store, late = opened(), Place(0, 2)  # it had looked for a newer incarnation just before there was one
     part = write_part(store, late.prefix, "part-00000.bin", bytes(4000))
     manifest = replace(read_manifest(store, Place(0, 1)), step=2, parts=(part,))
     store.write(late.prefix + MANIFEST, manifest.to_bytes())
-    store.write("checkpoints/epoch=0/newest.json", json.dumps({"step": 2}).encode())
+    store.write("checkpoints/incarnation=0/newest.json", json.dumps({"step": 2}).encode())
     tensors = state(0.0)
     _, counters = group(opened(), tensors)
     assert (counters.step, float(tensors["model/w"][0])) == (1, 1.0)
-    assert json.loads(store.read("epochs/2.json"))["parent"] == {"epoch": 0, "step": 1}
+    assert json.loads(store.read("incarnations/2.json"))["parent"] == {"incarnation": 0, "step": 1}
 
 
-def test_two_groups_that_begin_at_once_get_two_epochs(opened: Callable[[], Store]) -> None:
+def test_two_groups_that_begin_at_once_get_two_incarnations(opened: Callable[[], Store]) -> None:
     groups = [group(opened(), state(0.0))[0] for _ in range(3)]
-    assert [each.epoch for each in groups] == [0, 1, 2]
+    assert [each.incarnation for each in groups] == [0, 1, 2]
 
 
 def test_a_damaged_part_is_passed_over_for_the_one_before(opened: Callable[[], Store]) -> None:
@@ -98,8 +98,8 @@ def test_a_damaged_part_is_passed_over_for_the_one_before(opened: Callable[[], S
     tensors = state(0.0)
     _, counters = group(opened(), tensors)
     assert (counters.step, float(tensors["model/w"][0])) == (1, 1.0)
-    (said,) = json.loads(store.read("epochs/1.json"))["skipped"]
-    assert said.startswith("step 2 of epoch 0: part part-00000.bin has ")
+    (said,) = json.loads(store.read("incarnations/1.json"))["skipped"]
+    assert said.startswith("step 2 of incarnation 0: part part-00000.bin has ")
 
 
 def test_a_manifest_says_what_a_reader_wants_to_know(opened: Callable[[], Store]) -> None:

@@ -112,15 +112,15 @@ def nth(fault: str, *numbers: int, method: str = "PUT") -> Any:
 def test_a_create_whose_reply_is_lost_still_says_true_to_its_maker(proxy: FaultProxy) -> None:
     store = s3(proxy.url)
     proxy.decide = nth("lost", 0)
-    assert store.create("epochs/0.json", b"x")
+    assert store.create("incarnations/0.json", b"x")
     assert proxy.met == {"lost": 1}
-    assert not store.create("epochs/0.json", b"x")  # the same content by another caller
+    assert not store.create("incarnations/0.json", b"x")  # the same content by another caller
 
 
 def test_a_create_whose_every_reply_is_lost_still_says_true_to_its_maker(proxy: FaultProxy) -> None:
     store = s3(proxy.url, patience=replace(QUICK, attempts=3))
     proxy.decide = nth("lost", *range(100))
-    assert store.create("epochs/0.json", b"x")
+    assert store.create("incarnations/0.json", b"x")
 
 
 def test_a_create_that_comes_late_says_false(proxy: FaultProxy) -> None:
@@ -131,12 +131,12 @@ def test_a_create_that_comes_late_says_false(proxy: FaultProxy) -> None:
         if asked.method != "PUT" or proxy.met:
             return None
         proxy.met["another was first"] = 1
-        assert other.create("epochs/0.json", b"theirs")
+        assert other.create("incarnations/0.json", b"theirs")
         return "error"
 
     proxy.decide = decide
-    assert not store.create("epochs/0.json", b"mine")
-    assert store.read("epochs/0.json") == b"theirs"
+    assert not store.create("incarnations/0.json", b"mine")
+    assert store.read("incarnations/0.json") == b"theirs"
 
 
 def test_a_reply_that_comes_too_late_is_asked_for_again(proxy: FaultProxy) -> None:

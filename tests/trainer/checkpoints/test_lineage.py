@@ -11,13 +11,13 @@ import pytest
 from cost.errors import SlmError
 from trainer.checkpoints.lineage import (
     Damaged,
-    EpochStart,
+    IncarnationStart,
     Manifest,
     Place,
     Superseded,
-    begin_epoch,
+    begin_incarnation,
     checkpoints_of_chain,
-    newest_epoch,
+    newest_incarnation,
     prune,
     publish,
     read_manifest,
@@ -33,19 +33,19 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store")
 
 
-def begin(store: Store, epoch: int, parent: tuple[int, int] | None) -> bool:
+def begin(store: Store, incarnation: int, parent: tuple[int, int] | None) -> bool:
     place = None if parent is None else Place(*parent)
-    return begin_epoch(store, EpochStart(epoch, place, "lease-0", 2, "2026-11-23T00:00:00+00:00"))
+    return begin_incarnation(store, IncarnationStart(incarnation, place, "lease-0", 2, "2026-11-23T00:00:00+00:00"))
 
 
-def save(store: Store, epoch: int, step: int, *, manifest: bool = True) -> Place:
-    place = Place(epoch, step)
+def save(store: Store, incarnation: int, step: int, *, manifest: bool = True) -> Place:
+    place = Place(incarnation, step)
     parts = (
         write_part(store, place.prefix, "part-00000.bin", b"m" * 10),
-        write_part(store, place.prefix, "part-00001.bin", f"{epoch} {step}".encode()),
+        write_part(store, place.prefix, "part-00001.bin", f"{incarnation} {step}".encode()),
     )
     if manifest:
-        store.write(place.prefix + MANIFEST, Manifest(epoch, step, 2, parts, {"t": {}}, {"a": 1}).to_bytes())
+        store.write(place.prefix + MANIFEST, Manifest(incarnation, step, 2, parts, {"t": {}}, {"a": 1}).to_bytes())
     return place
 
 
@@ -58,15 +58,15 @@ def chain(store: Store) -> list[tuple[int, int]]:
     return [tuple(place) for place in checkpoints_of_chain(store)]
 
 
-def test_an_epoch_records_its_parent_once(store: DirectoryStore) -> None:
-    assert newest_epoch(store) == -1
+def test_an_incarnation_records_its_parent_once(store: DirectoryStore) -> None:
+    assert newest_incarnation(store) == -1
     assert begin(store, 0, None)
     assert not begin(store, 0, (9, 9))
     assert begin(store, 1, (0, 40))
-    assert newest_epoch(store) == 1
-    assert json.loads(store.read("epochs/1.json")) == {
-        "epoch": 1,
-        "parent": {"epoch": 0, "step": 40},
+    assert newest_incarnation(store) == 1
+    assert json.loads(store.read("incarnations/1.json")) == {
+        "incarnation": 1,
+        "parent": {"incarnation": 0, "step": 40},
         "lease_id": "lease-0",
         "world_size": 2,
         "started_at": "2026-11-23T00:00:00+00:00",
@@ -74,13 +74,13 @@ def test_an_epoch_records_its_parent_once(store: DirectoryStore) -> None:
     }
 
 
-def test_epochs_are_ordered_as_numbers(store: DirectoryStore) -> None:
-    for epoch in range(11):
-        begin(store, epoch, None)
-    assert newest_epoch(store) == 10
+def test_incarnations_are_ordered_as_numbers(store: DirectoryStore) -> None:
+    for incarnation in range(11):
+        begin(store, incarnation, None)
+    assert newest_incarnation(store) == 10
 
 
-def test_a_run_without_epochs_has_no_checkpoint(store: DirectoryStore) -> None:
+def test_a_run_without_incarnations_has_no_checkpoint(store: DirectoryStore) -> None:
     save(store, 0, 10)
     assert chain(store) == []
 
@@ -99,7 +99,7 @@ def test_what_a_zombie_adds_beyond_the_parent_is_ignored(store: DirectoryStore) 
     begin(store, 0, None)
     save(store, 0, 10)
     begin(store, 1, (0, 10))
-    save(store, 0, 20)  # epoch 0 is not dead yet
+    save(store, 0, 20)  # incarnation 0 is not dead yet
     assert chain(store) == [(0, 10)]
     save(store, 1, 15)
     save(store, 0, 30)
@@ -108,12 +108,12 @@ def test_what_a_zombie_adds_beyond_the_parent_is_ignored(store: DirectoryStore) 
     assert chain(store) == [(1, 15), (0, 10)]
 
 
-def test_an_epoch_off_the_chain_is_ignored(store: DirectoryStore) -> None:
+def test_an_incarnation_off_the_chain_is_ignored(store: DirectoryStore) -> None:
     begin(store, 0, None)
     save(store, 0, 10)
     begin(store, 1, (0, 10))
     save(store, 1, 20)
-    begin(store, 2, (0, 10))  # it looked before epoch 1 had saved
+    begin(store, 2, (0, 10))  # it looked before incarnation 1 had saved
     save(store, 2, 12)
     assert chain(store) == [(2, 12), (0, 10)]
 
@@ -125,11 +125,11 @@ def test_without_its_manifest_a_checkpoint_does_not_exist(store: DirectoryStore)
     assert chain(store) == [(0, 10)]
 
 
-def test_a_lost_epoch_record_is_said(store: DirectoryStore) -> None:
+def test_a_lost_incarnation_record_is_said(store: DirectoryStore) -> None:
     begin(store, 0, None)
     begin(store, 1, (0, 10))
-    store.delete("epochs/0.json")
-    with pytest.raises(SlmError, match=r"epochs/0.json in file://.* cannot be read .*bring that file back"):
+    store.delete("incarnations/0.json")
+    with pytest.raises(SlmError, match=r"incarnations/0.json in file://.* cannot be read .*bring that file back"):
         checkpoints_of_chain(store)
 
 
@@ -191,11 +191,13 @@ def test_a_missing_manifest_and_one_of_another_version_are_damage(store: Directo
         Manifest.from_bytes(b'{"version": 1, "parts": []}')
 
 
-def test_an_older_epoch_learns_that_it_was_superseded(store: DirectoryStore) -> None:
+def test_an_older_incarnation_learns_that_it_was_superseded(store: DirectoryStore) -> None:
     begin(store, 0, None)
     require_newest(store, 0)
     begin(store, 1, None)
-    with pytest.raises(Superseded, match="epoch 0 of this run was superseded by epoch 1; this process stops"):
+    with pytest.raises(
+        Superseded, match="incarnation 0 of this run was superseded by incarnation 1; this process stops"
+    ):
         require_newest(store, 0)
 
 
@@ -207,7 +209,7 @@ def saved(store: Store) -> list[tuple[int, int]]:
     return sorted(tuple(int(part.split("=")[1]) for part in key.split("/")[1:]) for key in keys)
 
 
-def test_the_newest_of_the_chain_are_kept_over_epochs(store: DirectoryStore) -> None:
+def test_the_newest_of_the_chain_are_kept_over_incarnations(store: DirectoryStore) -> None:
     begin(store, 0, None)
     for step in (10, 20, 30):
         save(store, 0, step)
@@ -238,7 +240,7 @@ def test_parts_of_saves_that_died_are_deleted(store: DirectoryStore) -> None:
     assert saved(store) == [(0, 10), (1, 30)]
 
 
-def test_a_superseded_epoch_deletes_nothing(store: DirectoryStore) -> None:
+def test_a_superseded_incarnation_deletes_nothing(store: DirectoryStore) -> None:
     begin(store, 0, None)
     save(store, 0, 10)
     begin(store, 1, (0, 10))
@@ -271,12 +273,12 @@ class ListsLate(DirectoryStore):
         return [key for key in self.frozen if key.startswith(prefix)]
 
 
-def published(store: Store, epoch: int, step: int) -> None:
-    save(store, epoch, step, manifest=False)
-    publish(store, Manifest(epoch, step, 2, (), {}, {}))
+def published(store: Store, incarnation: int, step: int) -> None:
+    save(store, incarnation, step, manifest=False)
+    publish(store, Manifest(incarnation, step, 2, (), {}, {}))
 
 
-def test_a_list_that_lags_hides_neither_the_newest_epoch_nor_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_a_list_that_lags_hides_neither_the_newest_incarnation_nor_its_newest_checkpoint(tmp_path: Path) -> None:
     store = ListsLate(tmp_path)
     begin(store, 0, None)
     published(store, 0, 10)
@@ -285,7 +287,7 @@ def test_a_list_that_lags_hides_neither_the_newest_epoch_nor_its_newest_checkpoi
     assert chain(store) == [(0, 20), (0, 10)]
     begin(store, 1, (0, 20))
     begin(store, 2, (0, 20))
-    assert newest_epoch(store) == 2
+    assert newest_incarnation(store) == 2
     with pytest.raises(Superseded):
         publish(store, Manifest(1, 30, 2, (), {}, {}))
     assert chain(store) == [(0, 20), (0, 10)]
@@ -311,7 +313,7 @@ def test_the_way_back_ends_where_no_older_checkpoint_is_left(store: DirectorySto
     begin(store, 1, (0, 10))
     begin(store, 2, (1, 20))
     save(store, 2, 30)
-    store.delete("epochs/0.json")  # nobody looks so far back
+    store.delete("incarnations/0.json")  # nobody looks so far back
     assert chain(store) == [(2, 30)]
 
 

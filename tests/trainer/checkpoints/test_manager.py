@@ -63,8 +63,8 @@ def test_resumed_at_every_step_in_turn_it_is_still_the_same(
     for stop in range(1, tiny.num_steps + 1):
         result = run_single(tiny, tmp_path / "parts", stop_after=stop)
     assert result == whole
-    epoch = json.loads((tmp_path / "parts" / "epochs" / "5.json").read_text())
-    assert epoch["parent"] == {"epoch": 4, "step": 5}
+    incarnation = json.loads((tmp_path / "parts" / "incarnations" / "5.json").read_text())
+    assert incarnation["parent"] == {"incarnation": 4, "step": 5}
 
 
 def test_other_data_or_another_seed_ends_elsewhere(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def damaged_run(run_single: RunSingle, config: TrainConfig, folder: Path) -> tup
     """A run stopped at step 4 with checkpoints at 2 and 4; the keys of the newest."""
     run_single(replace(config, checkpoint_every_steps=2), folder, stop_after=4)
     store = DirectoryStore(folder)
-    return store, store.list("checkpoints/epoch=0/step=4/")
+    return store, store.list("checkpoints/incarnation=0/step=4/")
 
 
 def truncate(store: DirectoryStore, key: str) -> None:
@@ -229,13 +229,13 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
     damage(store, next(key for key in keys if key.endswith(part)))
     with caplog.at_level(logging.WARNING):
         assert run_single(tiny, store) == whole
-    epoch = json.loads(store.read("epochs/1.json"))
-    assert epoch["parent"] == {"epoch": 0, "step": 2}
+    incarnation = json.loads(store.read("incarnations/1.json"))
+    assert incarnation["parent"] == {"incarnation": 0, "step": 2}
     if part == MANIFEST and damage is DirectoryStore.delete:
-        assert epoch["skipped"] == []  # never was a checkpoint
+        assert incarnation["skipped"] == []  # never was a checkpoint
     else:
-        assert [said.split(":")[0] for said in epoch["skipped"]] == ["step 4 of epoch 0"]
-        assert "the checkpoint at step 4 of epoch 0 is damaged" in caplog.text
+        assert [said.split(":")[0] for said in incarnation["skipped"]] == ["step 4 of incarnation 0"]
+        assert "the checkpoint at step 4 of incarnation 0 is damaged" in caplog.text
         assert "trying the one before" in caplog.text
 
 
@@ -247,12 +247,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(
         if key.endswith("bin"):
             store.delete(key)
     message = (
-        r"no checkpoint of this run in file://\S+ is whole \(step 4 of epoch 0: part part-00000.bin is missing; "
-        r"step 2 of epoch 0: part part-00000.bin is missing\); bring the files back, or delete checkpoints/"
+        r"no checkpoint of this run in file://\S+ is whole \(step 4 of incarnation 0: part part-00000.bin is missing; "
+        r"step 2 of incarnation 0: part part-00000.bin is missing\); bring the files back, or delete checkpoints/"
     )
     with pytest.raises(SlmError, match=message):
         run_single(tiny, store)
-    assert store.list("epochs/") == ["epochs/0.json"]
+    assert store.list("incarnations/") == ["incarnations/0.json"]
 
 
 def test_what_a_zombie_saved_after_it_was_superseded_is_not_resumed_from(
@@ -262,13 +262,13 @@ def test_what_a_zombie_saved_after_it_was_superseded_is_not_resumed_from(
     run_single(tiny, tmp_path / "run", stop_after=2)
     run_single(tiny, tmp_path / "run", stop_after=3)
     store = DirectoryStore(tmp_path / "run")
-    for key in store.list("checkpoints/epoch=1/step=3/"):  # epoch 0 saves step 5, which holds other weights
+    for key in store.list("checkpoints/incarnation=1/step=3/"):  # incarnation 0 saves step 5, which holds other weights
         content = store.read(key)
         if key.endswith(MANIFEST):
-            content = replace(Manifest.from_bytes(content), epoch=0, step=5).to_bytes()
-        store.write(key.replace("epoch=1/step=3", "epoch=0/step=5"), content)
+            content = replace(Manifest.from_bytes(content), incarnation=0, step=5).to_bytes()
+        store.write(key.replace("incarnation=1/step=3", "incarnation=0/step=5"), content)
     assert run_single(tiny, store) == whole
-    assert json.loads(store.read("epochs/2.json"))["parent"] == {"epoch": 1, "step": 3}
+    assert json.loads(store.read("incarnations/2.json"))["parent"] == {"incarnation": 1, "step": 3}
 
 
 class LosesOneRace(DirectoryStore):
@@ -277,23 +277,23 @@ class LosesOneRace(DirectoryStore):
     lost = False
 
     def create(self, key: str, data: bytes) -> bool:
-        if key.startswith("epochs/") and not self.lost:
+        if key.startswith("incarnations/") and not self.lost:
             self.lost = True
             other = {**json.loads(data), "lease_id": "other"}
             assert super().create(key, json.dumps(other).encode())
         return super().create(key, data)
 
 
-def test_a_group_that_loses_the_race_for_an_epoch_takes_the_next(
+def test_a_group_that_loses_the_race_for_an_incarnation_takes_the_next(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
 ) -> None:
     whole = run_single(tiny, tmp_path / "whole")
     run_single(tiny, tmp_path / "run", stop_after=2)
     store = LosesOneRace(tmp_path / "run")
     assert run_single(tiny, store) == whole
-    epochs = [json.loads(store.read(f"epochs/{number}.json")) for number in range(3)]
-    assert [epoch["lease_id"] for epoch in epochs] == ["lease-0", "other", "lease-0"]
-    assert [epoch["parent"] for epoch in epochs[1:]] == [{"epoch": 0, "step": 2}] * 2
+    incarnations = [json.loads(store.read(f"incarnations/{number}.json")) for number in range(3)]
+    assert [incarnation["lease_id"] for incarnation in incarnations] == ["lease-0", "other", "lease-0"]
+    assert [incarnation["parent"] for incarnation in incarnations[1:]] == [{"incarnation": 0, "step": 2}] * 2
 
 
 # --- another run, a full disk ---
@@ -344,7 +344,7 @@ def test_a_disk_full_at_the_store_is_said_and_the_older_checkpoint_is_intact(
             return Signal()
 
     message = (
-        r"cannot write checkpoints/epoch=1/step=4/part-00000.bin in the run store \S+/run: File too large; "
+        r"cannot write checkpoints/incarnation=1/step=4/part-00000.bin in the run store \S+/run: File too large; "
         "make it a folder that this user may write to"
     )
     try:
@@ -395,7 +395,7 @@ def test_training_goes_on_while_a_checkpoint_is_stored_and_it_is_what_the_state_
         for key in store.list(place.prefix):
             store.delete(key)
     assert run_single(tiny, DirectoryStore(store.root)) == whole
-    assert json.loads(store.read("epochs/1.json"))["parent"] == {"epoch": 0, "step": 1}
+    assert json.loads(store.read("incarnations/1.json"))["parent"] == {"incarnation": 0, "step": 1}
 
 
 def test_a_save_that_somebody_asked_for_is_stored_before_the_next_step(

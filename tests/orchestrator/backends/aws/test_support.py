@@ -25,7 +25,7 @@ from orchestrator.backends.provider_account import ProviderRefused, RefusalReaso
 from orchestrator.backends.registry import every_backend
 from orchestrator.settings import Home
 from orchestrator.upkeep.inventory import Outcome, Verdict, reconcile
-from tests.orchestrator.upkeep.test_inventory import a_run, in_the_books
+from tests.orchestrator.upkeep.test_inventory import a_run, in_the_ledger
 from tests.support.aws_cloud import ACCOUNT, LEASE, MACHINE, ZONE, AwsCloud, aws_cloud
 from tests.support.backend_contract import OFFER, lease_of
 from tests.support.moto_cloud import REGION
@@ -315,7 +315,7 @@ def cli_ends_with(code: int, *arguments: str) -> None:
 def test_a_lease_is_known_by_its_label_which_is_not_its_whole_name(aws: AwsCloud, home: Home) -> None:
     run_id = a_run(home)
     lease_id = f"slm-{home.owner_id()}-{run_id}.5B-1"
-    in_the_books(home, run_id, lease_id)
+    in_the_ledger(home, run_id, lease_id)
     living = aws.start(tags={"slm-lease": label_of(lease_id)})
     account = AwsInstances(an_account(), known_leases=lambda: [lease_id])
     found = reconcile(home, [account], now_ms=lambda *_: 0)

@@ -1,4 +1,4 @@
-"""The spot market's schedule and books, without processes."""
+"""The spot market's schedule and ledger, without processes."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_wrong_trace_is_explained(tmp_path: Path, name: str, text: str, messag
         load(f"trace:{tmp_path / name}", seed=0, time_scale=1.0)
 
 
-# -- books -----------------------------------------------------------------------------------------
+# -- ledger -----------------------------------------------------------------------------------------
 
 
 def node(name: str = "a", **changes: object) -> Node:
