@@ -9,7 +9,7 @@ export SLM_REFRESH := never
 DEMO_HOME ?= $(CURDIR)/.demo
 LOCAL := env -u AWS_PROFILE -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY -u GOOGLE_APPLICATION_CREDENTIALS
 
-.PHONY: setup lint test demo e2e lab prove bench gpu lock clean
+.PHONY: setup lint test demo e2e lab lab-short prove bench gpu lock clean
 
 setup: $(STAMP)
 
@@ -38,7 +38,7 @@ demo: $(STAMP)
 e2e: $(STAMP)
 	$(BIN)/python -m pytest -m e2e tests/e2e --ignore=tests/e2e/cloudlab
 	$(BIN)/python bench/prove_demo.py
-	$(BIN)/python bench/prove_budget.py
+	$(BIN)/python bench/prove_budget.py --steps 300 --share 0.5
 	$(BIN)/python bench/prove_kills.py --kills 2
 	$(BIN)/python bench/prove_cap_local.py --minutes 1
 	$(BIN)/python bench/prove_recover.py --steps 150
@@ -51,6 +51,10 @@ e2e: $(STAMP)
 # SkyPilot's clusters on a real Slurm in network namespaces: Debian 12, root, 22 minutes; skipped with the reason elsewhere.
 lab: $(STAMP)
 	$(BIN)/python -m pytest -m e2e tests/e2e/cloudlab
+
+# The scenarios of it that `.ci/run` plays: a node that vanishes, a preemption, no supervisor, the cap.
+lab-short: $(STAMP)
+	$(BIN)/python -m pytest -m "e2e and short" tests/e2e/cloudlab
 
 prove: $(STAMP)
 	$(BIN)/python -m pytest -m e2e tests/e2e

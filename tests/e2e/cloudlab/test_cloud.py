@@ -53,6 +53,7 @@ def test_two_nodes_train_as_one_group_and_the_ledger_covers_the_bill(lab: Lab, u
     assert len({user.bucket.json(key)["node_ip"] for key in keys}) == 2
 
 
+@pytest.mark.short
 def test_a_vanished_node_is_noticed_and_the_run_goes_on_elsewhere(lab: Lab, user: User) -> None:
     before = len(lab.ended_jobs())
     supervisor = user.launch("training.num_steps=1500")
@@ -67,6 +68,7 @@ def test_a_vanished_node_is_noticed_and_the_run_goes_on_elsewhere(lab: Lab, user
     assert 0 < saved < 1500
 
 
+@pytest.mark.short
 def test_a_preempted_run_goes_on_and_its_zombie_is_met_by_nobody(lab: Lab, user: User) -> None:
     before = len(lab.ended_jobs())
     supervisor = user.launch("training.num_steps=1500", "cloud.lease_seconds=240")
@@ -84,6 +86,7 @@ def test_a_preempted_run_goes_on_and_its_zombie_is_met_by_nobody(lab: Lab, user:
     assert user.checkpoints_of(1)[-1] == 1500
 
 
+@pytest.mark.short
 def test_at_the_cap_a_run_saves_ends_its_nodes_and_has_spent_no_more(lab: Lab, user: User) -> None:
     before = len(lab.ended_jobs())
     length = ("training.num_steps=1000000", "cloud.ttl_seconds=150")
@@ -97,6 +100,7 @@ def test_at_the_cap_a_run_saves_ends_its_nodes_and_has_spent_no_more(lab: Lab, u
     assert 0 < user.checkpoints()[-1] == user.step()
 
 
+@pytest.mark.short
 def test_without_a_supervisor_nodes_end_by_the_guard_and_without_both_by_the_provider(lab: Lab, user: User) -> None:
     before = len(lab.ended_jobs())
     supervisor = user.launch("training.num_steps=2500", "cloud.lease_seconds=30", "cloud.ttl_seconds=180")
