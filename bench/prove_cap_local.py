@@ -1,4 +1,4 @@
-"""The cap on this machine: SIGKILL and SIGSTOP of supervisor, guard, fuse, raylet and trainer in random order.
+"""The cap on this machine: SIGKILL and SIGSTOP of supervisor, guard, watchdog, raylet and trainer in random order.
 
 `python bench/prove_cap_local.py --minutes 10 --seed S [--json]` trains the demo's model on two local nodes.
 What was stopped goes on after a while, or never. A supervisor that died is replaced by running the same command again;
@@ -27,7 +27,7 @@ from prove_kills import COMMAND, GRANT_SECONDS, check_ledger
 
 from tasks.run_store_keys import PROGRESS
 
-TARGETS = ("supervisor", "guard", "fuse", "raylet", "trainer")
+TARGETS = ("supervisor", "guard", "watchdog", "raylet", "trainer")
 LAUNCH = (*COMMAND, "--nodes", "2")
 FIRST_STEP_SECONDS = 240.0
 PAUSE_SECONDS = (1.0, 8.0)
@@ -123,7 +123,7 @@ class Storm:
         self.supervisor.wait()
 
     def node_processes(self) -> int:
-        return sum(kind_of(process) in ("guard", "fuse", "raylet", "trainer") for process in self.proof.processes())
+        return sum(kind_of(process) in ("guard", "watchdog", "raylet", "trainer") for process in self.proof.processes())
 
 
 def kind_of(process: psutil.Process) -> str:
@@ -136,8 +136,8 @@ def kind_of(process: psutil.Process) -> str:
     program = Path(line[0]).name if line else ""
     if state == psutil.STATUS_ZOMBIE:
         return ""
-    if any(part.endswith("guard.py") for part in line):
-        return "fuse" if "fuse" in line else "guard"
+    if any(part.endswith("guard.pyz") for part in line):
+        return "watchdog" if "watchdog" in line else "guard"
     if program == "raylet":
         return "raylet"
     return "trainer" if program.startswith("ray::RayTrainWorker") else ""

@@ -121,7 +121,7 @@ def is_target(process: psutil.Process, target: str) -> bool:
         return False
     program = Path(line[0]).name if line else ""
     if target == "guard":
-        return any(part.endswith("guard.py") for part in line) and "fuse" not in line
+        return any(part.endswith("guard.pyz") for part in line) and "watchdog" not in line
     if target == "head":
         return program == "gcs_server" or (program == "raylet" and rank == "0")
     return program.startswith("ray::RayTrainWorker")

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
@@ -26,7 +27,8 @@ TORCH_FREE = (
     "tasks.stages.registry",
     "tasks.stages.manifest",
     "tasks.stores.opening",
-    "tasks.guard",
+    "tasks.guard.decision",
+    "tasks.node.guard_archive",
     "tasks.own_module",
     "trainer.config",
     "trainer.run_store.base",
@@ -34,6 +36,7 @@ TORCH_FREE = (
 )
 TRAINER_NEEDS = {"torch", "lightning", "numpy"}
 OLDEST_PYTHON_OF_A_NODE = (3, 8)
+GUARD = ROOT / "tasks" / "guard"
 
 
 def python(code: str) -> str:
@@ -62,15 +65,20 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """Full names of all modules that a file imports, inside functions too."""
+    """Full names of all modules that a file imports, inside functions too.
+
+    Only the guard may import relatively, within its own folder: it is shipped under another name.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            module = node.module or ""
+            if node.level:
+                assert path.parent == GUARD and node.level == 1, f"{path}: relative import"
+                module = f"tasks.guard.{module}".rstrip(".")
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def own_file(module: str) -> Path | None:
@@ -110,6 +118,8 @@ def test_the_import_contracts_are_kept() -> None:
         ("tasks/recipe/schema.py", "import orchestrator.settings"),
         ("tasks/recipe/schema.py", "def f():\n    import torch"),
         ("orchestrator/settings.py", "import numpy"),
+        ("tasks/guard/timer.py", "import tasks.node.processes"),
+        ("tasks/guard/timer.py", "def f():\n    import cost.errors"),
     ],
 )
 def test_a_broken_import_rule_is_noticed(tmp_path: Path, file: str, line: str) -> None:
@@ -164,18 +174,28 @@ def test_no_other_distribution_owns_our_names(package: str) -> None:
     assert spec.origin == str(ROOT / package / "__init__.py")
 
 
-def test_the_guard_is_one_file_for_any_python_from_3_8() -> None:
-    path = ROOT / "tasks" / "guard.py"
-    ast.parse(path.read_text(encoding="utf-8"), feature_version=OLDEST_PYTHON_OF_A_NODE)
-    tops = {module.partition(".")[0] for module in imported_modules(path)}
+@pytest.mark.parametrize("path", sorted(GUARD.rglob("*.py")), ids=lambda path: path.stem)
+def test_the_guard_is_for_any_python_from_3_8_and_imports_nothing_but_the_standard_library(path: Path) -> None:
+    assert path.parent == GUARD, "the archive holds one folder"
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=OLDEST_PYTHON_OF_A_NODE)
+    relative = {node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    beside = {
+        name for node in relative for name in ([node.module] if node.module else [one.name for one in node.names])
+    }
+    assert all((GUARD / f"{name}.py").is_file() for name in beside)
+    tops = {module.partition(".")[0] for module in imported_modules(path) if not module.startswith("tasks.guard")}
     newer = {"tomllib", "zoneinfo", "graphlib"}
     assert tops <= set(sys.stdlib_module_names) - newer
 
 
-def test_the_guard_runs_without_anything_installed() -> None:
-    command = [sys.executable, "-I", "-S", str(ROOT / "tasks" / "guard.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_guard_s_import_contract_forbids_everything_else_of_ours() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (contract,) = [contract for contract in contracts if contract.get("source_modules") == ["tasks.guard"]]
+    siblings = {f"tasks.{path.parent.name}" for path in (ROOT / "tasks").glob("*/__init__.py")}
+    siblings |= {f"tasks.{path.stem}" for path in (ROOT / "tasks").glob("[a-z]*.py")}
+    assert set(contract["forbidden_modules"]) == (siblings | set(PACKAGES)) - {"tasks", "tasks.guard"}
 
 
 def test_the_trainer_needs_only_torch_lightning_and_numpy() -> None:

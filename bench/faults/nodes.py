@@ -11,7 +11,7 @@ from cost.ledger.leases import Lease
 from faults.storage import MemoryStore
 from faults.world import World
 from tasks import run_store_keys as keys
-from tasks.guard import KILL, TERMINATE, State, decide, issue, parse_answer
+from tasks.guard.decision import END_NODE, STOP_COMMAND, State, decide, issue, parse_answer
 from trainer.run_store.base import StoreKeyMissing
 
 CONTACT_SECONDS = 60.0
@@ -45,7 +45,7 @@ class Node:
     cut: bool = False
     ttl_works: bool = True
     late_seconds: float = 0.0
-    """How much longer than kappa its killers take: broken on purpose."""
+    """How much longer than kappa its terminators take: broken on purpose."""
     is_stray: bool = False
     """Created after its lease was settled: broken on purpose."""
     hung_unarmed: bool = False
@@ -113,9 +113,9 @@ class Node:
         before = self.guard
         answer = parse_answer(data) if data is not None else None
         self.guard, action = decide(before, self._boottime() + 1e-6, answer)
-        if action == TERMINATE:
+        if action == STOP_COMMAND:
             self.stopped = True
-        if action == KILL:
+        if action == END_NODE:
             self.world.after(GUARD_KILL_SECONDS, lambda: self.end(self) if self.alive else None)
         elif self.guard.deadline != before.deadline:
             self._guard_wakes_at_deadline()
@@ -132,7 +132,7 @@ class Node:
         self.world.after(CONTACT_SECONDS, self._contact)
 
     def lose_guard(self) -> None:
-        """The guard is killed; its fuse starts it again with what it had saved: deadline, epoch, number."""
+        """The guard is killed; its watchdog starts it again with what it had saved: deadline, fencing token, number."""
         if self.guard is not None:
             self.guard = replace(self.guard, issued=())
 

@@ -148,7 +148,7 @@ class Grants:
             if duration <= 0:
                 continue
             grant = {
-                "epoch": self._ledger.fencing_token,
+                "fencing_token": self._ledger.fencing_token,
                 "number": number,
                 "duration_seconds": duration,
                 "at_ms": self._clock.now_ms(),  # for `heard_ms`: another machine knows by it how late it was

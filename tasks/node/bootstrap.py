@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -33,6 +33,8 @@ PACKAGES = ("boto3", "lightning", "numpy", "psutil", "pyarrow", "pydantic", "pyy
 FLASH = "flash-attn-4"
 PYTHON = ">=3.11,<3.14"
 LOCK_FILE = "constraints.txt"
+GUARD_ARCHIVE = "guard.pyz"
+"""As in tasks.node.guard_archive."""
 COMPLETE = ".complete"
 TICK_SECONDS = 0.5
 GUARD_START_SECONDS = 20.0
@@ -136,8 +138,8 @@ def node_environment(
 def guard_command(
     facts: Mapping[str, Any], environ: Mapping[str, str], node_dir: str, mark: str, folder: str
 ) -> list[str]:
-    """The guard's command line; a killer whose words this node cannot fill in is left out."""
-    words = [sys.executable, "-I", "-S", os.path.join(folder, "tasks", "guard.py")]
+    """The guard's command line; a terminator whose words this node cannot fill in is left out."""
+    words = [sys.executable, "-I", "-S", os.path.join(folder, GUARD_ARCHIVE)]
     options = {
         "--store": facts["store_uri"],
         "--lease": facts["lease_id"],
@@ -151,9 +153,9 @@ def guard_command(
         "--timer": facts.get("timer") or "",
     }
     words += [word for option, value in options.items() if value for word in (option, value)]
-    for killer in facts["kill"]:
+    for name in facts["terminators"]:
         with contextlib.suppress(KeyError):
-            words += ["--kill", killer.format_map(environ)]
+            words += ["--terminator", name.format_map(environ)]
     words += [word for source in facts["notice"] for word in ("--notice", source)]
     bootstrap = [sys.executable, "-I", "-u", os.path.join(folder, "tasks", "node", "bootstrap.py"), "bootstrap"]
     return [*words, "--", *bootstrap, "--facts", os.path.join(folder, "node.json")]
@@ -260,16 +262,14 @@ def bootstrap(facts_path: str) -> int:
 
 def send_log(folder: str, facts: Mapping[str, Any]) -> None:
     """Bring the node's log to the run store by the guard's own client, since there is no other yet."""
-    spec = importlib.util.spec_from_file_location("slm_guard", os.path.join(folder, "tasks", "guard.py"))
-    assert spec is not None and spec.loader is not None
-    guard = importlib.util.module_from_spec(spec)
-    sys.modules["slm_guard"] = guard
-    spec.loader.exec_module(guard)
+    sys.path.insert(0, os.path.join(folder, GUARD_ARCHIVE))
+    stores, aws = importlib.import_module("guard.stores"), importlib.import_module("guard.credentials")
     credentials = os.path.join(folder, facts["credentials"]) if facts.get("credentials") else ""
-    store = guard.S3Store(facts["store_uri"], guard.Aws(guard.Metadata(), credentials, facts.get("region") or ""))
+    identity = aws.Aws(aws.Metadata(), credentials, facts.get("region") or "")
+    store = stores.S3Store(facts["store_uri"], identity)
     key = NODE_LOG.format(lease_id=facts["lease_id"], rank=os.environ["SLM_RANK"])
     with open(os.path.join(os.environ["SLM_NODE_DIR"], "node.log"), "rb") as file:
-        store._call("PUT", key, file.read())
+        store.send("PUT", key, file.read())
 
 
 def cache_root() -> str:

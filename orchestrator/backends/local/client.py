@@ -13,7 +13,8 @@ from orchestrator.backends.base import BackendError, NoCapacity
 from orchestrator.backends.local.records import MarketBroken, State, load_state
 from orchestrator.backends.local.server import ADDRESS_FILE
 from orchestrator.backends.local.spawn import HOST, clean_environment
-from tasks import guard
+from tasks.guard.files import read_json
+from tasks.guard.processes import alive
 from tasks.own_module import own_module
 
 ANSWER_SECONDS = 5.0
@@ -60,8 +61,8 @@ class MarketClient:
 
     def _ask(self, name: str, request: dict[str, object]) -> dict[str, Any] | None:
         """The answer, or None when there is no market to ask."""
-        address = guard.read_json(str(self.folder / ADDRESS_FILE))
-        if not address or not guard.alive((address["pid"], address["start"])):
+        address = read_json(str(self.folder / ADDRESS_FILE))
+        if not address or not alive((address["pid"], address["start"])):
             return None
         timeout = END_ANSWER_SECONDS if name in ("start", "stop") else ANSWER_SECONDS
         connection = http.client.HTTPConnection(HOST, address["port"], timeout=timeout)

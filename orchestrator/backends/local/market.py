@@ -20,7 +20,9 @@ from cost.errors import SlmError
 from orchestrator.backends.local.records import BILL_FILE, EVENTS_FILE, Anchor, Journal, Node, load_state, save_state
 from orchestrator.backends.local.schedule import Moment, NodeView, Strike, load
 from orchestrator.backends.local.spawn import STOP_SECONDS, Order, free_port, short_folder, spawn, store_root
-from tasks import guard
+from tasks.guard.clock import boot_id, boottime
+from tasks.guard.files import read_json, recorded
+from tasks.guard.processes import Identity, alive, family, kill_family, send, start_time
 
 FAMILY_SECONDS = 5.0
 
@@ -36,7 +38,7 @@ class Refused(SlmError):
 class Cloud:
     """One run's nodes. Not thread-safe: the server holds a lock around every call."""
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = guard.boottime) -> None:
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = boottime) -> None:
         self.folder = folder
         self._clock = clock
         self._state = load_state(folder)
@@ -44,7 +46,7 @@ class Cloud:
         self._bill = Journal(folder / BILL_FILE)
         self._events = Journal(folder / EVENTS_FILE)
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._known: dict[str, set[guard.Identity]] = {}
+        self._known: dict[str, set[Identity]] = {}
         self._family_at: dict[str, float] = {}
         self._quiet: dict[str, int] = {}
         self._unsaved = False
@@ -145,19 +147,19 @@ class Cloud:
 
     def _ask_to_end(self, node: Node) -> bool:
         """SIGTERM to the node's command, once; False when it has ended. One not yet written down may just begin."""
-        command = guard.recorded(str(node.path("command.json")))
+        command = recorded(str(node.path("command.json")))
         if command is None:
             return True
-        if not guard.alive(command):
+        if not alive(command):
             return False
         if not node.told:
             node.told = self._unsaved = True
-            guard.send(command[0], signal.SIGTERM, group=True)
+            send(command[0], signal.SIGTERM, group=True)
         return True
 
     def _read_exit(self, node: Node) -> None:
         if node.exit_code is None:
-            code = guard.read_json(str(node.path("exit.json"))).get("exit_code")
+            code = read_json(str(node.path("exit.json"))).get("exit_code")
             if code is not None:
                 node.exit_code, self._unsaved = int(code), True
 
@@ -165,13 +167,13 @@ class Cloud:
         """Whether any process of the node is left; one of its two watchers is enough to know."""
         if now >= self._family_at.get(node.instance_id, 0.0):
             self._family_at[node.instance_id] = now + FAMILY_SECONDS
-            self._known[node.instance_id] = guard.family(node.instance_id, self._known.get(node.instance_id, ()))
+            self._known[node.instance_id] = family(node.instance_id, self._known.get(node.instance_id, ()))
         watchers = [
             node.guard,
-            *(guard.recorded(str(node.path(name))) for name in ("deadline.json", "fuse.json")),
+            *(recorded(str(node.path(name))) for name in ("deadline.json", "watchdog.json")),
         ]
-        return any(guard.alive(watcher) for watcher in watchers) or bool(
-            guard.family(node.instance_id, self._known[node.instance_id])
+        return any(alive(watcher) for watcher in watchers) or bool(
+            family(node.instance_id, self._known[node.instance_id])
         )
 
     def _strike(self) -> None:
@@ -207,7 +209,7 @@ class Cloud:
 
     def _kill(self, node: Node) -> None:
         """One pass; ended when two passes in a row found nobody."""
-        found = guard.kill_family(node.instance_id, self._known.get(node.instance_id, ()))
+        found = kill_family(node.instance_id, self._known.get(node.instance_id, ()))
         self._quiet[node.instance_id] = 0 if found else self._quiet.get(node.instance_id, 0) + 1
         if self._quiet[node.instance_id] < 2:
             return
@@ -229,10 +231,10 @@ class Cloud:
         if (order.market, order.seed) != (state.market, state.seed):
             state.market, state.seed, state.struck, state.outages = order.market, order.seed, [], {}
         if state.anchor is None:
-            state.anchor = Anchor(guard.boot_id(), boottime, 0.0, 0.0, order.time_scale)
+            state.anchor = Anchor(boot_id(), boottime, 0.0, 0.0, order.time_scale)
         elif state.anchor.scale != order.time_scale:
             now = self._now()
-            state.anchor = Anchor(guard.boot_id(), boottime, now.real, now.billed, order.time_scale)
+            state.anchor = Anchor(boot_id(), boottime, now.real, now.billed, order.time_scale)
         self._spot = spot
 
     def _check_capacity(self, order: Order, missing: Sequence[int], now: Moment) -> None:
@@ -278,7 +280,7 @@ class Cloud:
             self._end(node, "", "could not be started")
             raise Refused("error", f"the local cloud could not start a node: {error}") from error
         self._processes.append(process)
-        node.guard = (process.pid, guard.start_time(process.pid) or "")
+        node.guard = (process.pid, start_time(process.pid) or "")
         node.state = "alive"
         self._tell("start", node)
         self._save()
@@ -291,10 +293,10 @@ class Cloud:
         state, anchor = self._state, self._state.anchor
         if anchor is None:
             return
-        if anchor.boot_id != guard.boot_id():  # after a reboot nothing lives, and the clocks go on where they stood
+        if anchor.boot_id != boot_id():  # after a reboot nothing lives, and the clocks go on where they stood
             last = max((node.started for node in state.nodes), default=(anchor.real, anchor.billed))
             last = max(last, *(node.ended for node in state.nodes if node.ended), (anchor.real, anchor.billed))
-            state.anchor = Anchor(guard.boot_id(), self._clock(), last[0], last[1], anchor.scale)
+            state.anchor = Anchor(boot_id(), self._clock(), last[0], last[1], anchor.scale)
         try:
             self._spot = load(state.market, seed=state.seed, time_scale=anchor.scale)
         except SlmError as error:  # its trace is gone: the nodes are looked after all the same

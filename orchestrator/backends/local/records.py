@@ -16,7 +16,8 @@ from typing import Any
 
 from cost.errors import SlmError
 from orchestrator.backends.local.schedule import Moment
-from tasks import guard
+from tasks.guard import clock
+from tasks.guard.files import write_json
 
 STATE_FILE = "instances.json"
 BILL_FILE = "bill.jsonl"
@@ -133,7 +134,7 @@ def load_state(folder: Path) -> State:
 
 
 def save_state(folder: Path, state: State) -> None:
-    guard.write_json(str(folder / STATE_FILE), asdict(state))
+    write_json(str(folder / STATE_FILE), asdict(state))
 
 
 def _node(content: dict[str, Any]) -> Node:
@@ -181,7 +182,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def true_bill(folder: Path, *, boottime: float | None = None) -> Decimal:
     """Dollars that this cloud charges up to now: its own lines, which no ledger reads."""
     anchor = load_state(folder).anchor
-    now = anchor.at(guard.boottime() if boottime is None else boottime).billed if anchor else 0.0
+    now = anchor.at(clock.boottime() if boottime is None else boottime).billed if anchor else 0.0
     starts: dict[str, dict[str, Any]] = {}
     ends: dict[str, float] = {}
     for line in read_lines(folder / BILL_FILE):

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 from cost.errors import SlmError
 from orchestrator.backends.local.market import Cloud, Refused
 from orchestrator.backends.local.spawn import HOST, Order
-from tasks import guard
+from tasks.guard.files import hold_lock, write_json
+from tasks.guard.processes import start_time
 
 ADDRESS_FILE = "address.json"
 LOCK_FILE = "market.lock"
@@ -153,8 +154,8 @@ def serve(folder: Path) -> int:
         server = Server(cloud, 0)
     cloud.listen(server.server_port)
     address = folder / ADDRESS_FILE
-    me = {"pid": os.getpid(), "start": guard.start_time(os.getpid())}
-    guard.write_json(str(address), {"port": server.server_port, "token": server.token, **me})
+    me = {"pid": os.getpid(), "start": start_time(os.getpid())}
+    write_json(str(address), {"port": server.server_port, "token": server.token, **me})
     address.chmod(0o600)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.turns()
@@ -165,7 +166,7 @@ def serve(folder: Path) -> int:
 
 def _lock(folder: Path) -> bool:
     until = time.monotonic() + LOCK_SECONDS
-    while guard.only_one(str(folder / LOCK_FILE)) is None:
+    while hold_lock(str(folder / LOCK_FILE)) is None:
         if time.monotonic() > until:
             return False
         time.sleep(0.05)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from cost.errors import UserError
 from orchestrator.backends.local.records import Node
-from tasks import guard
+from tasks.guard.processes import KEEP_ENVIRONMENT
+from tasks.node.guard_archive import write_guard_archive
 from tasks.own_module import SAFE_PATH
 from tasks.run_store_keys import SPEC
 from tasks.stores.opening import open_store
 from trainer.run_store.base import DirectoryStore
 
 HOST = "127.0.0.1"
-KILLERS = ("family", "provider-limit:market")
+TERMINATORS = ("family", "provider-limit:market")
 """What ends a node of this cloud: its guard, and the market's own time limit."""
 NODE_VARIABLES = (
     "SLM_SPEC",
@@ -80,10 +81,11 @@ def spawn(order: Order, node: Node, store: Path, head_port: int, metadata_url: s
         "--node-dir": node.node_dir,
     }
     arguments = [word for option, value in options.items() if value for word in (option, value)]
-    arguments += [word for killer in KILLERS for word in ("--kill", killer)]
+    arguments += [word for name in TERMINATORS for word in ("--terminator", name)]
+    program = write_guard_archive(Path(node.node_dir))
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, *arguments, "--", *order.command],
+            [sys.executable, "-I", "-S", str(program), *arguments, "--", *order.command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -98,7 +100,7 @@ def environment_of(order: Order, node: Node, store: Path, head_port: int) -> dic
     return {
         "OMP_NUM_THREADS": "1",
         **clean_environment(),
-        **guard.KEEP_ENVIRONMENT,
+        **KEEP_ENVIRONMENT,
         **SAFE_PATH,
         **order.environment,
         "TMPDIR": node.tmp_dir,

@@ -18,6 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import tasks
 from cost.errors import UserError
 from cost.ledger.leases import Lease, run_id_from_lease_id
 from cost.market.offers import Offer
@@ -28,9 +29,9 @@ from orchestrator.backends.sky.client import SkyClient, SkyRefusal
 from orchestrator.backends.sky.names import cluster_name, lease_names
 from orchestrator.backends.sky.task import CREDENTIALS_FILE, FACTS_FILE, NodeTerms, facts_of, task_of
 from orchestrator.backends.sky.terminators import armed_provider, autodown_minutes
-from tasks import guard
 from tasks import run_store_keys as keys
 from tasks.node.bootstrap import node_ranks
+from tasks.node.guard_archive import write_guard_archive
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
 
 CALL_SECONDS = 120.0
@@ -346,10 +347,11 @@ def staged(folder: Path, facts: Mapping[str, Any], credentials: str | None) -> A
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
     try:
-        root = Path(guard.__file__).resolve().parents[1]
+        root = Path(tasks.__file__).resolve().parents[1]
         for package in CODE:
             skip = shutil.ignore_patterns("__pycache__", "*.pyc")
             shutil.copytree(root / package, folder / package, ignore=skip)
+        write_guard_archive(folder)
         shutil.copy(lock_file(root), folder / LOCK_FILE)
         (folder / FACTS_FILE).write_text(json.dumps(dict(facts), indent=1), encoding="utf-8")
         if credentials is not None:

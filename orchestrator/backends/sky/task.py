@@ -13,7 +13,7 @@ from typing import Any
 
 from cost.ledger.leases import Lease
 from cost.market.offers import ANY_REGION, Offer
-from orchestrator.backends.sky.terminators import autodown_minutes, node_killers, task_config
+from orchestrator.backends.sky.terminators import autodown_minutes, node_terminators, task_config
 
 FACTS_FILE = "node.json"
 CREDENTIALS_FILE = "credentials"
@@ -105,7 +105,7 @@ def task_of(lease: Lease, terms: NodeTerms, *, workdir: str, environment: Mappin
 
 def facts_of(lease: Lease, terms: NodeTerms, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
     """What `tasks.node.bootstrap` reads on every node; `ranks`: of the nodes that live already, by address."""
-    killers = node_killers(lease.offer.cloud)
+    terminators = node_terminators(lease.offer.cloud)
     return {
         "lease_id": lease.lease_id,
         "run_id": lease.run_id,
@@ -114,9 +114,9 @@ def facts_of(lease: Lease, terms: NodeTerms, ranks: Mapping[str, int] | None = N
         "head_port": head_port(lease.lease_id),
         "first_grant_seconds": lease.first_grant_seconds,
         "guard_period_seconds": terms.guard_period_seconds,
-        "kill": list(killers.kill),
-        "notice": list(killers.notice),
-        "timer": killers.timer,
+        "terminators": list(terminators.names),
+        "notice": list(terminators.notice),
+        "timer": terminators.timer,
         "region": terms.region,
         "credentials": CREDENTIALS_FILE if terms.has_credentials else "",
         "gpus_per_node": lease.offer.gpus_per_node,

@@ -1,8 +1,8 @@
 """What ends a node without us, cloud by cloud, as configuration: pure functions, each tested on what it returns.
 
 `cost.market.providers` says which terminators a cloud has; here is how each is armed. At the create that is a part of
-SkyPilot's task (`config`), on the node a `--kill` of the guard. What must be armed after the create by the provider's
-own interface is a `CloudSupport`.
+SkyPilot's task (`config`), on the node a `--terminator` of the guard. What must be armed after the create by the
+provider's own interface is a `CloudSupport`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SUDO_POWER_OFF = "command:sudo -n systemctl poweroff || sudo -n shutdown -P now 
 
 
 @dataclass(frozen=True, slots=True)
-class NodeKillers:
+class NodeTerminators:
     """What the guard of a node is started with."""
 
-    kill: tuple[str, ...]
+    names: tuple[str, ...]
     notice: tuple[str, ...] = ()
     timer: str = ""
 
@@ -55,26 +55,26 @@ def slurm_time(seconds: float) -> str:
     return f"{days}-{clock}" if days else clock
 
 
-def node_killers(cloud: str) -> NodeKillers:
+def node_terminators(cloud: str) -> NodeTerminators:
     """In the order in which they fire: our processes, then what ends the bill from inside.
 
     Words in braces are replaced by the node's own environment; what cannot be replaced there is left out.
     """
     if cloud == "slurm":
-        return NodeKillers(("family", "command:scancel {SLURM_JOB_ID}", "provider-limit:slurm-time"))
+        return NodeTerminators(("family", "command:scancel {SLURM_JOB_ID}", "provider-limit:slurm-time"))
     if cloud in ("kubernetes", "ssh"):
-        return NodeKillers(("family", "provider-limit:active-deadline", "command:kill 1"))
+        return NodeTerminators(("family", "provider-limit:active-deadline", "command:kill 1"))
     if cloud == "aws":
-        return NodeKillers(("family", "terminate-ec2", SUDO_POWER_OFF), ("aws",))
+        return NodeTerminators(("family", "terminate-ec2", SUDO_POWER_OFF), ("aws",))
     if cloud == "gcp":
-        return NodeKillers(("family", "terminate-gcp", SUDO_POWER_OFF), ("gcp",))
+        return NodeTerminators(("family", "terminate-gcp", SUDO_POWER_OFF), ("gcp",))
     if cloud == "azure":
-        return NodeKillers(("family", "terminate-azure", SUDO_POWER_OFF), ("azure",))
+        return NodeTerminators(("family", "terminate-azure", SUDO_POWER_OFF), ("azure",))
     if cloud == "runpod":
-        return NodeKillers(("family", "runpod"))
+        return NodeTerminators(("family", "runpod"))
     if cloud == "vast":
-        return NodeKillers(("family", "vast"))
-    return NodeKillers(("family", SUDO_POWER_OFF))
+        return NodeTerminators(("family", "vast"))
+    return NodeTerminators(("family", SUDO_POWER_OFF))
 
 
 def autodown_minutes(cloud: str, seconds: float) -> int | None:

@@ -115,7 +115,7 @@ def test_without_a_supervisor_nodes_end_by_the_guard_and_without_both_by_the_pro
     node = (lab.running() or {})["nodes"]
     lab.hold_training(node)
     second.kill()
-    assert kill_all(lambda: lab.node_processes(node, "tasks/guard.py"))
+    assert kill_all(lambda: lab.node_processes(node, "guard.pyz"))
     until("the provider's end of the cluster", lambda: not lab.jobs())
     assert [job.state for job in lab.ended_jobs()[before:]][1:] == ["TIMEOUT"]
     assert user.finish(user.start("resume")) == 0, user.said()

@@ -18,8 +18,9 @@ import pytest
 
 from orchestrator.backends.sky.backend import staged
 from orchestrator.backends.sky.task import RUN
-from tasks import guard
 from tasks.data.store_data import SetUpError, fetch_data, offer_data
+from tasks.guard.command_line import parse
+from tasks.guard.processes import kill_family
 from tasks.node import bootstrap as rented
 from tasks.node import rented_node
 from tasks.recipe.schema import load_recipe
@@ -46,7 +47,7 @@ def facts(**changed: Any) -> dict[str, Any]:
         "head_port": 21000,
         "first_grant_seconds": 60.0,
         "guard_period_seconds": 1.0,
-        "kill": ["family", "command:scancel {SLURM_JOB_ID}", "provider-limit:slurm-time"],
+        "terminators": ["family", "command:scancel {SLURM_JOB_ID}", "provider-limit:slurm-time"],
         "notice": [],
         "timer": "",
         "region": "eu-north-1",
@@ -96,7 +97,7 @@ def test_the_working_folder_of_a_node_is_on_no_import_path() -> None:
     assert Path(rented.__file__).match(bootstrap[3].removeprefix("/code/"))
 
 
-def test_a_killer_that_this_node_cannot_name_is_left_out() -> None:
+def test_a_terminator_that_this_node_cannot_name_is_left_out() -> None:
     words = rented.guard_command(facts(), ENVIRON, "/n", "m", "/code")
     assert "command:scancel 77" in words
     elsewhere = {name: value for name, value in ENVIRON.items() if name != "SLURM_JOB_ID"}
@@ -104,7 +105,7 @@ def test_a_killer_that_this_node_cannot_name_is_left_out() -> None:
 
 
 def test_the_guard_accepts_its_command_line() -> None:
-    options = guard.parse(rented.guard_command(facts(), ENVIRON, "/n", "m", "/code")[4:])
+    options = parse(rented.guard_command(facts(), ENVIRON, "/n", "m", "/code")[4:])
     assert (options.rank, options.first_grant, options.credentials) == (1, 60.0, "/code/credentials")
     assert options.command[2] == "bootstrap" or "bootstrap" in options.command
 
@@ -218,7 +219,7 @@ class Node:
     def close(self) -> None:
         mark = json.loads((self.node_dir / "mark.json").read_text())["mark"]
         for _ in range(5):
-            guard.kill_family(mark)
+            kill_family(mark)
             time.sleep(0.05)
         self.process.kill()
         self.process.wait()

@@ -1,4 +1,4 @@
-"""The local cloud with real processes: a market, guards and fuses, and scripts instead of Ray."""
+"""The local cloud with real processes: a market, guards and watchdogs, and scripts instead of Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from orchestrator.backends.local.backend import LocalBackend
 from orchestrator.backends.local.market import Cloud
 from orchestrator.backends.local.records import read_lines, true_bill
 from orchestrator.backends.local.schedule import Hazard
-from tasks import guard
+from tasks.guard.files import read_json, recorded, write_json
+from tasks.guard.processes import Identity, alive, family, kill_family, start_time
 from tests.support.backend_contract import OFFER, PRICE, BackendContract, lease_of
 
 # Node 0 ends with the code in $SLM_STORE/end-LEASE, once that is there.
@@ -42,7 +43,7 @@ sys.exit(int(end.read_text()))
 
 def end_all(mark: str) -> None:
     """SIGKILL until nobody is left: one pass can miss a process that is just being started."""
-    while guard.kill_family(mark):
+    while kill_family(mark):
         time.sleep(0.02)
 
 
@@ -109,13 +110,13 @@ class LocalRig:
             number = self.until(partial(_number_of, request))
             grant = self.store / f"grants/{lease.lease_id}/{rank}.json"
             grant.parent.mkdir(parents=True, exist_ok=True)
-            guard.write_json(str(grant), {"epoch": 1, "number": number, "duration_seconds": seconds})
+            write_json(str(grant), {"fencing_token": 1, "number": number, "duration_seconds": seconds})
 
     def pass_seconds(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    def market(self) -> guard.Identity | None:
-        return guard.recorded(str(self.home / server.ADDRESS_FILE))
+    def market(self) -> Identity | None:
+        return recorded(str(self.home / server.ADDRESS_FILE))
 
     def node_file(self, lease: Lease, rank: int, name: str) -> str:
         return str(self.home / "nodes" / self.mark(lease, rank) / name)
@@ -133,12 +134,12 @@ class LocalRig:
             end_all(node.instance_id)
             self.backend.stop(lease_of(node.lease_id))
         market = self.market()
-        if market is not None and market[0] != os.getpid() and guard.alive(market):
+        if market is not None and market[0] != os.getpid() and alive(market):
             os.kill(market[0], signal.SIGKILL)
 
 
 def _number_of(request: Path) -> int:
-    return int(guard.read_json(str(request)).get("number", 0))
+    return int(read_json(str(request)).get("number", 0))
 
 
 @pytest.fixture
@@ -206,9 +207,9 @@ def test_without_a_supervisor_nodes_end_and_then_the_market(rig: LocalRig) -> No
     lease = lease_of(first_grant_seconds=2.0)
     rig.start(lease)
     marks, market = [rig.mark(lease, 0), rig.mark(lease, 1)], rig.market()
-    assert guard.alive(market)
-    rig.until(lambda: not guard.alive(market), seconds=2.0 + 2.0 + server.IDLE_SECONDS + 5.0)
-    assert not any(guard.family(mark) for mark in marks)
+    assert alive(market)
+    rig.until(lambda: not alive(market), seconds=2.0 + 2.0 + server.IDLE_SECONDS + 5.0)
+    assert not any(family(mark) for mark in marks)
     assert rig.market() is None
     state = rig.another().poll(lease)
     assert state.phase is LeasePhase.GONE
@@ -223,7 +224,7 @@ def test_a_killed_market_is_restarted_and_knows_its_nodes_and_its_bill(rig: Loca
     first = rig.market()
     assert first is not None
     os.kill(first[0], signal.SIGKILL)
-    rig.until(lambda: not guard.alive(first))
+    rig.until(lambda: not alive(first))
     rig.take(lease, 1)  # while nobody looks
     rig.until(lambda: rig.backend.poll(lease).alive_ranks == (0,))
     assert {rig.mark(lease, 0)} < marks
@@ -249,23 +250,23 @@ def test_a_market_killed_between_writing_down_and_starting_bills_nothing_for_lon
     market = rig.market()
     assert market is not None
     os.kill(market[0], signal.SIGKILL)
-    state = guard.read_json(str(rig.home / "instances.json"))
+    state = read_json(str(rig.home / "instances.json"))
     lost = {**state["nodes"][0], "instance_id": "never-came", "state": "starting", "guard": None, "ended": None}
     lost["node_dir"] = str(rig.home / "nodes/never-came")
-    guard.write_json(str(rig.home / "instances.json"), {**state, "nodes": [*state["nodes"], lost]})
+    write_json(str(rig.home / "instances.json"), {**state, "nodes": [*state["nodes"], lost]})
     rig.until(lambda: not rig.backend.list_alive())
     bill = [line["event"] for line in read_lines(rig.home / "bill.jsonl") if line["instance_id"] == "never-came"]
     assert bill == ["start", "end"]
 
 
-def test_the_provider_ends_a_node_whose_guard_and_fuse_are_hung(rig: LocalRig) -> None:
+def test_the_provider_ends_a_node_whose_guard_and_watchdog_are_hung(rig: LocalRig) -> None:
     lease = lease_of(num_nodes=1, first_grant_seconds=2.5)
     rig.start(lease)
     mark = rig.mark(lease, 0)
-    for name in ("fuse.json", "deadline.json"):
-        hung = rig.until(partial(guard.recorded, rig.node_file(lease, 0, name)))
+    for name in ("watchdog.json", "deadline.json"):
+        hung = rig.until(partial(recorded, rig.node_file(lease, 0, name)))
         os.kill(hung[0], signal.SIGSTOP)
-    rig.until(lambda: not guard.family(mark), seconds=2.5 + lease.kill_latency_seconds + 2.0)
+    rig.until(lambda: not family(mark), seconds=2.5 + lease.kill_latency_seconds + 2.0)
     rig.until(lambda: "ended" in rig.events())
     assert "ttl" in rig.events()
 
@@ -300,7 +301,7 @@ def test_stop_lets_a_command_end_and_kills_one_that_does_not(rig: LocalRig, tmp_
         rig.until(log.read_text)
         mark = rig.mark(lease, 0)
         rig.backend.stop(lease)
-        assert not guard.family(mark)
+        assert not family(mark)
     assert (tmp_path / "saved").read_text() == "saved"
 
 
@@ -410,7 +411,7 @@ def test_what_the_market_does_not_know_is_refused(rig: LocalRig) -> None:
         asking.call("destroy")
     with pytest.raises(BackendError, match=r"a bug in the local cloud: KeyError\('lease_id'\)"):
         asking.call("poll")
-    address = guard.read_json(str(rig.home / server.ADDRESS_FILE))
+    address = read_json(str(rig.home / server.ADDRESS_FILE))
     assert (rig.home / server.ADDRESS_FILE).stat().st_mode & 0o077 == 0
     request = urllib.request.Request(f"http://127.0.0.1:{address['port']}/list", data=b"{}", method="POST")
     with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -423,9 +424,9 @@ def idle_market(rig: LocalRig) -> Iterator[Cloud]:
     rig.home.mkdir()
     cloud = Cloud(rig.home)
     serving = server.Server(cloud, 0)
-    me = {"pid": os.getpid(), "start": guard.start_time(os.getpid())}
+    me = {"pid": os.getpid(), "start": start_time(os.getpid())}
     address = {"port": serving.server_port, "token": serving.token, **me}
-    guard.write_json(str(rig.home / server.ADDRESS_FILE), address)
+    write_json(str(rig.home / server.ADDRESS_FILE), address)
     cloud.listen(serving.server_port)
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     yield cloud
@@ -475,5 +476,5 @@ def test_two_supervisors_at_once_find_one_market(rig: LocalRig) -> None:
     )
     asking = [subprocess.Popen([sys.executable, "-c", script, str(rig.home)], stdout=subprocess.PIPE) for _ in range(3)]
     assert [process.communicate(timeout=30)[0] for process in asking] == [b"{'nodes': []}\n"] * 3
-    assert guard.alive(rig.market())
+    assert alive(rig.market())
     assert rig.log() == ""

@@ -285,7 +285,7 @@ def test_no_secret_is_in_the_task_the_facts_or_the_run_store(rig: SkyRig) -> Non
 def test_only_the_owner_reads_the_credentials_beside_the_code(tmp_path: Path) -> None:
     with staged(tmp_path / "work", {"lease_id": "x"}, SECRET) as folder:
         assert stat.S_IMODE((folder / "credentials").stat().st_mode) == 0o600
-        assert (folder / "tasks" / "guard.py").is_file()
+        assert (folder / "guard.pyz").is_file()
         assert (folder / "constraints.txt").is_file()
         assert not (folder / "orchestrator").exists()
     assert not (tmp_path / "work").exists()

@@ -17,12 +17,13 @@ from orchestrator.backends.sky.terminators import (
     NO_AUTOSTOP,
     armed_provider,
     autodown_minutes,
-    node_killers,
+    node_terminators,
     slurm_time,
     task_config,
 )
 from orchestrator.prices.sources import slurm as catalog_slurm
-from tasks import guard
+from tasks.guard.command_line import parse
+from tasks.guard.terminators import named_terminators
 from tests.support.backend_contract import OFFER, lease_of
 
 TERMS = NodeTerms(store_uri="s3://b/run?endpoint_url=http://h", limit_seconds=600.0, capacity_seconds=30.0)
@@ -78,15 +79,15 @@ def test_limits_that_are_set_at_the_create_stand_in_the_task() -> None:
     assert task_config("aws", 180) == {}
 
 
-def test_every_killer_of_every_cloud_is_one_that_the_guard_knows() -> None:
-    for name in providers():
-        found = node_killers(name)
-        words = [word for killer in found.kill for word in ("--kill", killer.format(SLURM_JOB_ID="7"))]
+def test_the_guard_knows_every_terminator_of_every_cloud() -> None:
+    for cloud in providers():
+        found = node_terminators(cloud)
+        words = [word for name in found.names for word in ("--terminator", name.format(SLURM_JOB_ID="7"))]
         words += [word for source in found.notice for word in ("--notice", source)]
         options = ["--node-dir", "d", "--mark", "m", "--lease", "l", "--rank", "0", "--first-grant", "9", *words]
-        killers = guard.killers_of(guard.parse([*options, "--", "true"]))
-        assert killers[0].name == "family"
-        assert len({killer.kind for killer in killers}) >= 2, name
+        terminators = named_terminators(parse([*options, "--", "true"]))
+        assert terminators[0].name == "family"
+        assert len({terminator.kind for terminator in terminators}) >= 2, cloud
 
 
 def test_a_terminator_that_nothing_here_arms_does_not_count() -> None:

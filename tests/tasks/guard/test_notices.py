@@ -1,32 +1,36 @@
-"""A cloud's notice, as each cloud's metadata service gives it, reaches the node's notice file and the drain command."""
+"""A cloud's notice, as each cloud's metadata service gives it, reaches the notice file and the drain command."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import guard
+from tasks.guard.files import read_json
+from tasks.guard.notices import seconds_of_azure_events, seconds_of_instance_action
 from tests.support.guarded import SLEEPER, Node, node, until
 from tests.support.small_server import Answer, Asked, aws_metadata, azure_metadata, gcp_metadata, small_server
 
 __all__ = ["node"]
+
 NOON = datetime(2026, 1, 1, 12, 0, tzinfo=UTC).timestamp()
 
 
 def noticed(node: Node) -> dict[str, Any]:
-    return guard.read_json(str(node.dir / "notice.json"))
+    return read_json(str(node.dir / "notice.json"))
 
 
 def test_an_instance_action_is_at_most_two_minutes_away() -> None:
     def seconds(at: str) -> float:
-        return guard.seconds_of_instance_action({"action": "terminate", "time": at}, NOON)
+        return seconds_of_instance_action({"action": "terminate", "time": at}, NOON)
 
     assert seconds("2026-01-01T12:01:30Z") == 90.0
     assert seconds("2026-01-01T13:00:00Z") == 120.0  # a wall clock that is behind
@@ -65,7 +69,7 @@ def azure_event(kind: str, before: str, *machines: str) -> dict[str, Any]:
 )
 def test_only_scheduled_events_that_end_this_machine_count(events: list[Any], seconds: float | None) -> None:
     document = {"DocumentIncarnation": 1, "Events": events}
-    assert guard.seconds_of_azure_events(document, "node-0", NOON) == seconds
+    assert seconds_of_azure_events(document, "node-0", NOON) == seconds
 
 
 def test_aws_tells_by_instance_action_and_a_rebalance_recommendation_is_none(node: Callable[..., Node]) -> None:
@@ -135,27 +139,54 @@ def test_a_signal_to_the_guard_is_a_notice_and_does_not_end_it(node: Callable[..
     on_notice = f"/bin/sh -c 'echo {{seconds}} >> {drained}'"
     warned = node(SLEEPER, "--sigterm-notice", "20", "--on-notice", on_notice, first_grant=60.0)
     command, first = warned.pid_of("command"), warned.pid_of("deadline")
-    fuse = warned.pid_of("fuse")
-    for pid in (first, fuse, first):
+    watchdog = warned.pid_of("watchdog")
+    for pid in (first, watchdog, first):
         os.kill(pid, signal.SIGTERM)
     assert until(lambda: noticed(warned))["seconds"] == 20.0
     until(lambda: drained.exists() and drained.read_text() == "20\n")
     until(lambda: warned.request().get("noticed"))
-    assert (warned.pid_of("command"), warned.pid_of("deadline"), warned.pid_of("fuse")) == (command, first, fuse)
+    now = [warned.pid_of(name) for name in ("command", "deadline", "watchdog")]
+    assert now == [command, first, watchdog]
 
 
 def test_a_metadata_service_that_is_not_there_is_said_once(node: Callable[..., Node]) -> None:
     with small_server({}) as server:
         gone = server.url
     alone = node(SLEEPER, "--notice", "aws", "--notice-period", "0.1", "--metadata-base", gone, first_grant=60.0)
-    until(lambda: "no notices to be had" in alone.events())
+    until(lambda: "notices cannot be read" in alone.events())
     seen = until(alone.request)["number"]
     until(lambda: alone.request()["number"] >= seen + 15)
-    assert alone.events().count("no notices to be had") == 1
+    assert alone.events().count("notices cannot be read") == 1
 
 
-def test_a_source_of_notices_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--lease", "l", "--rank", "0", "--first-grant", "1", "--mark", "m", "--node-dir", "d"]
-    with pytest.raises(SystemExit):
-        guard.parse([*words, "--notice", "oracle", "--", "true"])
-    assert "there are aws, gcp, azure and url:URL" in capsys.readouterr().err
+def test_a_notice_is_written_down_and_its_command_run_once(node: Callable[..., Node], tmp_path: Path) -> None:
+    answers: list[int | None] = [None, None]
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seconds = answers.pop(0) if answers else 25
+            self.send_response(404 if seconds is None else 200)
+            self.end_headers()
+            if seconds is not None:
+                self.wfile.write(json.dumps({"seconds": seconds}).encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/preemption"
+        told = tmp_path / "told"
+        on_notice = f"/bin/sh -c 'echo {{seconds}} >> {told}'"
+        warned = node(SLEEPER, "--notice", f"url:{url}", "--on-notice", on_notice, first_grant=30.0)
+        until(lambda: told.exists() and told.read_text())
+        os.kill(warned.pid_of("deadline"), signal.SIGKILL)
+        warned.process.wait()
+        number = warned.request()["number"]
+        warned.pid_of("deadline")
+        until(lambda: warned.request()["number"] > number)
+        server.shutdown()
+    notice = read_json(str(warned.dir / "notice.json"))
+    assert notice["seconds"] == 25
+    assert notice["deadline_boottime"] == pytest.approx(warned.started + 25, abs=10)
+    assert told.read_text() == "25\n"
