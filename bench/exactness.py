@@ -28,6 +28,7 @@ from tasks.run_store_keys import METRICS, incarnation_of_metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.support.configs import changed
 from tests.support.exact_group import Attempt, Job, Report, only_checkpoint, run_jobs, seen_by_weights
 from tests.trainer.conftest import TINY, write_data
 from trainer.checkpoints.lineage import checkpoints_of_chain
@@ -57,8 +58,8 @@ class Bench:
     def config(self, optimizer: str, **changes: Any) -> TrainConfig:
         rates = replace(TINY.optimizer, name=optimizer, learning_rate=0.003, warmup_steps=10)
         model = replace(TINY.model, sequence_length=32, width=32, hidden_size=64, num_layers=3)
-        base = replace(TINY, model=model, optimizer=rates, num_steps=self.steps, global_batch_size=32)
-        return replace(base, micro_batch_size=4, eval_every_steps=10**6, **changes)
+        base = changed(TINY, model=model, optimizer=rates, num_steps=self.steps, global_batch_size=32)
+        return changed(base, micro_batch_size=4, eval_every_steps=10**6, **changes)
 
     def run(self, world_size: int, job: Job) -> Report:
         reports = run_jobs(world_size, [job], job.store.with_name(f"{job.store.name}-group"))
@@ -196,7 +197,7 @@ def kills(bench: Bench, num_kills: int, seed: int) -> dict[str, Any]:
     seen = seen_by_weights(store, attempts)
     undisturbed = bench.run(1, Job(config, bench.data, bench.folder / "undisturbed", masked=True))
     samples = [sample for step in seen for sample in step["samples"]]
-    bench.check(samples == list(range(bench.steps * config.global_batch_size)), "every sample once, in order")
+    bench.check(samples == list(range(bench.steps * config.batch.global_batch_size)), "every sample once, in order")
     bench.check([step["rows"] for step in seen] == undisturbed.rows, "the very sequences of a run without kills")
     return {
         "kills": num_kills,
@@ -204,7 +205,7 @@ def kills(bench: Bench, num_kills: int, seed: int) -> dict[str, Any]:
         "steps_done_again": trained - bench.steps,
         "samples_in_weights": len(samples),
         "samples_repeated": len(samples) - len(set(samples)),
-        "samples_lost": bench.steps * config.global_batch_size - len(set(samples)),
+        "samples_lost": bench.steps * config.batch.global_batch_size - len(set(samples)),
     }
 
 

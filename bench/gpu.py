@@ -37,7 +37,15 @@ from cost.market.hardware import accelerator, canonical_name
 from cost.performance import memory, throughput
 from cost.performance.layout import Layout
 from cost.performance.software import our_trainer
-from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+from trainer.config import (
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from trainer.loop import Signal, train
 from trainer.metrics import flops_per_token, peak_flops
 from trainer.model import attention
@@ -158,7 +166,7 @@ class Steps:
 def random_batch(bench: Bench, config: TrainConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens that follow from the one before, mostly: something to learn."""
     model, generator = config.model, torch.Generator().manual_seed(seed)
-    shape = (config.micro_batch_size, model.sequence_length + 1)
+    shape = (config.batch.micro_batch_size, model.sequence_length + 1)
     noise = torch.randint(model.vocab_size, shape, generator=generator)
     rows = noise.clone()
     for t in range(1, shape[1]):
@@ -177,13 +185,17 @@ def loss_parity(bench: Bench) -> dict[str, Any]:
     base = TrainConfig(
         model=model,
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3),
-        micro_batch_size=2 if bench.tiny else 16,
+        batch=BatchConfig(micro_batch_size=2 if bench.tiny else 16),
     )
-    ways = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "fp8": {"precision": "bf16", "fp8": True}}
+    ways: dict[str, dict[str, Any]] = {
+        "fp32": {"precision": "fp32"},
+        "bf16": {"precision": "bf16"},
+        "fp8": {"precision": "bf16", "execution": ExecutionConfig(fp8=True)},
+    }
     found: dict[str, Any] = {"num_steps": num_steps}
     for name, fields in ways.items():
         config = replace(base, **fields)
-        if config.fp8:
+        if config.execution.fp8:
             try:
                 require_fp8(bench.device)
             except SlmError as error:
@@ -201,11 +213,11 @@ def loss_parity(bench: Bench) -> dict[str, Any]:
 
 def documents_of(config: TrainConfig, tokens_BT: Tensor) -> Tensor:
     """As many documents of equal length in each row as it may have: B x T."""
-    assert config.max_documents is not None
+    assert config.batch.max_documents is not None
     T = config.model.sequence_length
     return (
         torch.arange(T, device=tokens_BT.device)
-        .mul(config.max_documents)
+        .mul(config.batch.max_documents)
         .div(T, rounding_mode="floor")
         .expand_as(tokens_BT)
     )
@@ -224,10 +236,8 @@ def speed(
     config = TrainConfig(
         model=model,
         optimizer=OptimizerConfig(name=optimizer),
-        compile=not bench.tiny,
-        fp8=fp8,
-        micro_batch_size=1,
-        max_documents=MAX_DOCUMENTS if documents else None,
+        batch=BatchConfig(micro_batch_size=1, max_documents=MAX_DOCUMENTS if documents else None),
+        execution=ExecutionConfig(compile=not bench.tiny, fp8=fp8),
     )
     card = card_of(bench)
     micro = 2
@@ -238,7 +248,7 @@ def speed(
         micro = 2 ** int(math.log2(fits))
     while True:
         try:
-            measured = timed(bench, replace(config, micro_batch_size=micro))
+            measured = timed(bench, replace(config, batch=replace(config.batch, micro_batch_size=micro)))
             break
         except torch.cuda.OutOfMemoryError:
             free(bench)
@@ -264,7 +274,7 @@ def timed(bench: Bench, config: TrainConfig) -> dict[str, Any]:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     steps, batch = Steps(bench, config), random_batch(bench, config)
-    if config.max_documents is not None:
+    if config.batch.max_documents is not None:
         batch = (*batch, documents_of(config, batch[0]))
     passes = passes_of(bench, batch)
     began = time.monotonic()
@@ -329,7 +339,7 @@ def transformers_speed(bench: Bench, name: str, micro_batch_size: int) -> dict[s
 def _transformers_timed(
     bench: Bench, compiled: Any, theirs: Any, optimizer: torch.optim.Optimizer, model: ModelConfig, micro: int
 ) -> dict[str, Any]:
-    config = TrainConfig(model=model, micro_batch_size=micro)
+    config = TrainConfig(model=model, batch=BatchConfig(micro_batch_size=micro))
     tokens_BT, targets_BT = random_batch(bench, config)
 
     def step(passes: int) -> None:
@@ -373,12 +383,9 @@ def checkpoint_stall(bench: Bench) -> dict[str, Any]:
         model=model,
         optimizer=OptimizerConfig(name="adamw"),
         num_steps=6,
-        global_batch_size=2,
-        micro_batch_size=2,
-        eval_every_steps=6,
-        eval_sequences=2,
-        checkpoint_every_steps=2,
-        checkpoint_interval_seconds=1e9,
+        batch=BatchConfig(global_batch_size=2, micro_batch_size=2),
+        evaluation=EvaluationConfig(eval_every_steps=6, eval_sequences=2),
+        checkpoint=CheckpointConfig(every_steps=2, interval_seconds=1e9),
     )
     with tempfile.TemporaryDirectory(prefix="slm-gpu-") as name:
         folder = Path(name)

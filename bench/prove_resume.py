@@ -34,7 +34,15 @@ from lightning.fabric.strategies import DDPStrategy
 
 from bench.forked import Forked
 from tasks import run_store_keys as keys
-from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+from trainer.config import (
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from trainer.loop import Signal, fabric_precision, train
 from trainer.run_store.base import Bytes, DirectoryStore
 
@@ -43,14 +51,12 @@ CONFIG = TrainConfig(
     model=ModelConfig(VOCAB_SIZE, 16, num_layers=2, width=16, num_heads=2, num_kv_heads=1, hidden_size=32),
     optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2, decay_fraction=0.5),
     num_steps=24,
-    global_batch_size=8,
-    micro_batch_size=3,  # one worker's 8 sequences in pieces of 3, 3 and 2; two workers' 4 in 3 and 1
     seed=5,
-    eval_every_steps=8,
-    eval_sequences=8,
-    checkpoint_interval_seconds=3600,
-    checkpoint_every_steps=2,
-    num_threads=1,
+    # One worker's 8 sequences in pieces of 3, 3 and 2; two workers' 4 in 3 and 1.
+    batch=BatchConfig(global_batch_size=8, micro_batch_size=3),
+    evaluation=EvaluationConfig(eval_every_steps=8, eval_sequences=8),
+    execution=ExecutionConfig(num_threads=1),
+    checkpoint=CheckpointConfig(interval_seconds=3600, every_steps=2),
 )
 CASES = tuple(itertools.product((1, 2), ("muon", "adamw"), ("fp32", "bf16")))
 """World size, optimizer, precision."""

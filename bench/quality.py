@@ -20,9 +20,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tasks.run_store_keys import METRICS
-from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+from trainer.config import (
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from trainer.model.presets import expand
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality-runs.jsonl"
@@ -58,15 +66,12 @@ class Run:
             model=self.model,
             optimizer=self.optimizer,
             num_steps=self.num_steps,
-            global_batch_size=16,
-            micro_batch_size=16,
             precision="bf16",
             seed=self.seed,
-            eval_every_steps=EVERY_STEPS,
-            eval_sequences=256,
-            checkpoint_interval_seconds=1e9,
-            compile=True,
-            num_threads=1,
+            batch=BatchConfig(global_batch_size=16, micro_batch_size=16),
+            evaluation=EvaluationConfig(eval_every_steps=EVERY_STEPS, eval_sequences=256),
+            execution=ExecutionConfig(compile=True, num_threads=1),
+            checkpoint=CheckpointConfig(interval_seconds=1e9),
         )
 
     def key(self) -> str:

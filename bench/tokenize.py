@@ -40,7 +40,8 @@ else:
     from tasks.data.corpus import open_corpus
     from tasks.data.encode import BATCH_CHARACTERS, EncodedText, Text, encoder
     from tasks.data.tokenizer import encode_bytes, train_tokenizer
-    from tasks.recipe.schema import END_OF_TEXT, load_recipe
+    from tasks.recipe.load import load_recipe
+    from tasks.recipe.sections import END_OF_TEXT
 
     VOCAB_SIZE = 16_384
     FLOOR_OF_TIKTOKEN = 0.95

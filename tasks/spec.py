@@ -16,7 +16,7 @@ from cost.errors import SlmError
 from tasks.recipe.schema import AnyStage, Recipe
 from tasks.recipe.stages import PretrainOptions
 from tasks.run_store_keys import SPEC
-from trainer.config import TrainConfig
+from trainer.config import InterruptionConfig, TrainConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -71,12 +71,12 @@ class RunSpec(BaseModel):
         config = self.recipe.train_config(self.checkpoint_interval_seconds)
         if self.losses is None or self.recipe.checkpoint.interval_seconds is not None:
             return config
-        return replace(
-            config,
+        known = InterruptionConfig(
             losses_per_worker_hour=self.losses.per_node_hour / self.workers_per_node,
             saved_at_notice=self.losses.saved_at_notice,
             restart_seconds=self.losses.restart_seconds,
         )
+        return replace(config, interruptions=known)
 
     def to_bytes(self) -> bytes:
         """JSON as it stands in the run store."""

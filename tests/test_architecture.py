@@ -139,7 +139,7 @@ def test_what_the_orchestrator_imports_is_torch_free(module: str) -> None:
 
 
 def test_reading_a_recipe_loads_nothing_heavy() -> None:
-    code = "from tasks.data.corpus import fingerprint\nfrom tasks.recipe.schema import load_recipe\n"
+    code = "from tasks.data.corpus import fingerprint\nfrom tasks.recipe.load import load_recipe\n"
     code += "recipe = load_recipe('demo')\nrecipe.workload()"
     assert heavy_modules_after(code + "\nfingerprint(recipe)") == []
 

@@ -1,18 +1,33 @@
-"""What the trainer is told: shapes, optimizer, schedule, batch. Plain dataclasses, standard library only.
+"""What the trainer is told, in groups: model, optimizer, batch, evaluation, execution, checkpoint, interruptions.
 
-`tasks.recipe.schema` validates YAML into these same classes, so that a recipe field and a trainer field are one thing.
+Plain dataclasses, standard library only. `tasks.recipe` validates YAML into these same classes, so that a new field is
+written once, here. What is true of a field is said at the field: its range, and whether it may change on resume.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Final, Literal, TypeVar, get_type_hints
 
 from cost.performance.workload import Workload
 
 # pydantic reads this attribute of a plain dataclass; nothing here imports pydantic.
 FORBID_EXTRA: dict[str, Any] = {"extra": "forbid"}
 
+
+@dataclass(frozen=True)
+class Mark:
+    """What is said at a field, in its annotation."""
+
+    meaning: str
+
+
+MAY_CHANGE: Final = Mark(
+    "may differ between a checkpoint and the run that resumes from it: nothing learned depends on it"
+)
+POSITIVE: Final = Mark("greater than 0 and finite, where it is given")
+
+DEFAULT_CHECKPOINT_INTERVAL_SECONDS = 15.0
 
 WINDOW_PERIOD = 4
 """Where a window is set, every fourth layer and the last see everything before them."""
@@ -127,44 +142,128 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run. `global_batch_size` is in sequences and stays fixed whatever the world size."""
+class BatchConfig:
+    """How many sequences a step trains on."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    num_steps: int = 400
-    global_batch_size: int = 32
-    micro_batch_size: int = 16
+    global_batch_size: Annotated[int, POSITIVE] = 32
+    """Sequences per optimizer step over all devices; fixed whatever the world size."""
+    micro_batch_size: Annotated[int, POSITIVE, MAY_CHANGE] = 16
     """Sequences per device in one forward pass; gradient accumulation makes up the rest."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    seed: int = 0
-    eval_every_steps: int = 50
-    eval_sequences: int = 64
-    checkpoint_interval_seconds: float = 15.0
-    checkpoint_every_steps: int | None = None
-    keep_last: int = 3
-    milestone_every_steps: int | None = None
+    max_documents: Annotated[int | None, POSITIVE] = None
+    """Attention and positions begin anew in each of so many documents of a sequence; None lets tokens see all."""
+
+    __pydantic_config__ = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How often the held-out loss is measured, and on how much."""
+
+    eval_every_steps: Annotated[int, POSITIVE, MAY_CHANGE] = 50
+    eval_sequences: Annotated[int, POSITIVE, MAY_CHANGE] = 64
+
+    __pydantic_config__ = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the devices carry out the same training: memory, kernels, threads."""
+
+    compile: Annotated[bool, MAY_CHANGE] = False
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
+    """Keep each layer's input alone and compute the rest again in the backward pass."""
+    fp8: bool = False
+    """Products of hidden matrices in 8 bits, one scale per tensor; CUDA of compute capability 8.9 or later."""
+    sharding: Annotated[Literal["replicated", "sharded"], MAY_CHANGE] = "replicated"
+    """Weights, gradients and optimizer state whole on every device (DDP), or divided among them (FSDP2)."""
+    profile: Annotated[bool, MAY_CHANGE] = False
+    """Keep a trace of a few steps in the run store."""
+    num_threads: Annotated[int | None, POSITIVE, MAY_CHANGE] = None
+    """CPU threads of one worker; None leaves torch's own choice."""
+
+    __pydantic_config__ = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    interval_seconds: Annotated[float | None, POSITIVE] = None
+    """None: what the planner chooses, or DEFAULT_CHECKPOINT_INTERVAL_SECONDS where it chose nothing."""
+    every_steps: Annotated[int | None, POSITIVE] = None
+    keep_last: Annotated[int, POSITIVE] = 3
+    milestone_every_steps: Annotated[int | None, POSITIVE] = None
     """Checkpoints at multiples of this are kept for good, beside the newest."""
+
+    __pydantic_config__ = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
+class InterruptionConfig:
+    """What the supervisor knows of interruptions; the checkpoint interval follows from it."""
+
     losses_per_worker_hour: float | None = None
     """A node's losses per hour, over its workers; given it, the interval follows what a save is measured to cost."""
     saved_at_notice: float = 0.0
     """Chance that the work since the last checkpoint is saved before a loss."""
     restart_seconds: float = 0.0
     """From a loss to training again, as far as known."""
-    compile: bool = False
-    max_documents: int | None = None
-    """Attention and positions begin anew in each of so many documents of a sequence; None lets tokens see all."""
-    activation_checkpointing: bool = False
-    """Keep each layer's input alone and compute the rest again in the backward pass."""
-    fp8: bool = False
-    """Products of hidden matrices in 8 bits, one scale per tensor; CUDA of compute capability 8.9 or later."""
-    sharding: Literal["replicated", "sharded"] = "replicated"
-    """Weights, gradients and optimizer state whole on every device (DDP), or divided among them (FSDP2)."""
-    initial_weights: str | None = None
-    """A file of weights under the trainer's own names to begin with, instead of fresh ones."""
-    profile: bool = False
-    """Keep a trace of a few steps in the run store."""
-    num_threads: int | None = None
-    """CPU threads of one worker; None leaves torch's own choice."""
 
-    __pydantic_config__ = FORBID_EXTRA
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run, as the trainer is told. A recipe has the same groups and adds its own to them (`tasks.recipe`)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    num_steps: int = 400
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    initial_weights: Annotated[str | None, MAY_CHANGE] = None
+    """A file of weights under the trainer's own names to begin with, instead of fresh ones."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = field(default_factory=CheckpointConfig)
+    interruptions: Annotated[InterruptionConfig, MAY_CHANGE] = field(default_factory=InterruptionConfig)
+
+
+NAMED_GROUPS = ("model", "optimizer")
+"""Groups under whose name their fields stand in a checkpoint; the fields of the others stand there by themselves."""
+
+Group = TypeVar("Group")
+
+
+def marks(group: type[Any]) -> dict[str, tuple[Mark, ...]]:
+    """What is said at each field of a configuration, by its name."""
+    hints = get_type_hints(group, include_extras=True)
+    return {
+        each.name: tuple(mark for mark in getattr(hints[each.name], "__metadata__", ()) if isinstance(mark, Mark))
+        for each in fields(group)
+    }
+
+
+def part(group: type[Group], values: Any) -> Group:
+    """A group from an object that has its fields among others."""
+    return group(**{each.name: getattr(values, each.name) for each in fields(group)})  # type: ignore[arg-type]
+
+
+def decisive(config: TrainConfig) -> dict[str, Any]:
+    """The fields that decide the weights: all but those that may change on resume, as a checkpoint names them."""
+    found: dict[str, Any] = {}
+    for name, said in marks(TrainConfig).items():
+        value = getattr(config, name)
+        if MAY_CHANGE in said:
+            continue
+        if not is_dataclass(value):
+            found[name] = value
+        elif name in NAMED_GROUPS:
+            found[name] = _fixed_fields(value)
+        else:
+            found |= _fixed_fields(value)
+    return found
+
+
+def _fixed_fields(group: Any) -> dict[str, Any]:
+    said = marks(type(group))
+    return {name: value for name, value in asdict(group).items() if MAY_CHANGE not in said[name]}

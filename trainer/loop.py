@@ -136,18 +136,18 @@ class _Run:
         self.config, self.fabric, self.store, self.signals, self.phase = config, fabric, store, signals, phase
         self.rank, self.world_size = fabric.global_rank, fabric.world_size
         self.started_at = self.saved_at = time.monotonic()
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        if config.execution.num_threads is not None:
+            torch.set_num_threads(config.execution.num_threads)
         torch.manual_seed(config.seed + self.rank)
 
-        apart = config.max_documents is not None
+        apart = config.batch.max_documents is not None
         shards = TokenShards(data_dir, "train", config.model.sequence_length, with_documents=apart)
         heldout = TokenShards(data_dir, "heldout", config.model.sequence_length, with_documents=apart)
         self.index = shards.index
         _check_vocabulary(config.model.vocab_size, self.index.vocab_size)
-        most = config.max_documents
-        self.loader = Loader(shards, config.global_batch_size, config.seed, max_documents=most)
-        num_heldout = min(config.eval_sequences, sum(heldout.num_windows))
+        most = config.batch.max_documents
+        self.loader = Loader(shards, config.batch.global_batch_size, config.seed, max_documents=most)
+        num_heldout = min(config.evaluation.eval_sequences, sum(heldout.num_windows))
         self.heldout = Loader(heldout, num_heldout, HELDOUT_SEED, max_documents=most)
         phase("data")
 
@@ -162,8 +162,8 @@ class _Run:
             store,
             rank=self.rank,
             world_size=self.world_size,
-            keep_last=config.keep_last,
-            milestone_every_steps=config.milestone_every_steps,
+            keep_last=config.checkpoint.keep_last,
+            milestone_every_steps=config.checkpoint.milestone_every_steps,
         )
         self.pace = Pace(config, self.world_size)
         self.at = self.checkpoints.begin(self._tensors(), self.identity, lease_id)
@@ -181,12 +181,13 @@ class _Run:
         if at.first_heldout_loss is None:
             at.heldout_loss = at.first_heldout_loss = self._evaluate()
         self.reporter.progress(self._progress())
-        if config.compile and at.step < last_step:
+        if config.execution.compile and at.step < last_step:
             self._compile()
             self.phase("compile")
         self.saved_at = time.monotonic()
         first, stop = True, at.step >= last_step
-        with profiler(self.store, self.checkpoints.incarnation, wanted=config.profile and self.rank == 0) as tracer:
+        wants_trace = config.execution.profile and self.rank == 0
+        with profiler(self.store, self.checkpoints.incarnation, wanted=wants_trace) as tracer:
             while not stop:
                 signal = self._step()
                 if tracer is not None:
@@ -196,13 +197,13 @@ class _Run:
                     self.pace.started(time.monotonic() - self.started_at)
                     first = False
                 stop = signal.stop or at.step >= last_step
-                evaluated = at.step == config.num_steps or at.step % config.eval_every_steps == 0
+                evaluated = at.step == config.num_steps or at.step % config.evaluation.eval_every_steps == 0
                 if evaluated:
                     at.heldout_loss = self._evaluate()
                 self._report(evaluated)
                 # What somebody asked for is stored for good before training goes on: what follows may be the end.
                 durable = stop or signal.checkpoint
-                wanted = durable or signal.due or _divides(config.checkpoint_every_steps, at.step)
+                wanted = durable or signal.due or _divides(config.checkpoint.every_steps, at.step)
                 if stop or (wanted and not signal.hold):
                     self._save(durable=durable)
         return self._finish()
@@ -238,14 +239,14 @@ class _Run:
     def _compile(self) -> None:
         """Have forward and backward compiled, on the first piece of the coming batch; nothing of it is kept."""
         batch = self.loader.batch(self.at.step, self.rank, self.world_size)
-        piece = next(self._micro_batches(batch, self.config.global_batch_size))
+        piece = next(self._micro_batches(batch, self.config.batch.global_batch_size))
         self.fabric.backward(self.objective(self.model, piece).loss_sum)
         self.updates.zero_grad()
 
     def _backward(self, batch: Batch) -> LossSum:
         """Add the gradients of this rank's share, reduced over ranks with the last; returns its summed loss."""
         loss_sum, num_targets = self._zeros()
-        pieces = list(self._micro_batches(batch, self.config.global_batch_size))
+        pieces = list(self._micro_batches(batch, self.config.batch.global_batch_size))
         for number, piece in enumerate(pieces, start=1):
             with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
                 loss = self.objective(self.model, piece)
@@ -256,7 +257,7 @@ class _Run:
 
     def _micro_batches(self, batch: Batch, global_batch_size: int) -> Iterator[Batch]:
         """As many pieces on every rank, so that all join every collective; masked where a share has run out."""
-        size = self.config.micro_batch_size
+        size = self.config.batch.micro_batch_size
         largest_share = -(-global_batch_size // self.world_size)
         for begin in range(0, largest_share, size):
             piece = batch.rows(begin, begin + size)

@@ -42,14 +42,17 @@ def set_up_model(config: TrainConfig, fabric: Any) -> tuple[Transformer, nn.Modu
     weights = build_model(config.model, config.seed)
     if config.initial_weights is not None:
         load_initial(weights, Path(config.initial_weights))
-    weights.activation_checkpointing, weights.max_documents = config.activation_checkpointing, config.max_documents
-    if config.fp8:
+    weights.activation_checkpointing, weights.max_documents = (
+        config.execution.activation_checkpointing,
+        config.batch.max_documents,
+    )
+    if config.execution.fp8:
         require_fp8(fabric.device)
         use_fp8(weights.blocks)
     if fabric.global_rank == 0:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         log.info("attention: %s", attention.describe(fabric.device, dtype))
-    if config.compile:
+    if config.execution.compile:
         compile_parts(weights)
     return weights, fabric.setup_module(weights)
 
@@ -65,13 +68,13 @@ def compile_parts(weights: Transformer) -> None:
 
 def strategy_class(config: TrainConfig) -> type[Any]:
     """What to build a strategy from, with `strategy_options`; a subclass may say where ranks and devices come from."""
-    strategy: type[Any] = DDPStrategy if config.sharding == "replicated" else ModelParallelStrategy
+    strategy: type[Any] = DDPStrategy if config.execution.sharding == "replicated" else ModelParallelStrategy
     return strategy
 
 
 def strategy_options(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """Keyword arguments of `strategy_class`."""
-    if config.sharding == "replicated":
+    if config.execution.sharding == "replicated":
         # Gradients live in the buckets that are sent: no second copy of them.
         return {"gradient_as_bucket_view": True}
     return {"parallelize_fn": _sharded_by(config), "data_parallel_size": world_size, "tensor_parallel_size": 1}

@@ -213,7 +213,7 @@ def named_model(
     from orchestrator.figures import count
     from orchestrator.planning import analysis as advice
     from orchestrator.planning import recipe_plan as planning
-    from tasks.recipe.schema import list_recipes, load_recipe
+    from tasks.recipe.load import list_recipes, load_recipe
 
     try:  # a recipe may be called 350m
         size = None if model in {recipe.name for recipe in list_recipes()} else options.parse_count(model)

@@ -180,7 +180,7 @@ def recipes(as_json: options.JsonOption = False) -> None:
       slm recipes --json
     """
     from orchestrator.views import runs as render
-    from tasks.recipe.schema import list_recipes
+    from tasks.recipe.load import list_recipes
 
     found = list_recipes()
     if as_json:
@@ -206,7 +206,7 @@ def prepare(
     """
     from orchestrator.views import live
     from orchestrator.views import runs as render
-    from tasks.recipe.schema import load_recipe
+    from tasks.recipe.load import load_recipe
 
     chosen = load_recipe(recipe, options.overrides(sets))
     lines = live.PlainLines(render.console_on(sys.stderr), chosen.name)
@@ -221,7 +221,7 @@ def prepare(
 
 def recipe_with(recipe: str, overrides: Sequence[str], nodes: int | None) -> Recipe:
     """A recipe with all overrides; `nodes` is how many it wants, and no more than it goes on with."""
-    from tasks.recipe.schema import load_recipe
+    from tasks.recipe.load import load_recipe
 
     chosen = load_recipe(recipe, overrides)
     if nodes is None:

@@ -227,7 +227,7 @@ def store_of(run: Run, runs: Runs, home: Home) -> Store:
 
 def extras_of(run: Run, recipe: Recipe, ledger: Ledger) -> Extras:
     """Storage and transfers of this run; its checkpoints are at most as far apart as it was planned."""
-    interval = run.options.checkpoint_interval_seconds or recipe.train_config().checkpoint_interval_seconds
+    interval = run.options.checkpoint_interval_seconds or recipe.checkpoint_interval_seconds()
     scale = run.options.time_scale(recipe)
     num_params = recipe.num_params()
     return Extras(
@@ -328,8 +328,7 @@ def write_spec(
         workers_per_node=workers_per_node,
         min_workers=min(recipe.nodes.min, lease.num_nodes) * workers_per_node,
         max_workers=lease.num_nodes * workers_per_node,
-        checkpoint_interval_seconds=run.options.checkpoint_interval_seconds
-        or recipe.train_config().checkpoint_interval_seconds,
+        checkpoint_interval_seconds=run.options.checkpoint_interval_seconds or recipe.checkpoint_interval_seconds(),
         losses=losses,
     )
     store.write(SPEC, spec.to_bytes())

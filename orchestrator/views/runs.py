@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from orchestrator.runs.status import LedgerView, RunStatus, RunSummary
-    from tasks.recipe.schema import RecipeSummary
+    from tasks.recipe.load import RecipeSummary
 
 WIDTH_WITHOUT_TERMINAL = 100
 SCHEMA_VERSION = 1

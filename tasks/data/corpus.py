@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.data.readers import SUFFIXES, CorpusError, read_texts, suffix
-from tasks.recipe.schema import PLAIN_SOURCES, STDLIB_CORPUS, Data, Recipe
+from tasks.recipe.schema import Recipe
+from tasks.recipe.sections import PLAIN_SOURCES, STDLIB_CORPUS, Data
 
 CODE_SUFFIXES = (".py",)
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})

@@ -36,7 +36,9 @@ from tasks.data.shards import (
     write_synced,
 )
 from tasks.data.tokenizer import train_tokenizer
-from tasks.recipe.schema import Data, Recipe, recipe_from_json
+from tasks.recipe.load import recipe_from_json
+from tasks.recipe.schema import Recipe
+from tasks.recipe.sections import Data
 
 SPLITS = ("train", "heldout")
 REPORT_BYTES = 2_000_000

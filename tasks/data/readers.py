@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cost.errors import UserError
-from tasks.recipe.schema import END_OF_TEXT
+from tasks.recipe.sections import END_OF_TEXT
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_FIELDS = ("text", "content")

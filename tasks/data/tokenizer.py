@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cost.errors import SlmError, UserError
-from tasks.recipe.schema import END_OF_TEXT, NUM_BYTES
+from tasks.recipe.sections import END_OF_TEXT, NUM_BYTES
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cost.errors import UserError
 from tasks.data.tokenizer import Tokenizer
-from tasks.recipe.schema import END_OF_TEXT
+from tasks.recipe.sections import END_OF_TEXT
 from trainer.config import ModelConfig
 from trainer.model.presets import PRESETS
 

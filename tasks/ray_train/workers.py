@@ -96,7 +96,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         writes = fabric.global_rank == 0
         train_config = spec.train_config()
         compiled = None
-        if train_config.compile:
+        if train_config.execution.compile:
             compiled = CompileCache(run_store, env.node_dir / f"compiled-{fabric.local_rank}")
             phases.mark("compile_cache")
         start_seconds = phases.seconds()

@@ -22,7 +22,7 @@ from orchestrator import cli
 from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs, RunState
 from orchestrator.settings import Home
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.support.builders import make_lease
 from trainer.run_store.base import DirectoryStore
 

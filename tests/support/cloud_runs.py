@@ -13,7 +13,8 @@ from cost.market.offers import Offer
 from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs
 from orchestrator.settings import Home
-from tasks.recipe.schema import Recipe, load_recipe
+from tasks.recipe.load import load_recipe
+from tasks.recipe.schema import Recipe
 from tests.support.builders import make_lease
 from trainer.run_store.base import DirectoryStore
 

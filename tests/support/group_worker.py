@@ -1,6 +1,7 @@
-"""One of several processes that train together: `group_worker.py DATA_DIR FOLDER`, started by `run_group`.
+"""One of several processes that train together, started by `run_group`.
 
-Reads FOLDER/jobs.json and writes FOLDER/report<rank>.json; the processes find each other as torchrun's do.
+`python -m tests.support.group_worker DATA_DIR FOLDER` reads FOLDER/jobs.json and writes FOLDER/report<rank>.json; the
+processes find each other as torchrun's do.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from lightning.fabric import Fabric
 
 from cost.errors import SlmError
+from tests.support.configs import config_from
 from trainer.checkpoints.manager import Checkpoints, Identity
-from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.loop import Signal, fabric_precision, train
 from trainer.model.transformer import build_model
 from trainer.optim import Updates
@@ -52,13 +54,13 @@ def job(
 
     With `save_again` nothing is trained: what was read is saved once more, as the next step.
     """
-    fields = {**config, "model": ModelConfig(**config["model"]), "optimizer": OptimizerConfig(**config["optimizer"])}
+    told = config_from(config)
     target = BrokenUpload(Path(store)) if fabric.global_rank == broken_upload_on else DirectoryStore(Path(store))
     if save_again:
-        return saved_again(fabric, TrainConfig(**fields), target)
+        return saved_again(fabric, told, target)
     try:
         result = train(
-            TrainConfig(**fields),
+            told,
             fabric=fabric,
             data_dir=data_dir,
             store=target,
@@ -103,10 +105,9 @@ def main() -> None:
     fabrics: dict[str, Fabric] = {}
     for arguments in json.loads((folder / "jobs.json").read_text()):
         if arguments.pop("sharded", False):
-            arguments["config"]["sharding"] = "sharded"
-        asked = {name: arguments["config"][name] for name in ("precision", "sharding")}
-        kind = TrainConfig(**asked)
-        if (name := " ".join(asked.values())) not in fabrics:
+            arguments["config"]["execution"]["sharding"] = "sharded"
+        kind = config_from(arguments["config"])
+        if (name := f"{kind.precision} {kind.execution.sharding}") not in fabrics:
             world_size = int(os.environ["WORLD_SIZE"])
             options = strategy_options(kind, world_size)
             fabrics[name] = Fabric(

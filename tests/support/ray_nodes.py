@@ -20,7 +20,7 @@ import psutil
 
 from tasks.node.environment import boottime
 from tasks.own_module import own_module
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tasks.spec import RunSpec
 from tests.support.hostile_folder import write_hostile_modules
 from trainer.run_store.base import StoreKeyMissing, open_store

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tasks.spec import Losses, RunSpec, SpecError
+from trainer.config import InterruptionConfig
 
 
 def make_spec(**changes: Any) -> RunSpec:
@@ -39,14 +40,14 @@ def test_a_spec_survives_its_file(tmp_path: Path) -> None:
 def test_losses_reach_the_trainer_per_worker_unless_the_recipe_fixes_the_interval() -> None:
     losses = Losses(per_node_hour=0.8, saved_at_notice=0.9, restart_seconds=20)
     config = make_spec(losses=losses, workers_per_node=4).train_config()
-    assert (config.losses_per_worker_hour, config.saved_at_notice, config.restart_seconds) == (0.2, 0.9, 20)
+    assert config.interruptions == InterruptionConfig(0.2, saved_at_notice=0.9, restart_seconds=20)
     fixed = make_spec(losses=losses, recipe=load_recipe("demo", ["checkpoint.interval_seconds=6"]))
-    assert fixed.train_config().losses_per_worker_hour is None
-    assert make_spec().train_config().losses_per_worker_hour is None
+    assert fixed.train_config().interruptions.losses_per_worker_hour is None
+    assert make_spec().train_config().interruptions.losses_per_worker_hour is None
 
 
 def test_the_planned_checkpoint_interval_reaches_the_trainer() -> None:
-    assert make_spec().train_config().checkpoint_interval_seconds == 12.5
+    assert make_spec().train_config().checkpoint.interval_seconds == 12.5
 
 
 def test_more_workers_than_places_are_refused() -> None:

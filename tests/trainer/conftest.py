@@ -19,12 +19,21 @@ from torch import Tensor
 
 from trainer.checkpoints.lineage import checkpoints_of_chain
 from trainer.checkpoints.manager import read_tensors
-from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+from trainer.config import (
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from trainer.loop import Result, Signal, fabric_precision, train
 from trainer.run_store.base import DirectoryStore, Store
 
 VOCAB_SIZE = 64
 GROUP_TIMEOUT_SECONDS = 600
+ROOT = Path(__file__).parents[2]
 
 TINY = TrainConfig(
     model=ModelConfig(
@@ -38,14 +47,12 @@ TINY = TrainConfig(
     ),
     optimizer=OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=2, decay_fraction=0.5),
     num_steps=6,
-    global_batch_size=8,
-    micro_batch_size=3,  # pieces of 3, 3 and 2
     precision="fp32",
     seed=5,
-    eval_every_steps=4,
-    eval_sequences=8,
-    checkpoint_interval_seconds=3600,
-    num_threads=1,
+    batch=BatchConfig(global_batch_size=8, micro_batch_size=3),  # pieces of 3, 3 and 2
+    evaluation=EvaluationConfig(eval_every_steps=4, eval_sequences=8),
+    execution=ExecutionConfig(num_threads=1),
+    checkpoint=CheckpointConfig(interval_seconds=3600),
 )
 
 
@@ -159,10 +166,9 @@ def run_group(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
             }
-            worker = Path(__file__).parents[1] / "support" / "group_worker.py"
-            command = [sys.executable, str(worker), str(data_dir), str(folder)]
+            command = [sys.executable, "-m", "tests.support.group_worker", str(data_dir), str(folder)]
             log = (folder / f"log{rank}").open("w")
-            workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            workers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
             log.close()
         try:
             codes = [worker.wait(timeout=GROUP_TIMEOUT_SECONDS) for worker in workers]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from tests.support.configs import changed
 from tests.support.exact_group import Attempt, Job, Report, only_checkpoint, run_jobs, seen_by_weights
 from trainer.checkpoints.lineage import checkpoints_of_chain
 from trainer.config import TrainConfig
@@ -27,7 +28,7 @@ MetricsOf = Callable[[Path], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def config(tiny: TrainConfig) -> TrainConfig:
-    return replace(tiny, global_batch_size=32, micro_batch_size=4, eval_every_steps=1000)
+    return changed(tiny, global_batch_size=32, micro_batch_size=4, eval_every_steps=1000)
 
 
 def relative_error(tensor: Tensor, two: Tensor) -> float:
@@ -97,7 +98,7 @@ def test_one_step_from_a_checkpoint_is_the_same_at_any_world_size(
     with_optimizer: Callable[..., TrainConfig],
     optimizer: str,
 ) -> None:
-    config = with_optimizer(replace(config, checkpoint_every_steps=2, keep_last=10), name=optimizer)
+    config = with_optimizer(changed(config, checkpoint_every_steps=2, keep_last=10), name=optimizer)
     whole = run(1, Job(config, data_dir, tmp_path / "whole"), tmp_path / "group")
     rows = metrics_of(tmp_path / "whole")
     for world_size in (2, 3):
@@ -119,7 +120,7 @@ def test_one_step_from_a_checkpoint_is_the_same_at_any_world_size(
 def test_kills_at_changing_world_sizes_repeat_and_lose_no_sample(
     config: TrainConfig, data_dir: Path, tmp_path: Path, metrics_of: MetricsOf
 ) -> None:
-    config = replace(config, num_steps=12, checkpoint_every_steps=2)
+    config = changed(config, num_steps=12, checkpoint_every_steps=2)
     draw = random.Random(4)
     attempts: list[Attempt] = []
     for number in range(6):

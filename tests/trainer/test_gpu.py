@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
 
+from tests.support.configs import changed
 from trainer.config import TrainConfig
 from trainer.loop import Signal, fabric_precision, train
 from trainer.model.attention import BACKENDS, attend_dense, attend_sdpa
@@ -54,7 +54,7 @@ def test_attention_agrees_with_its_definition_forward_and_backward(
 def test_a_run_on_the_device_learns_and_resumes(
     precision: str, tiny: TrainConfig, data_dir: Path, tmp_path: Path
 ) -> None:
-    config = replace(tiny, precision=precision, num_steps=40, eval_every_steps=40)
+    config = changed(tiny, precision=precision, num_steps=40, eval_every_steps=40)
     store = DirectoryStore(tmp_path / "store")
     for stop_after in (15, None):
         fabric = lightning.Fabric(accelerator="cuda", devices=1, precision=fabric_precision(config))

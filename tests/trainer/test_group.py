@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.configs import changed
 from trainer.checkpoints.lineage import checkpoints_of_chain, read_manifest
 from trainer.config import TrainConfig
 from trainer.loop import Result
@@ -51,9 +52,9 @@ def test_one_step_of_a_group_is_one_step_of_a_single_process(
 ) -> None:
     # Shares of 8: 4 and 4, or 2, 3 and 3. Of 2 on three ranks: 0, 1 and 1, so that one rank has nothing.
     cases = {
-        "even pieces": replace(tiny, micro_batch_size=4),
-        "ragged pieces": replace(tiny, micro_batch_size=1),
-        "an empty share": replace(tiny, global_batch_size=2, eval_sequences=2),
+        "even pieces": changed(tiny, micro_batch_size=4),
+        "ragged pieces": changed(tiny, micro_batch_size=1),
+        "an empty share": changed(tiny, global_batch_size=2, eval_sequences=2),
         "adamw": with_optimizer(tiny, name="adamw"),
     }
     starts = {name: tmp_path / name for name in cases}
@@ -132,7 +133,7 @@ def test_a_checkpoint_goes_from_replicated_to_sharded_and_back_to_one_worker(
             job(config, tmp_path / f"{name}-again", stop_after=2),
             job(config, tmp_path / f"{name}-again", sharded=True, save_again=True),
             job(config, tmp_path / name, stop_after=2),
-            job(replace(config, micro_batch_size=4), tmp_path / name, sharded=True, stop_after=3),
+            job(changed(config, micro_batch_size=4), tmp_path / name, sharded=True, stop_after=3),
         ]
     run_group(2, jobs)
     for name, config in configs.items():

@@ -16,6 +16,7 @@ from torch import nn
 
 from cost.errors import SlmError, UserError
 from cost.performance.workload import Workload
+from tests.support.configs import changed
 from trainer.checkpoints.lineage import IncarnationStart, Place, Superseded, begin_incarnation, checkpoints_of_chain
 from trainer.config import ModelConfig, TrainConfig
 from trainer.data.loader import Batch
@@ -122,20 +123,20 @@ def test_a_stop_in_the_last_step_is_a_finish(tiny: TrainConfig, run_single: RunS
 
 
 def test_checkpoints_come_by_steps(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
-    run_single(replace(tiny, checkpoint_every_steps=2, keep_last=9), tmp_path)
+    run_single(changed(tiny, checkpoint_every_steps=2, keep_last=9), tmp_path)
     assert steps_saved(tmp_path) == [6, 4, 2]
 
 
 def test_checkpoints_come_by_time(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
     """One is begun only when the one before is durable, so that a slow disk leaves some out."""
-    run_single(replace(tiny, checkpoint_interval_seconds=0.0, keep_last=9), tmp_path / "often")
+    run_single(changed(tiny, checkpoint_interval_seconds=0.0, keep_last=9), tmp_path / "often")
     assert {1, 6} <= set(steps_saved(tmp_path / "often"))
-    run_single(replace(tiny, checkpoint_interval_seconds=3600.0, keep_last=9), tmp_path / "seldom")
+    run_single(changed(tiny, checkpoint_interval_seconds=3600.0, keep_last=9), tmp_path / "seldom")
     assert steps_saved(tmp_path / "seldom") == [6]
 
 
 def test_old_checkpoints_go(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
-    run_single(replace(tiny, checkpoint_every_steps=1, keep_last=3), tmp_path)
+    run_single(changed(tiny, checkpoint_every_steps=1, keep_last=3), tmp_path)
     assert steps_saved(tmp_path) == [6, 5, 4]
 
 
@@ -154,7 +155,7 @@ def test_a_run_that_is_complete_is_finished_again_without_a_step(
 def test_a_loss_that_is_not_finite_is_said_before_it_reaches_the_weights(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, with_optimizer: Callable[..., TrainConfig]
 ) -> None:
-    config = with_optimizer(replace(tiny, checkpoint_every_steps=1), name="adamw", learning_rate=1e38, warmup_steps=0)
+    config = with_optimizer(changed(tiny, checkpoint_every_steps=1), name="adamw", learning_rate=1e38, warmup_steps=0)
     message = (
         r"the loss is nan and the gradient norm \S+ at step 2, learning rate 1e\+38; the newest checkpoint is at "
         r"step 1 of incarnation 0. Start a new run with a smaller optimizer.learning_rate"
@@ -188,7 +189,7 @@ def test_a_superseded_run_ends_without_a_result_and_without_a_trace_in_the_chain
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, checkpoint_every_steps: int | None
 ) -> None:
     run_single(tiny, tmp_path, stop_after=2)
-    config = replace(tiny, checkpoint_every_steps=checkpoint_every_steps)
+    config = changed(tiny, checkpoint_every_steps=checkpoint_every_steps)
     with pytest.raises(Superseded, match="incarnation 1 of this run was superseded by incarnation 2"):
         run_single(config, tmp_path, signals=TakesOver(tmp_path, at_step=3))
     assert steps_saved(tmp_path) == [2]
@@ -310,7 +311,7 @@ class Leaving:
 def test_on_the_way_out_no_checkpoint_is_begun_but_the_last(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
 ) -> None:
-    result = run_single(replace(tiny, checkpoint_every_steps=1), tmp_path, signals=Leaving())
+    result = run_single(changed(tiny, checkpoint_every_steps=1), tmp_path, signals=Leaving())
     assert (result.outcome, result.step) == ("stopped", 5)
     assert [place.step for place in checkpoints_of_chain(DirectoryStore(tmp_path))] == [5, 1]
 
@@ -322,6 +323,6 @@ def test_compilation_is_a_phase_of_its_own_and_changes_nothing(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     phases: list[str] = []
     config = replace(tiny, num_steps=2)
-    compiled = run_single(replace(config, compile=True), tmp_path / "compiled", phase=phases.append)
+    compiled = run_single(changed(config, compile=True), tmp_path / "compiled", phase=phases.append)
     assert phases == ["data", "model", "load", "compile", "first_step"]
     assert compiled == run_single(config, tmp_path / "plain")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.configs import changed
 from trainer.config import TrainConfig
 from trainer.loop import Result
 from trainer.model.presets import expand
@@ -43,7 +44,7 @@ def cases(tiny: TrainConfig, with_optimizer: WithOptimizer) -> dict[str, TrainCo
     found = {}
     for preset in PRESETS:
         fields = expand({"preset": preset, "num_kv_heads": 2 if preset == "gpt2" else 1})
-        config = replace(tiny, model=replace(tiny.model, **fields), num_steps=CURVE_STEPS, eval_every_steps=CURVE_STEPS)
+        config = changed(tiny, model=replace(tiny.model, **fields), num_steps=CURVE_STEPS, eval_every_steps=CURVE_STEPS)
         found[f"{preset} adamw"] = with_optimizer(config, name="adamw")
     found["speedrun muon"] = replace(found["speedrun adamw"], optimizer=tiny.optimizer)
     return found
@@ -65,7 +66,7 @@ def runs(
             run_single(config, folder / name / "alone", stop_after=stop_after)
         for way in WAYS:
             jobs = [
-                job(replace(config, sharding=way), folder / name / way, stop_after=stop_after)
+                job(changed(config, sharding=way), folder / name / way, stop_after=stop_after)
                 for name, config in going_on.items()
             ]
             reports = run_group(2, jobs)
@@ -112,7 +113,7 @@ def test_a_sharded_run_goes_on_as_copies_and_alone(
     tiny: TrainConfig, run_single: RunSingle, run_group: RunGroup, tmp_path: Path, metrics_of: MetricsOf
 ) -> None:
     run_single(tiny, tmp_path / "whole")
-    sharded = replace(tiny, sharding="sharded")
+    sharded = changed(tiny, sharding="sharded")
     first = run_group(2, [job(sharded, tmp_path / "run", stop_after=2)])
     second = run_group(2, [job(tiny, tmp_path / "run", stop_after=2), job(tiny, tmp_path / "run", stop_after=4)])
     assert first[0][0]["weights_sha256"] == first[0][1]["weights_sha256"] == second[0][0]["weights_sha256"]
@@ -124,8 +125,8 @@ def test_a_sharded_run_goes_on_as_copies_and_alone(
 def test_shards_in_bf16_are_evaluated_and_saved_in_any_order(
     tiny: TrainConfig, run_group: RunGroup, tmp_path: Path
 ) -> None:
-    config = replace(tiny, precision="bf16", sharding="sharded", activation_checkpointing=True, num_steps=4)
-    config = replace(config, checkpoint_every_steps=1, eval_every_steps=2)
+    config = changed(tiny, precision="bf16", sharding="sharded", activation_checkpointing=True, num_steps=4)
+    config = changed(config, checkpoint_every_steps=1, eval_every_steps=2)
     reports = run_group(2, [job(config, tmp_path / "run")])[0]
     assert [report.get("outcome") for report in reports] == ["finished", "finished"], reports
     assert reports[0] == reports[1]

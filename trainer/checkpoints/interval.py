@@ -9,7 +9,7 @@ from collections import deque
 from statistics import median
 
 from cost.market.preemption import checkpoint_interval_seconds
-from trainer.config import TrainConfig
+from trainer.config import DEFAULT_CHECKPOINT_INTERVAL_SECONDS, TrainConfig
 
 MEASURED_SAVES = 5
 """The median of so many: one slow disk does not change the rhythm, and the first save (which makes its buffers) drops
@@ -24,14 +24,16 @@ class Pace:
     """The checkpoint interval of one group of workers."""
 
     def __init__(self, config: TrainConfig, world_size: int) -> None:
-        self._config = config
         self._world_size = world_size
         self._saves: deque[tuple[float, float]] = deque(maxlen=MEASURED_SAVES)
-        self._restart_seconds = config.restart_seconds
+        self._risk = config.interruptions
+        told = config.checkpoint.interval_seconds
+        self._told_seconds = DEFAULT_CHECKPOINT_INTERVAL_SECONDS if told is None else told
+        self._restart_seconds = self._risk.restart_seconds
 
     def started(self, seconds: float) -> None:
         """How long this start took inside the trainer; a restart takes at least that."""
-        self._restart_seconds = max(self._config.restart_seconds, seconds)
+        self._restart_seconds = max(self._risk.restart_seconds, seconds)
 
     def saved(self, *, stall_seconds: float, save_seconds: float) -> None:
         """What one save took from training, and how long until it was durable."""
@@ -40,13 +42,13 @@ class Pace:
     @property
     def interval_seconds(self) -> float:
         """From one save to the next."""
-        losses = self._config.losses_per_worker_hour
+        losses = self._risk.losses_per_worker_hour
         if losses is None or not self._saves:
-            return self._config.checkpoint_interval_seconds
+            return self._told_seconds
         best = checkpoint_interval_seconds(
             median(stall for stall, _ in self._saves),
             losses * self._world_size,
-            self._config.saved_at_notice,
+            self._risk.saved_at_notice,
             SAVES_PER_INTERVAL * median(seconds for _, seconds in self._saves),
             restart_seconds=self._restart_seconds,
         )

@@ -41,32 +41,12 @@ from trainer.checkpoints.lineage import (
 )
 from trainer.checkpoints.parts import write_part
 from trainer.checkpoints.staging import Staging, empty_tensors, read_into
-from trainer.config import TrainConfig
+from trainer.config import NAMED_GROUPS, TrainConfig, decisive
 from trainer.objectives.pretrain import PRETRAIN
 from trainer.run_store import keys
 from trainer.run_store.base import Store
 
 log = logging.getLogger(__name__)
-
-FREE_FIELDS = (
-    "micro_batch_size",
-    "eval_every_steps",
-    "eval_sequences",
-    "checkpoint_interval_seconds",
-    "checkpoint_every_steps",
-    "keep_last",
-    "milestone_every_steps",
-    "losses_per_worker_hour",
-    "saved_at_notice",
-    "restart_seconds",
-    "compile",
-    "activation_checkpointing",
-    "sharding",
-    "profile",
-    "initial_weights",
-    "num_threads",
-)
-"""What may differ between a checkpoint and the run that goes on from it: nothing here is part of what is learned."""
 
 BESIDE_CONFIG = ("tokenizer_sha256", "data_fingerprint", "objective")
 """What else decides the weights."""
@@ -87,11 +67,9 @@ class Identity:
 
     def facts(self) -> dict[str, Any]:
         """As plain JSON, with one digest of all that decides the weights."""
-        config = asdict(self.config)
-        decisive = {name: value for name, value in config.items() if name not in FREE_FIELDS}
-        text = json.dumps(decisive, sort_keys=True)
+        text = json.dumps(decisive(self.config), sort_keys=True)
         return {
-            "config": json.loads(json.dumps(config)),
+            "config": json.loads(json.dumps(asdict(self.config))),
             "config_digest": hashlib.sha256(text.encode()).hexdigest(),
             "tokenizer_sha256": self.tokenizer_sha256,
             "data_fingerprint": self.data_fingerprint,
@@ -103,8 +81,9 @@ class Identity:
         mine, saved = self.facts(), {"objective": PRETRAIN, **saved}  # older checkpoints name none
         if all(mine[key] == saved.get(key) for key in ("config_digest", *BESIDE_CONFIG)):
             return
-        then, now = _decisive(saved), _decisive(mine)
-        names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        then, now = _by_name(saved), _by_name(mine)
+        may_differ = now.keys() - _by_name({**mine, "config": decisive(self.config)}).keys()
+        names = sorted(name for name in (then.keys() | now.keys()) - may_differ if then.get(name) != now.get(name))
         differences = [f"{name} was {then.get(name)} and is {now.get(name)}" for name in names]
         raise UserError(
             f"the checkpoint is of another run: {'; '.join(differences)}. Set that back, or start a new run."
@@ -368,7 +347,7 @@ def position(config: TrainConfig, counters: Counters) -> dict[str, Any]:
     """Where the schedule and the data stand, for a reader of the manifest; the loop derives both from the step."""
     return {
         "schedule": {"step": counters.step, "num_steps": config.num_steps},
-        "sample_position": counters.step * config.global_batch_size,
+        "sample_position": counters.step * config.batch.global_batch_size,
     }
 
 
@@ -403,12 +382,17 @@ def _random_state(rank: int) -> dict[str, Tensor]:
     return state
 
 
-def _decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that must not change, one level deep, under the names that a recipe uses."""
+def _by_name(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint belongs to, one level deep, under the names that a recipe uses.
+
+    Older checkpoints hold the fields of all groups but NAMED_GROUPS beside these, which gives the same names.
+    """
     flat: dict[str, Any] = {name: facts.get(name) for name in BESIDE_CONFIG}
     for name, value in facts.get("config", {}).items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": each for inner, each in value.items()}
-        elif name not in FREE_FIELDS:
+        if not isinstance(value, dict):
             flat[name] = value
+        elif name in NAMED_GROUPS:
+            flat |= {f"{name}.{inner}": each for inner, each in value.items()}
+        else:
+            flat |= value
     return flat

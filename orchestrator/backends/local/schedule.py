@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cost.errors import UserError
-from tasks.recipe.schema import RECIPE_FOLDER
+from tasks.recipe.load import RECIPE_FOLDER
 
 SECONDS_PER_HOUR = 3600.0
 NOTICE_SHARE = 0.5

@@ -25,7 +25,8 @@ from orchestrator.runs.status import RunStatus, RunSummary
 from orchestrator.settings import Home
 from orchestrator.supervisor.lease_watch import StopSwitch
 from orchestrator.supervisor.requests import launch as real_launch
-from tasks.recipe.schema import Recipe, load_recipe
+from tasks.recipe.load import load_recipe
+from tasks.recipe.schema import Recipe
 from tests.support.cloud_runs import ran_on
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)

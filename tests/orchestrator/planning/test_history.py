@@ -19,7 +19,8 @@ from orchestrator.planning.history import History, begun_precision, read_history
 from orchestrator.planning.recipe_plan import Planned
 from orchestrator.prices.table import Prices
 from orchestrator.settings import Home
-from tasks.recipe.schema import Recipe, load_recipe
+from tasks.recipe.load import load_recipe
+from tasks.recipe.schema import Recipe
 from tests.support.builders import make_offer
 from tests.support.cloud_runs import SPEED, ran_on
 

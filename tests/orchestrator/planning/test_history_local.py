@@ -13,7 +13,8 @@ from orchestrator.planning import recipe_plan as planning
 from orchestrator.planning.history import measured_tokens_per_second
 from orchestrator.prices.table import current_prices
 from orchestrator.settings import Home
-from tasks.recipe.schema import Recipe, load_recipe
+from tasks.recipe.load import load_recipe
+from tasks.recipe.schema import Recipe
 
 
 def recipe(*overrides: str) -> Recipe:

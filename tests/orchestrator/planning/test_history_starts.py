@@ -9,7 +9,7 @@ from orchestrator.planning import recipe_plan as planning
 from orchestrator.planning.history import read_history, record_start, typical_start_seconds
 from orchestrator.prices.table import reference_prices
 from orchestrator.settings import Home
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.support.cloud_runs import ran_on
 
 

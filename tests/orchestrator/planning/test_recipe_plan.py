@@ -12,7 +12,8 @@ import pytest
 from cost.errors import UserError
 from orchestrator.planning import recipe_plan as planning
 from orchestrator.prices.table import Prices, current_prices
-from tasks.recipe.schema import Recipe, load_recipe
+from tasks.recipe.load import load_recipe
+from tasks.recipe.schema import Recipe
 from tests.support.builders import make_offer
 
 H100 = make_offer(

@@ -20,7 +20,7 @@ from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Runs
 from orchestrator.settings import Home
 from tasks.data.tokenizer import train_tokenizer
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.orchestrator.views.test_json_docs import Checker, sections
 from trainer.model.presets import expand
 
@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     program = f"""
 from pathlib import Path
 from lightning.fabric import Fabric
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import BatchConfig, EvaluationConfig, ExecutionConfig, ModelConfig, TrainConfig
 from trainer.loop import Signal, train
 from trainer.run_store.base import DirectoryStore
 
@@ -67,8 +67,9 @@ class Quiet:
     def poll(self, step):
         return Signal()
 
-config = TrainConfig(model=ModelConfig(**{expand(MODEL)!r}), num_steps=3, global_batch_size=2, micro_batch_size=2,
-                     precision="fp32", eval_sequences=2, num_threads=1)
+config = TrainConfig(model=ModelConfig(**{expand(MODEL)!r}), num_steps=3, precision="fp32",
+                     batch=BatchConfig(2, micro_batch_size=2), evaluation=EvaluationConfig(eval_sequences=2),
+                     execution=ExecutionConfig(num_threads=1))
 train(config, fabric=Fabric(accelerator="cpu", devices=1), data_dir=Path({str(data_dir)!r}),
       store=DirectoryStore(Path({str(store)!r})), lease_id="l", signals=Quiet(), phase=lambda name: None)
 """

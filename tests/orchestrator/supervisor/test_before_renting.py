@@ -16,7 +16,7 @@ from orchestrator.backends.sky.enabled_clouds import Enabled
 from orchestrator.settings import Home
 from orchestrator.supervisor.cloud_leases import rentable
 from orchestrator.upkeep.doctor import Level, clouds, storage
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.support.aws_cloud import AwsCloud, aws_cloud
 from tests.support.moto_cloud import BUCKET
 

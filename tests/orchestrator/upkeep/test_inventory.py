@@ -26,7 +26,7 @@ from orchestrator.runs.records import Run, Runs, SupervisorLock
 from orchestrator.runs.status import lock_path, open_runs
 from orchestrator.settings import Home
 from orchestrator.upkeep.inventory import Outcome, Verdict, reconcile
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.support.backend_contract import OFFER, lease_of
 from trainer.run_store.base import DirectoryStore
 

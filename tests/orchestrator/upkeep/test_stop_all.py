@@ -22,7 +22,7 @@ from orchestrator.settings import Home
 from orchestrator.supervisor import requests as launch
 from orchestrator.upkeep.inventory import Inventory, reconcile
 from orchestrator.upkeep.stop_all import stop_all
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.orchestrator.upkeep.test_inventory import a_cloud
 from tests.support.backend_contract import OFFER
 

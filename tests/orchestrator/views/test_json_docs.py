@@ -32,7 +32,7 @@ from orchestrator.upkeep.inventory import reconcile
 from orchestrator.upkeep.stop_all import Ending
 from orchestrator.views import runs as render
 from orchestrator.views import upkeep as render_upkeep
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.orchestrator.upkeep.test_inventory import a_cloud
 from tests.support.builders import make_lease
 from tests.support.cloud_runs import ran_on

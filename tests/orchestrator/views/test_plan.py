@@ -23,7 +23,7 @@ from orchestrator.settings import Home
 from orchestrator.views import plan as render_plan
 from orchestrator.views import runs as render
 from orchestrator.views.facts import plan as plan_facts
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tests.support.builders import make_offer
 from tests.support.cloud_runs import ran_on
 

@@ -19,7 +19,7 @@ from cost.ledger.ledger import Balance, EntryKind, LedgerEntry
 from orchestrator.runs.records import RunState
 from orchestrator.runs.status import LedgerView, RunStatus, RunSummary
 from orchestrator.views import runs as render
-from tasks.recipe.schema import RecipeSummary
+from tasks.recipe.load import RecipeSummary
 from tests.support.builders import make_lease, make_offer
 
 RUNNING = RunStatus(

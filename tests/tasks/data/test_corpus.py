@@ -11,7 +11,7 @@ import pytest
 
 from tasks.data.corpus import StandardLibrary, find_standard_library, open_corpus
 from tasks.data.readers import PROSE_CHARACTERS, CorpusError
-from tasks.recipe.schema import Data
+from tasks.recipe.sections import Data
 
 TOPICS_SOURCE = "topics = {'if': 'The if statement.\\n', 'blank': ' ', 'for': 'The for statement.\\n'}\n"
 

@@ -22,7 +22,8 @@ from tasks.data.encode import EncodingFailed, Text, default_workers, encoder
 from tasks.data.prepare import PrepareFailed, Progress, is_heldout, main, prepare
 from tasks.data.shards import SplitWriter, faults, read_index, unigram_entropy_nats
 from tasks.data.tokenizer import load_tokenizer
-from tasks.recipe.schema import RECIPE_FOLDER, Recipe, load_recipe
+from tasks.recipe.load import RECIPE_FOLDER, load_recipe
+from tasks.recipe.schema import Recipe
 
 PROJECT = RECIPE_FOLDER.parent.parent
 NUM_DOCUMENTS = 120

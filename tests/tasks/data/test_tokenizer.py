@@ -26,7 +26,7 @@ from tasks.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
-from tasks.recipe.schema import END_OF_TEXT
+from tasks.recipe.sections import END_OF_TEXT
 
 VOCAB_SIZE = 400
 

@@ -23,7 +23,7 @@ from tasks.guard.command_line import parse
 from tasks.guard.processes import kill_family
 from tasks.node import bootstrap as rented
 from tasks.node import rented_node
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tasks.run_store_keys import DATA_LIST
 from tasks.spec import RunSpec
 from tests.support.hostile_folder import write_hostile_modules

@@ -10,14 +10,8 @@ import pytest
 
 from cost.errors import UserError
 from tasks.data.corpus import fingerprint
-from tasks.recipe.schema import (
-    RECIPE_FOLDER,
-    Recipe,
-    RecipeSummary,
-    list_recipes,
-    load_recipe,
-    recipe_from_json,
-)
+from tasks.recipe.load import RECIPE_FOLDER, RecipeSummary, list_recipes, load_recipe, recipe_from_json
+from tasks.recipe.schema import Recipe
 
 NAMES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
@@ -127,17 +121,20 @@ def test_the_train_config_says_what_the_recipe_says() -> None:
     assert config.model == recipe.model
     assert config.optimizer == recipe.optimizer
     assert (config.num_steps, config.precision, config.seed) == (10, "fp32", 5)
-    assert (config.checkpoint_every_steps, config.keep_last) == (4, 3)
-    assert config.milestone_every_steps is None
-    assert load_recipe("demo", ["checkpoint.milestone_every_steps=50"]).train_config().milestone_every_steps == 50
-    assert (config.global_batch_size, config.micro_batch_size) == (32, recipe.training.micro_batch_size)
+    assert (config.checkpoint.every_steps, config.checkpoint.keep_last) == (4, 3)
+    assert config.checkpoint.milestone_every_steps is None
+    assert (
+        load_recipe("demo", ["checkpoint.milestone_every_steps=50"]).train_config().checkpoint.milestone_every_steps
+        == 50
+    )
+    assert (config.batch.global_batch_size, config.batch.micro_batch_size) == (32, recipe.training.micro_batch_size)
 
 
 def test_the_recipes_checkpoint_interval_comes_before_the_planned_one() -> None:
     fixed = load_recipe("demo", ["checkpoint.interval_seconds=7"])
     planned = load_recipe("demo", ["checkpoint.interval_seconds=null"])
-    assert fixed.train_config(99.0).checkpoint_interval_seconds == 7
-    assert planned.train_config(99.0).checkpoint_interval_seconds == 99
+    assert fixed.train_config(99.0).checkpoint.interval_seconds == 7
+    assert planned.train_config(99.0).checkpoint.interval_seconds == 99
 
 
 def test_a_recipe_survives_json_and_keeps_its_digest(tmp_path: Path) -> None:
@@ -197,7 +194,7 @@ def test_a_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
 
 def test_reading_recipes_loads_no_numpy_torch_or_ray() -> None:
     script = (
-        "import sys; from tasks.data.corpus import fingerprint; from tasks.recipe.schema import load_recipe; "
+        "import sys; from tasks.data.corpus import fingerprint; from tasks.recipe.load import load_recipe; "
         "import tasks.spec; "
         "fingerprint(load_recipe('demo')); "
         "print(sorted({'numpy', 'torch', 'ray', 'lightning', 'tiktoken', 'pyarrow'} & set(sys.modules)))"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cost.errors import UserError
-from tasks.recipe.schema import Recipe, load_recipe
+from tasks.recipe.load import load_recipe
+from tasks.recipe.schema import Recipe
 
 
 def test_a_recipe_without_stages_is_written_as_before_there_were_any() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cost.errors import UserError
-from tasks.recipe.schema import load_recipe, recipe_from_json
+from tasks.recipe.load import load_recipe, recipe_from_json
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.recipe.schema import load_recipe
+from tasks.recipe.load import load_recipe
 from tasks.recipe.stages import StageOptions, usual
 from tasks.stages.base import Place
 from tasks.stages.registry import UnknownStage, stage_of, stages_of, store_of_stage

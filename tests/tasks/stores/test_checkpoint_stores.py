@@ -107,7 +107,7 @@ def test_a_manifest_says_what_a_reader_wants_to_know(opened: Callable[[], Store]
     saving.save(state(1.0), IDENTITY, Counters(step=3, tokens=12_288))
     facts = Manifest.from_bytes(opened().read(Place(0, 3).prefix + MANIFEST)).facts
     assert facts["schedule"] == {"step": 3, "num_steps": TrainConfig().num_steps}
-    assert facts["sample_position"] == 3 * TrainConfig().global_batch_size
+    assert facts["sample_position"] == 3 * TrainConfig().batch.global_batch_size
     assert facts["counters"]["tokens"] == 12_288
     assert (facts["tokenizer_sha256"], facts["data_fingerprint"]) == ("tokenizer", "data")
     assert facts["config"]["seed"] == TrainConfig().seed

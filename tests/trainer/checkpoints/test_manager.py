@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import pytest
 import torch
 
 from cost.errors import SlmError, UserError
+from tests.support.configs import changed
 from trainer.checkpoints.lineage import Manifest, checkpoints_of_chain
+from trainer.checkpoints.manager import Identity
 from trainer.config import TrainConfig
 from trainer.loop import Result, Signal
 from trainer.run_store.base import Bytes, DirectoryStore, StoreError
@@ -45,7 +47,7 @@ def test_resumed_at_any_step_a_run_ends_with_bitwise_the_same_weights_and_losses
     precision: str,
     micro_batch_size: int,
 ) -> None:
-    config = with_optimizer(replace(tiny, precision=precision, micro_batch_size=micro_batch_size), name=name)
+    config = with_optimizer(changed(tiny, precision=precision, micro_batch_size=micro_batch_size), name=name)
     whole = run_single(config, tmp_path / "whole")
     curve = [(row["loss"], row["gradient_norm"]) for row in metrics_of(tmp_path / "whole")]
     for stop in range(1, config.num_steps):
@@ -92,7 +94,7 @@ def test_the_random_state_goes_on_where_it_was(tiny: TrainConfig, run_single: Ru
 def shallow(config: TrainConfig) -> TrainConfig:
     """As quick as it can be."""
     optimizer = replace(config.optimizer, name="adamw")
-    return replace(config, model=replace(config.model, num_layers=1), optimizer=optimizer, micro_batch_size=8)
+    return changed(config, model=replace(config.model, num_layers=1), optimizer=optimizer, micro_batch_size=8)
 
 
 class Killed(BaseException):
@@ -134,7 +136,7 @@ class DiesAtCall(DirectoryStore):
 def test_killed_at_any_change_of_the_store_a_run_loses_at_most_the_steps_since_its_last_save(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, after: bool
 ) -> None:
-    config = replace(shallow(tiny), num_steps=4, checkpoint_every_steps=1, keep_last=2)
+    config = changed(shallow(tiny), num_steps=4, checkpoint_every_steps=1, keep_last=2)
     whole = run_single(config, tmp_path / "whole")
     for call in itertools.count(1):
         folder = tmp_path / f"killed{call}"
@@ -160,13 +162,13 @@ def test_killed_at_any_change_of_the_store_a_run_loses_at_most_the_steps_since_i
 def test_a_process_killed_for_real_at_random_moments_ends_with_the_same_weights(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, data_dir: Path
 ) -> None:
-    config = replace(shallow(tiny), num_steps=150, checkpoint_every_steps=3, eval_every_steps=1000)
+    config = changed(shallow(tiny), num_steps=150, checkpoint_every_steps=3, eval_every_steps=1000)
     whole = run_single(config, tmp_path / "whole")
     script = textwrap.dedent("""
         import sys
         from pathlib import Path
         from lightning.fabric import Fabric
-        from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
+        from trainer.config import *
         from trainer.loop import Signal, train
         from trainer.run_store.base import DirectoryStore
         class Quiet:
@@ -199,7 +201,7 @@ def test_a_process_killed_for_real_at_random_moments_ends_with_the_same_weights(
 
 def damaged_run(run_single: RunSingle, config: TrainConfig, folder: Path) -> tuple[DirectoryStore, list[str]]:
     """A run stopped at step 4 with checkpoints at 2 and 4; the keys of the newest."""
-    run_single(replace(config, checkpoint_every_steps=2), folder, stop_after=4)
+    run_single(changed(config, checkpoint_every_steps=2), folder, stop_after=4)
     store = DirectoryStore(folder)
     return store, store.list("checkpoints/incarnation=0/step=4/")
 
@@ -303,13 +305,30 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path, with_optimizer: Callable[..., TrainConfig]
 ) -> None:
     run_single(tiny, tmp_path, stop_after=2)
-    other = with_optimizer(replace(tiny, seed=6, micro_batch_size=8), learning_rate=0.02)
+    other = with_optimizer(changed(tiny, seed=6, micro_batch_size=8), learning_rate=0.02)
     message = (
         "the checkpoint is of another run: optimizer.learning_rate was 0.01 and is 0.02; seed was 5 and is 6. "
         "Set that back, or start a new run"
     )
     with pytest.raises(UserError, match=message):
         run_single(other, tmp_path)
+
+
+def test_a_checkpoint_of_the_version_before_the_groups_is_still_of_the_same_run(tiny: TrainConfig) -> None:
+    """Digest and flat fields as that version wrote them for TINY; two fields that may change are others."""
+    flat = {"global_batch_size": 8, "micro_batch_size": 1, "max_documents": None, "fp8": False, "keep_last": 9}
+    named = {"model": asdict(tiny.model), "optimizer": asdict(tiny.optimizer)}
+    old = {
+        "config": {**json.loads(json.dumps(named)), "num_steps": 6, "precision": "fp32", "seed": 5, **flat},
+        "config_digest": "eb5e1490b12830ad1a30f4365330eae9c623ac298104d4e6c7e0d9da880633cd",
+        "tokenizer_sha256": "t",
+        "data_fingerprint": "f",
+    }
+    Identity(tiny, "t", "f").require_same(old)
+    message = "of another run: global_batch_size was 8 and is 4; optimizer.learning_rate was 0.01 and is 0.5. Set that"
+    with pytest.raises(UserError, match=message):
+        optimizer = replace(tiny.optimizer, learning_rate=0.5)
+        Identity(changed(tiny, global_batch_size=4, optimizer=optimizer), "t", "f").require_same(old)
 
 
 def test_a_checkpoint_on_other_data_is_refused(
@@ -327,8 +346,8 @@ def test_micro_batch_threads_and_intervals_may_change_between_two_parts_of_a_run
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
 ) -> None:
     run_single(tiny, tmp_path, stop_after=2)
-    changed = replace(tiny, micro_batch_size=8, keep_last=5, eval_every_steps=3, checkpoint_interval_seconds=1.0)
-    assert run_single(changed, tmp_path).outcome == "finished"
+    other = changed(tiny, micro_batch_size=8, keep_last=5, eval_every_steps=3, checkpoint_interval_seconds=1.0)
+    assert run_single(other, tmp_path).outcome == "finished"
 
 
 def test_a_disk_full_at_the_store_is_said_and_the_older_checkpoint_is_intact(
@@ -374,7 +393,7 @@ class Gated(DirectoryStore):
 def test_training_goes_on_while_a_checkpoint_is_stored_and_it_is_what_the_state_was(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
 ) -> None:
-    config = replace(tiny, checkpoint_interval_seconds=0.0)
+    config = changed(tiny, checkpoint_interval_seconds=0.0)
     whole = run_single(tiny, tmp_path / "whole")
     store = Gated(tmp_path / "run")
     durable: list[int] = []
@@ -437,20 +456,20 @@ def test_what_fails_in_the_background_is_raised_at_a_following_step(
             return Signal()
 
     with pytest.raises(StoreError, match="no room for a part"):
-        run_single(replace(tiny, checkpoint_interval_seconds=0.0), store, signals=WaitsForIt())
+        run_single(changed(tiny, checkpoint_interval_seconds=0.0), store, signals=WaitsForIt())
     assert polled == [0, 1]
     assert checkpoints_of_chain(store) == []
 
 
 def test_milestones_are_kept_beside_the_newest(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
-    run_single(replace(tiny, checkpoint_every_steps=1, keep_last=2, milestone_every_steps=3), tmp_path)
+    run_single(changed(tiny, checkpoint_every_steps=1, keep_last=2, milestone_every_steps=3), tmp_path)
     assert [place.step for place in checkpoints_of_chain(DirectoryStore(tmp_path))] == [6, 5, 3]
 
 
 def test_the_interval_follows_what_saves_are_measured_to_cost(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
 ) -> None:
-    config = replace(
+    config = changed(
         tiny, checkpoint_interval_seconds=0.0, losses_per_worker_hour=1e-9, num_steps=40, eval_every_steps=100
     )
     run_single(config, tmp_path)
