@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("orchestrator", "tasks", "trainer", "cost")
 HEAVY = ("torch", "ray", "sky", "lightning", "numpy", "boto3", "pandas", "pyarrow")
 TORCH_FREE = (
-    "tasks.recipe.schema",
+    "tasks.recipe.load",
     "tasks.run_store_keys",
     "tasks.spec",
     "tasks.stages.registry",
