@@ -13,23 +13,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("orchestrator", "trainer", "tasks", "cost", "tests", "pyproject.toml", "Makefile", "docs", "README.md")
 TIMEOUT_SECONDS = 600
+AT_ONCE = 2
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """Text that stands once in a file, what stands there instead, and the tests that `make test` runs for it."""
+    """Text that occurs once in a file, its replacement, and tests of `make test` of which one at least must fail."""
 
     name: str
     file: str
     old: str
     new: str
-    tests: str
+    tests: tuple[str, ...]
 
 
 MUTATIONS = (
@@ -38,44 +40,50 @@ MUTATIONS = (
         "orchestrator/supervisor/supervise.py",
         "        account = self.ledger.reserve(\n",
         "        self.backend.start(lease, self.command)\n        account = self.ledger.reserve(\n",
-        "tests/orchestrator/supervisor/test_supervise.py",
+        ("tests/orchestrator/supervisor/test_supervise.py::test_the_reservation_is_in_the_ledger_before_the_rent",),
     ),
     Mutation(
         "the cap",
         "cost/ledger/ledger.py",
         "        if usd(rise_micro_usd) > free:\n",
         "        if usd(rise_micro_usd) > free * 2:\n",
-        "tests/cost/ledger/test_ledger.py",
+        ("tests/cost/ledger/test_ledger.py::test_what_the_cap_cannot_pay_is_refused_and_leaves_no_trace",),
     ),
     Mutation(
         "guard",
         "tasks/guard/decision.py",
         "        return replace(state, ending=True), END_NODE\n    if answer is not None",
         "        pass\n    if answer is not None",
-        "tests/tasks/guard/test_decision.py",
+        ("tests/tasks/guard/test_decision.py::test_an_answer_that_is_read_after_the_deadline_comes_too_late",),
     ),
     Mutation(
         "two kinds of terminators",
         "tasks/guard/agent.py",
         "        if len(kinds) >= 2 or self",
         "        if len(kinds) >= 1 or self",
-        "tests/tasks/guard/test_terminators.py",
+        ("tests/tasks/guard/test_terminators.py::test_a_node_with_terminators_of_one_kind_does_not_start",),
     ),
     Mutation(
         "a guard that hangs",
         "tasks/guard/watchdog.py",
         "and not pulse.beats():",
         "and False:",
-        "tests/tasks/guard/test_watchdog.py",
+        (
+            "tests/tasks/guard/test_watchdog.py::test_a_stopped_guard_is_replaced_and_the_command_lives_on",
+            "tests/tasks/guard/test_watchdog.py::test_the_watchdog_ends_the_node_of_a_stopped_guard",
+        ),
     ),
     Mutation(
         "manifest last",
         "trainer/checkpoints/manager.py",
-        '        key = f"part-{self.rank:05d}.bin"\n',
-        '        key = f"part-{self.rank:05d}.bin"\n'
+        "        parts = self._together(\n",
         "        early = Manifest(place.incarnation, place.step, self.world_size, (), staging.tensors, dict(facts))\n"
-        '        self.store.write(place.prefix + "manifest.json", early.to_bytes())\n',
-        "tests/trainer/checkpoints/test_manager.py",
+        "        self.store.write(place.prefix + keys.MANIFEST, early.to_bytes())\n"
+        "        parts = self._together(\n",
+        (
+            "tests/trainer/checkpoints/test_manager.py"
+            "::test_killed_at_any_change_of_the_store_a_run_loses_at_most_the_steps_since_its_last_save",
+        ),
     ),
     Mutation(
         "the sampler's resume",
@@ -83,14 +91,17 @@ MUTATIONS = (
         "        batch = self.loader.batch(step, self.rank, self.world_size)\n",
         '        self.calls = getattr(self, "calls", -1) + 1\n'
         "        batch = self.loader.batch(self.calls, self.rank, self.world_size)\n",
-        "tests/trainer/checkpoints/test_manager.py tests/trainer/test_loop.py",
+        (
+            "tests/trainer/checkpoints/test_manager.py"
+            "::test_resumed_at_any_step_a_run_ends_with_bitwise_the_same_weights_and_losses",
+        ),
     ),
     Mutation(
         "import rule",
         "cost/ledger/leases.py",
         "from cost.market.offers import Offer\n",
         "from cost.market.offers import Offer\nfrom trainer.config import TrainConfig as TrainConfig\n",
-        "tests/test_architecture.py",
+        ("tests/test_architecture.py::test_the_import_contracts_are_kept",),
     ),
 )
 
@@ -110,9 +121,8 @@ def failing_test(mutation: Mutation) -> str | None:
         if text.count(mutation.old) != 1:
             raise SystemExit(f"{mutation.name}: what is to be broken stands {text.count(mutation.old)} times in {path}")
         path.write_text(text.replace(mutation.old, mutation.new))
-        tests = [test for test in mutation.tests.split() if (copy / test).exists()]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,
@@ -130,7 +140,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     chosen = [item for item in MUTATIONS if arguments.only in (None, item.name)]
-    caught = {mutation.name: failing_test(mutation) for mutation in chosen}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = pool.map(failing_test, chosen)
+        caught = {mutation.name: test for mutation, test in zip(chosen, found, strict=True)}
     if arguments.json:
         print(json.dumps(caught, indent=1))
     else:
