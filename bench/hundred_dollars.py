@@ -72,7 +72,7 @@ def page(budget: str) -> str:
         "--tokens-per-param", f"{chosen['model']['tokens_per_param']:.3g}",
     )  # fmt: skip
     repeated = ask("frontier", *cap, "--spot", "--dense", "--unique-tokens", FEW_TOKENS)
-    simulated = ask("simulate", *shlex.split(same_shape.facts["next"])[2:], "--runs", str(SIMULATED_RUNS))
+    simulated = ask("simulate", *shlex.split(same_shape.facts["next_command"])[2:], "--runs", str(SIMULATED_RUNS))
     return "\n".join(
         [
             *opening(budget, largest, frontiers, chosen, simulated),
@@ -119,7 +119,7 @@ def opening(
         f"({spot['best']['usd_per_param']:.2e} $/param) on {machine(spot['best'])}, which takes "
         f"{hours(spot['best'])}; within {DEADLINE} it is {count(quick['model']['num_params'])} "
         f"({quick['best']['usd_per_param']:.2e} $/param) on {machine(quick['best'])}. Of "
-        f"{spot['chance']['num_runs']} simulated runs of each {100 * spot['chance']['finished_share']:.0f} % and "
+        f"{spot['chance']['num_draws']} simulated runs of each {100 * spot['chance']['finished_share']:.0f} % and "
         f"{100 * quick['chance']['finished_share']:.0f} % train all tokens.",
         "",
         "Nothing here has been measured on a GPU by slm yet: speeds come from constants pooled over published runs of "
@@ -226,7 +226,7 @@ def hardware(said: Said) -> list[str]:
     """Compute, and the offers for the model with the lowest loss."""
     best, model = said.facts["best"], said.facts["model"]
     gpus = best["offer"]["gpus_per_node"] * best["layout"]["num_nodes"]
-    bill = ", ".join(f"{line['name']} {dollars(line['usd'])}" for line in best["lines"] if line["usd"])
+    bill = ", ".join(f"{line['name']} {dollars(line['usd'])}" for line in best["bill"] if line["usd"])
     lines = [
         "## Compute, hardware and cloud",
         "",
@@ -264,8 +264,8 @@ def sureness(said: Said, simulated: Said) -> list[str]:
         "move with it.",
         f"- Loss: {loss(best)}. Scores: {'; '.join(scores)}.",
         f"- {simulated.facts['num_runs']} simulated runs of this plan (hazard, capacity and speed drawn): "
-        f"P10, P50, P90 of dollars {three(policy['usd'])}, hours {three(policy['hours'])}, preemptions "
-        f"{three(policy['preemptions'])}; {unlucky:.0f} % do not finish all tokens under the cap.",
+        f"P10, P50, P90 of dollars {three(policy['total_usd'])}, hours {three(policy['hours'])}, preemptions "
+        f"{three(policy['num_preemptions'])}; {unlucky:.0f} % do not finish all tokens under the cap.",
         f"- Hazard: {simulated.facts['losses_per_node_hour']:.2g} losses per node-hour "
         f"({simulated.facts['hazard_source']}).",
         "- Prices are lists, not promises: the cheapest spot offers are often not to be had, and `slm launch` then "
@@ -285,12 +285,12 @@ def reproduce(said: Sequence[Said]) -> list[str]:
 def default_policy(simulated: Said) -> Any:
     """What slm does, or the only thing that can be done."""
     policies = simulated.facts["policies"]
-    return policies.get(simulated.facts["default"]) or next(iter(policies.values()))
+    return policies.get(simulated.facts["default_policy"]) or next(iter(policies.values()))
 
 
 def lowest(said: Said, *, mixture: bool) -> Any:
     """The point with the lowest loss of its kind."""
-    return next(fact for fact in said.facts["points"] if fact["lowest_loss"] and fact["mixture"] is mixture)
+    return next(fact for fact in said.facts["points"] if fact["has_lowest_loss"] and fact["is_mixture"] is mixture)
 
 
 def machine(item: Any) -> str:
@@ -304,13 +304,13 @@ def machine(item: Any) -> str:
 
 def hours(item: Any) -> str:
     """Billed time."""
-    return duration(item["hours"] * SECONDS_PER_HOUR)
+    return duration(item["billed_hours"] * SECONDS_PER_HOUR)
 
 
 def loss(item: Any) -> str:
     """In words."""
     if item["predicted_loss_nats"] is None:
-        return f"no loss is predicted ({item['loss_unknown_because']})"
+        return f"no loss is predicted ({item['loss_unknown_reason']})"
     low, high = item["predicted_loss_interval_nats"]
     return f"a held-out loss of {item['predicted_loss_nats']:.2f} nats per token (80 %: {low:.2f} to {high:.2f})"
 

@@ -59,8 +59,10 @@ def main() -> int:
         proof.check('"kill"' in market, "the market killed a node")
         proof.check('"notice"' in market, "the market drained a node with notice")
         proof.check(events.count('"recovered"') >= 2, "training went on after each loss")
-        proof.check(run.get("preemptions", 0) >= 2, f"both are counted as preemptions: {run.get('preemptions')}")
-        proof.check(run.get("failures") == 0, f"and neither as a failure of ours: {run.get('failures')}")
+        proof.check(
+            run.get("num_preemptions", 0) >= 2, f"both are counted as preemptions: {run.get('num_preemptions')}"
+        )
+        proof.check(run.get("num_failures") == 0, f"and neither as a failure of ours: {run.get('num_failures')}")
         proof.check(first - last > MIN_FALL_NATS, f"held-out loss falls by {first - last:.2f} > {MIN_FALL_NATS} nats")
         proof.check(
             unigram - last >= MIN_BELOW_UNIGRAM_NATS,

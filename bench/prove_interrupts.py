@@ -55,7 +55,7 @@ def check_settled(proof: Proof) -> list[str]:
     states = []
     for run in (proof.json("status") or {}).get("runs", []):
         view = proof.json("ledger", run["run_id"]) or {}
-        held, spent = Decimal(str(view.get("held_usd", "-1"))), Decimal(str(view.get("spent_usd", "-1")))
+        held, spent = Decimal(str(view.get("reserved_usd", "-1"))), Decimal(str(view.get("spent_usd", "-1")))
         bill = proof.true_bill_usd(run["run_id"])
         proof.check(held == 0, f"{run['run_id']} holds nothing back: ${held}")
         proof.check(spent >= bill, f"{run['run_id']}: ${spent} is not below the cloud's own bill ${bill}")

@@ -150,7 +150,7 @@ def check_ledger(proof: Proof, run_id: str = "demo-1") -> dict[str, object]:
     view = proof.json("ledger", run_id) or {}
     committed = highest = Decimal(0)
     for entry in view.get("entries", []):
-        committed += Decimal(str(entry["spent_usd"])) + Decimal(str(entry["held_usd"]))
+        committed += Decimal(str(entry["spent_usd"])) + Decimal(str(entry["reserved_usd"]))
         highest = max(highest, committed)
     bill = proof.true_bill_usd(run_id)
     spent = Decimal(str(view.get("spent_usd", "-1")))

@@ -88,7 +88,7 @@ def main() -> int:
             "tokens": sorted(set(tokens)),
             "records": len(tokens),
             "step": status.get("step"),
-            "preemptions": status.get("preemptions"),
+            "preemptions": status.get("num_preemptions"),
         }
         return finish(laptop, facts, as_json=arguments.json)
 

@@ -49,6 +49,8 @@ def estimate(
     from orchestrator.planning.history import read_history
     from orchestrator.views import analysis as render_advice
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.analysis import machine_facts
+    from orchestrator.views.facts.document import print_json
 
     name, work, software, precisions = named_model(model, tokens_per_param, sets)
     prices = prices_now()
@@ -64,7 +66,7 @@ def estimate(
         history=read_history(home_from(os.environ)),
     )
     if as_json:
-        render.as_json(render_advice.machine_facts(made, prices))
+        print_json(machine_facts(made, prices))
         return
     render_advice.machine(made, prices, render.console_on(sys.stdout), now=datetime.now(UTC))
 
@@ -105,6 +107,8 @@ def frontier(
     from orchestrator.views import analysis as render_advice
     from orchestrator.views import plots
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.analysis import frontier_facts
+    from orchestrator.views.facts.document import print_json
 
     if plot is not None:
         plots.check(plot)
@@ -127,7 +131,7 @@ def frontier(
     if plot is not None:
         plots.frontier(points, float(cap), plot)
     if as_json:
-        render.as_json(render_advice.frontier_facts(points, prices, cap, deadline, plot))
+        print_json(frontier_facts(points, prices, cap, deadline, plot))
         return
     render_advice.frontier(points, prices, cap, render.console_on(sys.stdout), now=datetime.now(UTC), plot=plot)
 
@@ -173,6 +177,8 @@ def simulate(
     from orchestrator.views import analysis as render_advice
     from orchestrator.views import plots
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.analysis import simulation_facts
+    from orchestrator.views.facts.document import print_json
 
     if plot is not None:
         plots.check(plot)
@@ -197,7 +203,7 @@ def simulate(
     if plot is not None:
         plots.simulation(done.simulation, float(planned.plan.budget_usd), chosen.name, plot)
     if as_json:
-        render.as_json(render_advice.simulation_facts(done, planned.plan, chosen.name, prices, plot))
+        print_json(simulation_facts(done, planned.plan, chosen.name, prices, plot))
         return
     console = render.console_on(sys.stdout)
     render_advice.simulation(done, planned.plan, chosen.name, prices, console, now=datetime.now(UTC), plot=plot)

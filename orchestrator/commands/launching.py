@@ -229,13 +229,15 @@ def watched(supervise: Callable[[Emit, StopSwitch], RunSummary], name: str, *, a
     from orchestrator.supervisor.lease_watch import StopSwitch
     from orchestrator.views import live
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.runs import summary_facts
 
     switch = StopSwitch()
     console = render.console_on(sys.stderr if as_json else sys.stdout)
     with live.watcher(console, name, switch) as watcher:
         summary = supervise(watcher, switch)
     if as_json:
-        render.as_json(render.summary_facts(summary))
+        print_json(summary_facts(summary))
     else:
         render.summary(summary, console)
     if summary.status.state == "FAILED":
@@ -246,10 +248,11 @@ def in_background(context: typer.Context, *, as_json: bool) -> None:
     """Do what this command line says in a session of its own, and say how to follow it."""
     from orchestrator.supervisor import background
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
 
     started = background.start(invocation_of(context).arguments, home_from(os.environ).create())
     if as_json:
-        render.as_json(started)
+        print_json(started)
         return
     console = render.console_on(sys.stdout)
     render.tell(console, f"{started.run_id} is supervised in the background by process {started.pid}.")
@@ -281,10 +284,12 @@ def recover(
       slm recover --store /mnt/shared/demo-1 --json
     """
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.runs import run_facts
 
     found = actions_of(context).recover(absolute(store) or store, home=home_from(os.environ).create())
     if as_json:
-        render.as_json({"runs": [found]})
+        print_json({"runs": [run_facts(found)]})
     else:
         console = render.console_on(sys.stdout)
         render.statuses([found], console)

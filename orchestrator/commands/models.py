@@ -89,9 +89,10 @@ def import_(
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
 
     if as_json:
-        render.as_json(facts)
+        print_json(facts)
         return
     console = render.console_on(sys.stdout)
     for name, value in facts.items():

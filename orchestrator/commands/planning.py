@@ -144,6 +144,7 @@ def show_plan(
     from orchestrator.views import plan as render_plan
     from orchestrator.views import runs as render
     from orchestrator.views.facts import plan as plan_facts
+    from orchestrator.views.facts.document import print_json
 
     best = planning.winner(planned.plan)
     following = launch_like(invocation_of(context).arguments)
@@ -151,7 +152,7 @@ def show_plan(
     chance = advice.finish_chance(planned)
     if as_json:
         facts = plan_facts.plan_facts(planned.plan, prices, recipe, belief, chance, top=top, next_command=following)
-        render.as_json({**facts, "explanations": explanations})
+        print_json({**facts, "explanations": explanations})
         return
     console, now = render.console_on(sys.stdout), datetime.now(UTC)
     ending = None if explain else following
@@ -180,11 +181,12 @@ def recipes(as_json: options.JsonOption = False) -> None:
       slm recipes --json
     """
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
     from tasks.recipe.load import list_recipes
 
     found = list_recipes()
     if as_json:
-        render.as_json({"recipes": found})
+        print_json({"recipes": found})
     else:
         render.recipes(found, render.console_on(sys.stdout))
 
@@ -206,13 +208,14 @@ def prepare(
     """
     from orchestrator.views import live
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
     from tasks.recipe.load import load_recipe
 
     chosen = load_recipe(recipe, options.overrides(sets))
     lines = live.PlainLines(render.console_on(sys.stderr), chosen.name)
     folder = actions_of(context).prepare(chosen, home=home_from(os.environ).create(), on_event=lines)
     if as_json:
-        render.as_json({"recipe": chosen.name, "data_dir": folder})
+        print_json({"recipe": chosen.name, "data_dir": folder})
         return
     console = render.console_on(sys.stdout)
     render.tell(console, f"Data of {chosen.name}: {folder}")

@@ -26,10 +26,12 @@ def status(run: RunArgument = None, as_json: JsonOption = False) -> None:
     """
     from orchestrator.runs import status as report
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.runs import run_facts
 
     found = report.status(run, home=home_from(os.environ).create())
     if as_json:
-        render.as_json({"runs": found})
+        print_json({"runs": [run_facts(entry) for entry in found]})
     else:
         render.statuses(found, render.console_on(sys.stdout))
 
@@ -72,6 +74,8 @@ def stop(
     """
     from orchestrator.views import live
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.runs import run_facts
 
     if everything:
         stop_all(context, run, as_json=as_json)
@@ -79,7 +83,7 @@ def stop(
     lines = live.PlainLines(render.console_on(sys.stderr), run or "")
     stopped = actions_of(context).stop(run, home=home_from(os.environ).create(), on_event=lines)
     if as_json:
-        render.as_json({"runs": [stopped]})
+        print_json({"runs": [run_facts(stopped)]})
     else:
         render.statuses([stopped], render.console_on(sys.stdout))
 
@@ -90,13 +94,15 @@ def stop_all(context: typer.Context, run: str | None, *, as_json: bool) -> None:
     from orchestrator.views import live
     from orchestrator.views import runs as render
     from orchestrator.views import upkeep as render_upkeep
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.upkeep import ending_facts
 
     if run is not None:
         raise UserError(f"--all stops every run; leave out {run}, or leave out --all.")
     lines = live.PlainLines(render.console_on(sys.stderr), "")
     done = ending.stop_all(actions_of(context).stop, home_from(os.environ).create(), lines)
     if as_json:
-        render.as_json(render_upkeep.ending_facts(done))
+        print_json(ending_facts(done))
     else:
         render_upkeep.ending(done, render.console_on(sys.stdout))
     if done.is_left:
@@ -120,6 +126,9 @@ def ledger(
     """
     from orchestrator.runs import status as report
     from orchestrator.views import runs as render
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.runs import ledger_facts
+    from orchestrator.views.facts.upkeep import comparison_facts
 
     home = home_from(os.environ).create()
     view = report.ledger(run, home=home)
@@ -130,10 +139,10 @@ def ledger(
 
         found = sky_costs.compare(view.leases, SkyClient(home.root / "sky-costs.log"))
         if as_json:
-            render.as_json({"run_id": view.run_id, **render_upkeep.comparison_facts(found)})
+            print_json({"run_id": view.run_id, **comparison_facts(found)})
         else:
             render_upkeep.comparison(view.run_id, found, render.console_on(sys.stdout))
     elif as_json:
-        render.as_json(render.ledger_facts(view))
+        print_json(ledger_facts(view))
     else:
         render.ledger(view, render.console_on(sys.stdout))

@@ -56,6 +56,8 @@ def plan_sizes(
     from orchestrator.views import explain as render_explain
     from orchestrator.views import runs as render
     from orchestrator.views import sizes as render_sizes
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.sizes import sizes_facts
 
     chosen_by = objective.value if objective else LARGEST
     planned, choice, warning = choose(asked, chosen_by, wishes, prices, allow_unguarded=allow_unguarded)
@@ -65,7 +67,7 @@ def plan_sizes(
     explanations = planning.explained(planned, best) if explain else None
     chance = advice.finish_chance(planned)
     if as_json:
-        facts = render_sizes.facts(
+        facts = sizes_facts(
             planned.plan,
             choice,
             prices,
@@ -76,7 +78,7 @@ def plan_sizes(
             warning=warning,
             top=top,
         )
-        render.as_json({**facts, "explanations": explanations, "next": following})
+        print_json({**facts, "explanations": explanations, "next_command": following})
         return
     console = render.console_on(sys.stdout)
     render_sizes.full(

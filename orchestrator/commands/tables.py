@@ -47,6 +47,8 @@ def offers(
     from orchestrator.prices import table as prices
     from orchestrator.views import runs as render
     from orchestrator.views import tables as render_tables
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.tables import offers_facts
 
     home = home_from(os.environ)
     if refresh:
@@ -61,7 +63,7 @@ def offers(
         },
     )
     if as_json:
-        render.as_json(render_tables.offers_facts(chosen, known))
+        print_json(offers_facts(chosen, known))
         return
     render_tables.offers(chosen, known, render.console_on(sys.stdout), top=top, now=datetime.now(UTC))
 
@@ -85,12 +87,14 @@ def gpus(
     from orchestrator.prices import table as prices
     from orchestrator.views import runs as render
     from orchestrator.views import tables as render_tables
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.tables import gpus_facts
 
     wanted = planning.known_gpus(names) or tuple(accelerators())
     known = prices.current_prices(home_from(os.environ))
     cards = [accelerators()[name] for name in wanted]
     if as_json:
-        render.as_json(render_tables.gpus_facts(cards, known))
+        print_json(gpus_facts(cards, known))
         return
     render_tables.gpus(cards, known, render.console_on(sys.stdout), now=datetime.now(UTC))
 

@@ -34,11 +34,13 @@ def reconcile(
     from orchestrator.upkeep import inventory
     from orchestrator.views import runs as render
     from orchestrator.views import upkeep as render_upkeep
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.upkeep import inventory_facts
 
     home = home_from(os.environ).create()
     found = inventory.reconcile(home, every_backend(home), dry_run=dry_run)
     if as_json:
-        render.as_json(render_upkeep.inventory_facts(found))
+        print_json(inventory_facts(found))
     else:
         render_upkeep.inventory(found, render.console_on(sys.stdout))
     if found.problems or (found.leaked and not dry_run):
@@ -74,6 +76,8 @@ def doctor(
     from orchestrator.upkeep import doctor as examination
     from orchestrator.views import runs as render
     from orchestrator.views import upkeep as render_upkeep
+    from orchestrator.views.facts.document import print_json
+    from orchestrator.views.facts.upkeep import examination_facts
 
     home = home_from(os.environ).create()
     console = render.console_on(sys.stdout)
@@ -83,7 +87,7 @@ def doctor(
         if not as_json:
             render_upkeep.finding(finding, console)
     if as_json:
-        render.as_json(render_upkeep.examination_facts(found))
+        print_json(examination_facts(found))
     else:
         render_upkeep.verdict(found, console)
     if any(entry.level is examination.Level.FAIL for entry in found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cost.market.preemption import SECONDS_PER_HOUR
 from cost.market.providers import Armed, Provider, Terminator, TerminatorKind, balance_refusal, provider
@@ -43,21 +43,6 @@ def guard_lines(plan: Plan, estimate: Estimate) -> list[str]:
     reason = None if plan.emulation is not None else guard_refusal(estimate.offer)
     balance = balance_refusal(profile, balance_usd=None, free_usd=plan.budget_usd)
     return [*lines, *(text for text in (reason, balance) if text is not None)]
-
-
-def guard_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
-    """The same for a program."""
-    profile = provider_profile(plan, estimate)
-    return {
-        "cloud": profile.name,
-        "killers": profile.terminators,
-        "kill_latency_seconds": profile.kill_latency_seconds,
-        "ttl": profile.ttl.value,
-        "unguarded_seconds": profile.arm_seconds,
-        "unguarded_usd": unguarded_usd(profile, estimate),
-        "balance_only": profile.balance_only,
-        "refusal": None if plan.emulation is not None else guard_refusal(estimate.offer),
-    }
 
 
 def cheaper_unguarded(plan: Plan, best: Estimate) -> Estimate | None:

@@ -42,7 +42,8 @@ COMMAND_SECONDS = 30.0
 DRAIN_SECONDS = 20.0
 """At the end of a supervisor: longest wait for what is still to be told."""
 EVENT_VARIABLE = "SLM_EVENT"
-VERSION = 1
+VERSION = 2
+"""The same as `SCHEMA_VERSION` of `--json` output; a test compares them."""
 
 
 class NotDelivered(Exception):

@@ -11,7 +11,6 @@ from cost.plan.policy import DEFAULT
 from orchestrator.figures import UNKNOWN, bar, count, dollars, duration, usd_per_param
 from orchestrator.prices.table import age
 from orchestrator.views import plan as render_plan
-from orchestrator.views.facts.plan import estimate_facts, model_facts, offer_facts, placement_facts, price_facts
 from orchestrator.views.runs import bullets, following, say, table, tell
 
 if TYPE_CHECKING:
@@ -88,28 +87,6 @@ def shares(parts: Any, whole: float, unit: str, scale: float) -> Table:
                 f"  {name}", f"{value * scale:.3g}", f"{100 * value / whole:.1f} %", bar(value / whole, BAR_WIDTH)
             )
     return shown
-
-
-def machine_facts(made: MachineEstimate, prices: Prices) -> dict[str, Any]:
-    """What `slm estimate --json` prints."""
-    placed = made.placement
-    return {
-        "name": made.name,
-        "gpu": made.gpu,
-        "gpus_per_node": made.gpus_per_node,
-        "num_nodes": made.num_nodes,
-        "model": model_facts(made.workload),
-        **placement_facts(placed),
-        "tokens_per_second": placed.tokens_per_second,
-        "tokens_per_second_interval": placed.throughput.interval,
-        "mfu": placed.throughput.mfu,
-        "seconds_per_step": placed.throughput.seconds_per_step,
-        "capacity_gib": placed.memory.capacity_bytes / BYTES_PER_GIB,
-        "train_hours": made.hours,
-        "prices": price_facts(prices),
-        "measured_by": made.measured_by,
-        "cheapest": [{"offer": offer_facts(offer), "train_usd": made.usd(offer)} for offer in made.cheapest],
-    }
 
 
 # ---------------------------------------------------------------- frontier
@@ -215,27 +192,6 @@ def interval_note(points: Sequence[Point]) -> str | None:
     )
 
 
-def frontier_facts(
-    points: Sequence[Point], prices: Prices, budget_usd: Decimal, deadline_hours: float | None, plot: Path | None
-) -> dict[str, Any]:
-    """What `slm frontier --json` prints."""
-    return {
-        "budget_usd": budget_usd,
-        "deadline_hours": deadline_hours,
-        "prices": price_facts(prices),
-        "points": [
-            {
-                "model": model_facts(point.workload),
-                "mixture": point.is_mixture,
-                "lowest_loss": point.best,
-                "estimate": estimate_facts(point.estimate),
-            }
-            for point in points
-        ],
-        "plot": plot,
-    }
-
-
 # ---------------------------------------------------------------- simulation
 
 
@@ -292,24 +248,3 @@ def simulation_table(done: Simulated) -> Table:
 def three(spread: Spread, shown: Any) -> str:
     """P10, P50 and P90."""
     return " ".join(str(shown(value)) for value in (spread.p10, spread.p50, spread.p90))
-
-
-def simulation_facts(done: Simulated, plan: Plan, name: str, prices: Prices, plot: Path | None) -> dict[str, Any]:
-    """What `slm simulate --json` prints."""
-    return {
-        "recipe": name,
-        "num_tokens": plan.workload.num_tokens,
-        "budget_usd": plan.budget_usd,
-        "deadline_hours": plan.deadline_hours,
-        "market": done.market,
-        "losses_per_node_hour": done.hazard.per_node_hour,
-        "hazard_source": done.hazard.source,
-        "num_zones": done.num_zones,
-        "num_runs": done.simulation.num_runs,
-        "seed": done.simulation.seed,
-        "prices": price_facts(prices),
-        "estimate": estimate_facts(done.estimate),
-        "default": DEFAULT,
-        "policies": dict(done.simulation.policies),
-        "plot": plot,
-    }

@@ -5,19 +5,14 @@ Everything here takes facts and a console and returns nothing; `as_json` prints 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from decimal import Decimal
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from cost.ledger.leases import usd
 from orchestrator.figures import count, dollars, duration, nats, plural
+from orchestrator.views.facts.runs import billed_time
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -27,8 +22,6 @@ if TYPE_CHECKING:
     from tasks.recipe.load import RecipeSummary
 
 WIDTH_WITHOUT_TERMINAL = 100
-SCHEMA_VERSION = 1
-"""Of every JSON document that a command prints; raised when a key changes its meaning or goes."""
 
 
 def console_on(stream: TextIO) -> Console:
@@ -37,33 +30,6 @@ def console_on(stream: TextIO) -> Console:
 
     width = None if stream.isatty() or os.environ.get("COLUMNS") else WIDTH_WITHOUT_TERMINAL
     return Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=False)
-
-
-def as_json(facts: Any, stream: TextIO | None = None) -> None:
-    """One JSON document on the output; dataclasses become objects, money a number of dollars, times ISO 8601."""
-    document = {"version": SCHEMA_VERSION, **plain(facts)} if _is_object(facts) else plain(facts)
-    (stream or sys.stdout).write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def plain(facts: Any) -> Any:
-    """The same facts in JSON's own types; what is not finite becomes null."""
-    if dataclasses.is_dataclass(facts) and not isinstance(facts, type):
-        return {field.name: plain(getattr(facts, field.name)) for field in dataclasses.fields(facts)}
-    if isinstance(facts, dict):
-        return {str(key): plain(value) for key, value in facts.items()}
-    if isinstance(facts, list | tuple | set | frozenset):
-        return [plain(fact) for fact in facts]
-    if isinstance(facts, Decimal):
-        return float(facts)
-    if isinstance(facts, datetime):
-        return facts.isoformat()
-    if isinstance(facts, Enum):
-        return facts.value
-    if isinstance(facts, Path):
-        return str(facts)
-    if isinstance(facts, float) and not -float("inf") < facts < float("inf"):
-        return None
-    return facts
 
 
 def table(*columns: str, right: Sequence[str] = (), fold: Sequence[str] = (), gap: int = 2) -> Table:
@@ -234,18 +200,6 @@ def summary(ended: RunSummary, console: Console) -> None:
     following(console, next_command(run))
 
 
-def summary_facts(ended: RunSummary) -> dict[str, Any]:
-    """The same for JSON, with the events."""
-    return {
-        "run": ended.status,
-        "result": ended.result,
-        "wall_seconds": ended.wall_seconds,
-        "billed_seconds": ended.billed_seconds,
-        "goodput": ended.goodput,
-        "events": ended.events,
-    }
-
-
 def _headline(ended: RunSummary) -> str:
     run = ended.status
     state = str(run.state)
@@ -292,53 +246,6 @@ def ledger(view: LedgerView, console: Console) -> None:
     following(console, f"slm status {view.run_id}")
 
 
-def ledger_facts(view: LedgerView) -> dict[str, Any]:
-    """The ledger in dollars, for JSON."""
-    balance = view.balance
-    entries = [
-        {
-            "seq": entry.seq,
-            "billed_at": billed_time(entry.at_ms),
-            "stage": entry.stage,
-            "lease_id": entry.lease_id,
-            "entry": entry.kind,
-            "spent_usd": usd(entry.spent_micro_usd),
-            "held_usd": usd(entry.held_micro_usd),
-            "note": entry.note,
-        }
-        for entry in view.entries
-    ]
-    leases = [
-        {
-            "lease_id": account.lease.lease_id,
-            "stage": account.lease.stage,
-            "state": account.state,
-            "offer": account.lease.offer.offer_id,
-            "num_nodes": account.lease.num_nodes,
-            "outcome": account.outcome,
-            "spent_usd": usd(account.spent_micro_usd),
-            "held_usd": usd(account.held_micro_usd),
-            "started_at": billed_time(account.started_ms),
-            "ended_at": None if account.ended_ms is None else billed_time(account.ended_ms),
-        }
-        for account in view.leases
-    ]
-    return {
-        "run_id": view.run_id,
-        "cap_usd": balance.cap_usd,
-        "spent_usd": balance.spent_usd,
-        "held_usd": balance.held_usd,
-        "free_usd": balance.free_usd,
-        "leases": leases,
-        "entries": entries,
-    }
-
-
-def billed_time(at_ms: int) -> datetime:
-    """A moment of the ledger; on the local cloud billed time runs ahead of the clock on the wall."""
-    return datetime.fromtimestamp(at_ms / 1000, tz=UTC)
-
-
 def _change(micro_usd: int) -> str:
     return f"{usd(micro_usd):+.6f}" if micro_usd else ""
 
@@ -354,7 +261,3 @@ def recipes(lines: Sequence[RecipeSummary], console: Console) -> None:
         shown.add_row(line.name, count(line.num_params), count(line.num_tokens), line.description)
     say(console, shown)
     following(console, f"slm plan {lines[0].name if lines else 'PATH'}")
-
-
-def _is_object(facts: Any) -> bool:
-    return isinstance(facts, dict) or dataclasses.is_dataclass(facts)

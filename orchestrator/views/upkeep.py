@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.figures import UNKNOWN, dollars, plural
 from orchestrator.upkeep.doctor import Level
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.upkeep.doctor import Finding
-    from orchestrator.upkeep.inventory import Cluster, Inventory
+    from orchestrator.upkeep.inventory import Inventory
     from orchestrator.upkeep.sky_costs import Comparison
     from orchestrator.upkeep.stop_all import Ending
 
@@ -74,32 +74,6 @@ def answer(found: Inventory) -> str:
     return f"{plural(len(ours), 'cluster')} of ours (slm-{found.owner}-): {', '.join(parts)}{cost}."
 
 
-def inventory_facts(found: Inventory) -> dict[str, Any]:
-    """What `slm reconcile --json` prints."""
-    return {
-        "owner": found.owner,
-        "dry_run": found.dry_run,
-        "clusters": [cluster_facts(cluster) for cluster in found.clusters],
-        "problems": found.problems,
-        "num_leaked": len(found.leaked),
-    }
-
-
-def cluster_facts(cluster: Cluster) -> dict[str, Any]:
-    """One cluster."""
-    return {
-        "name": cluster.name,
-        "backend": cluster.backend,
-        "run_id": cluster.run_id,
-        "num_nodes": cluster.num_nodes,
-        "usd_per_hour": cluster.usd_per_hour,
-        "started_at": cluster.started_at,
-        "verdict": cluster.verdict.value,
-        "outcome": cluster.outcome.value,
-        "detail": cluster.detail,
-    }
-
-
 def ending(done: Ending, console: Console) -> None:
     """Whether anything is left, what became of every run, and of everything that lived."""
     tell(console, "Something may be left." if done.is_left else "Nothing is left running.")
@@ -119,17 +93,6 @@ def ending(done: Ending, console: Console) -> None:
     inventory(done.inventory, console)
     if done.is_left and not done.inventory.leaked:
         following(console, "slm stop --all")
-
-
-def ending_facts(done: Ending) -> dict[str, Any]:
-    """What `slm stop --all --json` prints."""
-    return {
-        "runs": done.runs,
-        "failures": done.failures,
-        "interrupted": done.interrupted,
-        "reconciled": inventory_facts(done.inventory),
-        "is_left": done.is_left,
-    }
 
 
 def comparison(run_id: str, found: Comparison, console: Console) -> None:
@@ -155,21 +118,6 @@ def comparison(run_id: str, found: Comparison, console: Console) -> None:
     following(console, f"slm ledger {run_id}")
 
 
-def comparison_facts(found: Comparison) -> dict[str, Any]:
-    """What `slm ledger --compare --json` prints."""
-    leases = [
-        {
-            "lease_id": lease.lease_id,
-            "cluster": lease.cluster,
-            "charged_usd": lease.charged_usd,
-            "skypilot_usd": lease.skypilot_usd,
-            "difference_usd": lease.difference_usd,
-        }
-        for lease in found.leases
-    ]
-    return {"leases": leases, "problem": found.problem or None}
-
-
 def finding(finding: Finding, console: Console) -> None:
     """One line, and under it the way out."""
     from rich.table import Table
@@ -188,15 +136,3 @@ def verdict(found: Sequence[Finding], console: Console) -> None:
     parts = [f"{counts[level]} {level.value}" for level in Level if counts[level]]
     say(console, "")
     tell(console, f"{plural(len(found), 'finding')}: {', '.join(parts)}.")
-
-
-def examination_facts(found: Sequence[Finding]) -> dict[str, Any]:
-    """What `slm doctor --json` prints."""
-    return {
-        "findings": [
-            {"name": entry.name, "level": entry.level.value, "detail": entry.detail, "way_out": entry.way_out or None}
-            for entry in found
-        ],
-        "num_failed": sum(entry.level is Level.FAIL for entry in found),
-        "num_warned": sum(entry.level is Level.WARN for entry in found),
-    }

@@ -105,6 +105,6 @@ def test_a_foreign_ray_cluster_and_a_second_slm_stay_untouched(neighbour: Neighb
     while only_run(homes[1])["state"] not in ("SUCCEEDED", "FAILED") and time.monotonic() < deadline:
         time.sleep(1.0)
     calm = only_run(homes[1])
-    assert (calm["state"], calm["preemptions"], calm["failures"]) == ("SUCCEEDED", 0, 0)
+    assert (calm["state"], calm["num_preemptions"], calm["num_failures"]) == ("SUCCEEDED", 0, 0)
     after = neighbour.ask()
     assert after == (before[0] + 1, before[1]), "the neighbour's actor is another one now"

@@ -240,8 +240,8 @@ def test_plan_answers_first_and_ends_with_the_launch_it_planned(slm: Slm, home: 
 
 def test_plan_as_json_says_the_same(slm: Slm) -> None:
     facts = json.loads(slm("plan", "demo", "--market", "calm", "--json", "--top=2", "--spot").out)
-    assert facts["version"] == 1
-    assert facts["next"] == "slm launch demo --market calm --spot"
+    assert facts["version"] == 2
+    assert facts["next_command"] == "slm launch demo --market calm --spot"
     assert len(facts["ranked"]) == 2
     assert all(fact["offer"]["spot"] for fact in facts["ranked"])
     assert facts["best"]["layout"]["num_nodes"] == 2
@@ -302,7 +302,7 @@ def test_status_and_ledger_as_json(slm: Slm, home: Home) -> None:
     status = json.loads(slm("status", run_id, "--json").out)["runs"][0]
     assert (status["run_id"], status["step"], status["spent_usd"], status["state"]) == (run_id, 100, 1.0, "PLANNED")
     ledger = json.loads(slm("ledger", "--json").out)
-    assert [entry["entry"] for entry in ledger["entries"]] == ["reserve", "accrue"]
+    assert [entry["kind"] for entry in ledger["entries"]] == ["reserve", "accrue"]
     assert sum(entry["spent_usd"] for entry in ledger["entries"]) == ledger["spent_usd"] == 1.0
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cost.outcome.scores import score_bands
 from cost.outcome.validity import unknown_because
 from cost.plan.plans import known_loss
-from orchestrator.planning.protection import guard_facts
-from orchestrator.planning.recipe_plan import Belief, winner
+from orchestrator.planning.protection import provider_profile, unguarded_usd
+from orchestrator.planning.recipe_plan import Belief, guard_refusal, winner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,13 +54,13 @@ def plan_facts(
         "prices": price_facts(prices),
         "best": estimate_facts(best),
         "guard": guard_facts(plan, best),
-        "chance": chance,
-        "experience": experience_facts(plan.seen),
+        "chance": chance_facts(chance),
+        "measurements": measurement_facts(plan.seen),
         "scores": score_facts(best, belief or Belief()),
         "ranked": [estimate_facts(estimate) for estimate in plan.ranked[:top]],
         "num_ranked": len(plan.ranked),
         "rejected": rejected_facts(plan),
-        "next": next_command,
+        "next_command": next_command,
     }
 
 
@@ -73,27 +73,58 @@ def price_facts(prices: Prices) -> dict[str, Any]:
         "num_offers": len(prices.offers),
         "num_skipped": prices.num_skipped,
         "num_undated": prices.num_undated,
-        "oldest": known and known[0].isoformat(),
-        "newest": known and known[1].isoformat(),
-        "unread": prices.unread,
+        "oldest_date": known and known[0].isoformat(),
+        "newest_date": known and known[1].isoformat(),
+        "unread_clouds": prices.unread,
         "enabled_clouds": prices.enabled,
         "problem": prices.problem,
     }
 
 
-def experience_facts(seen: Seen) -> dict[str, Any]:
-    """What our own runs told the plan."""
+def measurement_facts(seen: Seen) -> dict[str, Any]:
+    """Measurements of our own runs that the plan used."""
     return {
-        "measured": [{"accelerator": name, "run_id": run} for name, run in sorted(seen.measured_by.items())],
-        "sightings": seen.sightings,
+        "throughput": [{"accelerator": name, "run_id": run} for name, run in sorted(seen.measured_by.items())],
+        "spot": [
+            {
+                "cloud": sighting.cloud,
+                "accelerator": sighting.accelerator,
+                "gpus_per_node": sighting.gpus_per_node,
+                "num_preemptions": sighting.losses,
+                "node_hours": sighting.node_hours,
+            }
+            for sighting in seen.sightings
+        ],
         "problem": seen.problem,
-        "starts": [{"cloud": cloud, "seconds": seconds} for cloud, seconds in sorted(seen.starts.items())],
+        "startup": [{"cloud": cloud, "startup_seconds": seconds} for cloud, seconds in sorted(seen.starts.items())],
     }
+
+
+def guard_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
+    """What would end the nodes of the best offer without us."""
+    profile = provider_profile(plan, estimate)
+    return {
+        "cloud": profile.name,
+        "terminators": profile.terminators,
+        "kill_latency_seconds": profile.kill_latency_seconds,
+        "ttl": profile.ttl.value,
+        "unguarded_seconds": profile.arm_seconds,
+        "unguarded_usd": unguarded_usd(profile, estimate),
+        "balance_only": profile.balance_only,
+        "refusal": None if plan.emulation is not None else guard_refusal(estimate.offer),
+    }
+
+
+def chance_facts(chance: Chance | None) -> dict[str, Any] | None:
+    """How often simulated runs of the best offer finish."""
+    if chance is None:
+        return None
+    return {"finished_share": chance.finished_share, "num_draws": chance.num_runs}
 
 
 def rejected_facts(plan: Plan) -> list[dict[str, Any]]:
     """Every offer that was not ranked."""
-    return [{"offer": rejection.offer.offer_id, "reason": rejection.reason} for rejection in plan.rejected]
+    return [{"offer_id": rejection.offer.offer_id, "reason": rejection.reason} for rejection in plan.rejected]
 
 
 def model_facts(work: Workload) -> dict[str, Any]:
@@ -144,9 +175,9 @@ def placement_facts(placed: Placement) -> dict[str, Any]:
         "layout": placed.layout,
         "bound_by": placed.throughput.bound_by,
         "throughput_basis": placed.throughput.basis,
-        "seconds_by_part": dict(placed.throughput.seconds_by_part),
+        "step_parts_seconds": dict(placed.throughput.seconds_by_part),
         "peak_memory_gib": placed.memory.total_gib,
-        "memory_bytes": dict(placed.memory.by_kind),
+        "memory_parts_bytes": dict(placed.memory.by_kind),
     }
 
 
@@ -156,16 +187,15 @@ def estimate_facts(estimate: Estimate) -> dict[str, Any]:
     interval = estimate.checkpoint_interval_seconds
     return {
         "offer": offer_facts(estimate.offer),
-        "offer_id": estimate.offer.offer_id,
         **placement_facts(estimate.placement),
         "usd_per_hour": estimate.usd_per_hour,
         "tokens_per_second": estimate.tokens_per_second,
         "tokens_per_second_interval": estimate.tokens_per_second_interval,
         "mfu": estimate.mfu,
-        "hours": estimate.hours,
+        "billed_hours": estimate.hours,
         "train_hours": estimate.train_hours,
         "total_usd": estimate.total_usd,
-        "lines": estimate.lines,
+        "bill": estimate.lines,
         "usd_per_param": estimate.usd_per_param,
         "usd_per_active_param": estimate.usd_per_active_param,
         "worst_case_usd": estimate.worst_case_usd,
@@ -175,7 +205,7 @@ def estimate_facts(estimate: Estimate) -> dict[str, Any]:
         "predicted_loss_nats": predicted and predicted.nats_per_token,
         "predicted_loss_interval_nats": predicted and (predicted.low_nats, predicted.high_nats),
         "predicted_bits_per_byte": predicted and predicted.bits_per_byte,
-        "loss_unknown_because": loss_unknown_because(estimate),
+        "loss_unknown_reason": loss_unknown_because(estimate),
         "within_budget": estimate.within_budget,
         "within_deadline": estimate.within_deadline,
     }

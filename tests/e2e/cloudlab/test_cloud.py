@@ -63,7 +63,7 @@ def test_a_vanished_node_is_noticed_and_the_run_goes_on_elsewhere(lab: Lab, user
     assert user.finish(supervisor) == 0, user.said()
     first, second = settled(lab, user, before)
     assert first.nodes == node != second.nodes
-    assert (user.step(), user.status()["preemptions"]) == (1500, 1)
+    assert (user.step(), user.status()["num_preemptions"]) == (1500, 1)
     (saved,) = resumed_from(user)
     assert 0 < saved < 1500
 
@@ -80,7 +80,7 @@ def test_a_preempted_run_goes_on_and_its_zombie_is_met_by_nobody(lab: Lab, user:
     assert user.finish(supervisor) == 0, user.said()
     first, second = settled(lab, user, before)
     assert (first.state, first.nodes, second.nodes != node) == ("PREEMPTED", node, True)
-    assert (user.step(), user.status()["preemptions"]) == (1500, 1)
+    assert (user.step(), user.status()["num_preemptions"]) == (1500, 1)
     (saved,) = resumed_from(user)
     assert 0 < saved < 1500
     assert user.checkpoints_of(1)[-1] == 1500
@@ -136,7 +136,7 @@ def test_a_full_offer_is_passed_over_and_where_all_are_full_the_run_waits_at_no_
     assert user.finish(supervisor) == 0, user.said()
     (job,) = settled(lab, user, before)
     assert job.partition == "ondemand"
-    assert (user.step(), user.status()["preemptions"]) == (300, 0)
+    assert (user.step(), user.status()["num_preemptions"]) == (300, 0)
 
 
 def places_tried(user: User) -> Iterator[str]:
@@ -164,7 +164,7 @@ def test_a_fixed_limit_is_rolled_over_though_the_api_server_was_killed(lab: Lab,
     jobs = settled(lab, user, before)
     assert len(jobs) >= 2
     status = user.status()
-    assert (user.step(), status["preemptions"], status["failures"]) == (2000, 0, 0)
+    assert (user.step(), status["num_preemptions"], status["num_failures"]) == (2000, 0, 0)
     causes = [event["cause"] for event in user.events("settled")]
     assert causes == ["ttl"] * (len(jobs) - 1) + ["finished"]
 

@@ -158,7 +158,7 @@ def test_launch_is_planned_by_the_same_objective_and_deadline(capsys: pytest.Cap
     wishes = ("--budget", "60", "--objective", "hours", "--deadline", "30h")
     slm("plan", "350m", *wishes, "--json", "--top", "500")
     facts = json.loads(capsys.readouterr().out)
-    assert facts["next"] == "slm launch 350m --budget 60 --objective hours --deadline 30h"
+    assert facts["next_command"] == "slm launch 350m --budget 60 --objective hours --deadline 30h"
     slm("launch", "350m", *wishes, "--backend", "sky", "--yes", actions=actions)
     assert [fact["offer_id"] for fact in facts["ranked"]] == [offer.offer_id for offer in actions.called["offers"]]
     assert "Fastest: " in capsys.readouterr().out
@@ -382,7 +382,7 @@ def test_no_run_is_created_with_an_open_precision(home: Home) -> None:
 def test_the_plan_names_the_launch_with_the_same_precision(capsys: pytest.CaptureFixture[str]) -> None:
     slm("plan", "350m", "--precision", "auto", "--gpus", "V100", "--json")
     facts = json.loads(capsys.readouterr().out)
-    assert facts["next"] == "slm launch 350m --precision auto --gpus V100"
+    assert facts["next_command"] == "slm launch 350m --precision auto --gpus V100"
     assert facts["best"]["layout"]["precision"] == facts["model"]["precision"] == "fp32"
     assert slm("plan", "350m", "--precision", "bf16", "--gpus", "V100") == 2
     assert "V100 has no bf16 units" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_the_largest_model_is_the_answer_of_a_range(slm: Slm) -> None:
     assert "$/param, predicted loss 2." in shown.out.splitlines()[0]
     assert "(prices: reference table, " in shown.out.splitlines()[0]
     found = facts(slm, *asked)
-    affordable = [entry["num_params"] for entry in found["sizes"] if entry["affordable"]]
+    affordable = [entry["num_params"] for entry in found["sizes"] if entry["is_affordable"]]
     assert found["model"]["num_params"] == max(affordable)
     assert found["best"]["total_usd"] <= 100
     assert found["model"]["tokens_per_param"] == pytest.approx(20, rel=1e-3)
@@ -148,7 +148,7 @@ def test_a_range_that_only_unguarded_offers_train_is_answered_with_a_warning(slm
     assert found["guard"]["refusal"] is not None
     assert "--allow-unguarded" in found["warning"]
     assert "the smallest model of the range" in found["warning"], "what the guarded offers would take"
-    assert "--allow-unguarded" in found["next"], "or the next command would refuse it"
+    assert "--allow-unguarded" in found["next_command"], "or the next command would refuse it"
     admitted = facts(slm, *asked, "--allow-unguarded")
     assert admitted["best"] == found["best"]
     assert admitted["warning"] is None
@@ -158,7 +158,7 @@ def test_an_unguarded_offer_is_refused_with_what_would_have_been(slm: Slm) -> No
     plain, admitted = facts(slm, "plan", "1.5b", "--spot"), facts(slm, "plan", "1.5b", "--spot", "--allow-unguarded")
     assert plain["guard"]["refusal"] is None
     assert admitted["best"]["total_usd"] < plain["best"]["total_usd"]
-    reasons = {item["offer"]: item["reason"] for item in plain["rejected"]}
+    reasons = {item["offer_id"]: item["reason"] for item in plain["rejected"]}
     assert "nothing ends a node whose guest hangs" in reasons[admitted["best"]["offer_id"]]
     assert plain["num_ranked"] + len(plain["rejected"]) == admitted["num_ranked"] + len(admitted["rejected"])
     text = " ".join(slm("plan", "1.5b", "--spot").out.split())
@@ -176,7 +176,7 @@ def test_the_next_command_plans_the_very_same_model(slm: Slm) -> None:
     import shlex
 
     found = facts(slm, "plan", "--params", "1.2e9", "--budget", "200", "--spot", "--deadline", "30d")
-    words = shlex.split(found["next"])
+    words = shlex.split(found["next_command"])
     again = facts(slm, *words[1:])
     assert again["num_params"] == found["model"]["num_params"]
     assert again["best"]["offer_id"] == found["best"]["offer_id"]
@@ -187,11 +187,11 @@ def test_max_finds_the_range_by_itself(slm: Slm) -> None:
     found = facts(slm, "plan", "--params", "max", "--gpus", "H100-SXM", "--budget", "50")
     sizes = [entry["num_params"] for entry in found["sizes"]]
     assert sizes[-1] / sizes[0] == pytest.approx(2, rel=0.05)
-    assert found["sizes"][0]["affordable"]
-    assert not found["sizes"][-1]["affordable"]
+    assert found["sizes"][0]["is_affordable"]
+    assert not found["sizes"][-1]["is_affordable"]
 
 
-@pytest.mark.parametrize(("objective", "key"), [("hours", "hours"), ("dollars", "total_usd")])
+@pytest.mark.parametrize(("objective", "key"), [("hours", "billed_hours"), ("dollars", "total_usd")])
 def test_the_objective_decides_what_comes_first(slm: Slm, objective: str, key: str) -> None:
     found = facts(slm, "plan", "350m", "--objective", objective, "--top", "50")
     within = [entry[key] for entry in found["ranked"] if entry["within_budget"]]
@@ -259,8 +259,8 @@ def test_estimate_answers_speed_utilization_memory_and_bound(slm: Slm) -> None:
     found = facts(slm, *asked)
     low, high = found["tokens_per_second_interval"]
     assert low < found["tokens_per_second"] < high
-    assert sum(found["memory_bytes"].values()) == pytest.approx(found["peak_memory_gib"] * 2**30)
-    assert sum(found["seconds_by_part"].values()) == pytest.approx(found["seconds_per_step"])
+    assert sum(found["memory_parts_bytes"].values()) == pytest.approx(found["peak_memory_gib"] * 2**30)
+    assert sum(found["step_parts_seconds"].values()) == pytest.approx(found["step_seconds"])
     assert found["train_hours"] == pytest.approx(found["model"]["num_tokens"] / found["tokens_per_second"] / 3600)
 
 
@@ -283,13 +283,13 @@ def test_the_frontier_names_the_size_with_the_lowest_loss(slm: Slm) -> None:
     assert "dense: more parameters stop paying at" in shown.out
     found = facts(slm, *QUICK_FRONTIER)
     for mixture in (False, True):
-        mine = [entry for entry in found["points"] if entry["mixture"] is mixture]
+        mine = [entry for entry in found["points"] if entry["is_mixture"] is mixture]
         losses = [choice["estimate"]["predicted_loss_nats"] for choice in mine]
-        (best,) = [choice for choice in mine if choice["lowest_loss"]]
+        (best,) = [choice for choice in mine if choice["has_lowest_loss"]]
         assert best["estimate"]["predicted_loss_nats"] == min(losses)
         assert all(choice["estimate"]["total_usd"] <= 100 for choice in mine)
         assert all((choice["model"]["active_params"] < choice["model"]["num_params"]) is mixture for choice in mine)
-    assert not any(fact["mixture"] for fact in facts(slm, *QUICK_FRONTIER, "--dense")["points"])
+    assert not any(fact["is_mixture"] for fact in facts(slm, *QUICK_FRONTIER, "--dense")["points"])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "html"])
@@ -324,18 +324,18 @@ def test_a_simulation_is_repeatable_and_orders_its_quantiles(slm: Slm) -> None:
     found = facts(slm, *QUICK_SIMULATION, "--seed", "7")
     assert found == facts(slm, *QUICK_SIMULATION, "--seed", "7")
     assert found["policies"] != facts(slm, *QUICK_SIMULATION, "--seed", "8")["policies"]
-    assert found["default"] in found["policies"]
+    assert found["default_policy"] in found["policies"]
     for policy in found["policies"].values():
-        for name in ("usd", "hours", "tokens", "preemptions", "wasted_share"):
+        for name in ("total_usd", "hours", "num_tokens", "num_preemptions", "wasted_share"):
             assert policy[name]["p10"] <= policy[name]["p50"] <= policy[name]["p90"]
-        assert policy["usd"]["p90"] <= found["budget_usd"] + 1e-6
+        assert policy["total_usd"]["p90"] <= found["budget_usd"] + 1e-6
 
 
 def test_a_calm_market_preempts_nobody_and_a_rough_one_does(slm: Slm) -> None:
     calm = facts(slm, *QUICK_SIMULATION, "--market", "calm")["policies"]["default"]
     rough = facts(slm, *QUICK_SIMULATION, "--market", "hazard:1.5")["policies"]["default"]
-    assert calm["preemptions"]["p90"] == 0
-    assert rough["preemptions"]["p50"] > 2
+    assert calm["num_preemptions"]["p90"] == 0
+    assert rough["num_preemptions"]["p50"] > 2
     assert rough["wasted_share"]["p50"] > calm["wasted_share"]["p50"]
 
 

@@ -287,4 +287,4 @@ def test_the_command_fails_when_a_finding_does(
     found = json.loads(capsys.readouterr().out)
     assert found["num_failed"] == 1
     assert [entry["name"] for entry in found["findings"] if entry["level"] == "fail"] == ["store"]
-    assert all(entry["way_out"] for entry in found["findings"] if entry["level"] != "ok")
+    assert all(entry["fix"] for entry in found["findings"] if entry["level"] != "ok")

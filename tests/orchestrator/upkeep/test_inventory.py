@@ -239,7 +239,7 @@ def test_the_command_ends_real_nodes_of_a_run_that_no_ledger_knows(
 
     assert slm("reconcile", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert {entry["name"]: entry["outcome"] for entry in found["clusters"]} == {
+    assert {entry["name"]: entry["result"] for entry in found["clusters"]} == {
         ours: "ended",
         "slm-ffffff-lost-1-1": "kept",
     }

@@ -126,7 +126,7 @@ def test_the_command_says_what_became_of_each(home: Home, capsys: pytest.Capture
     assert slm("stop", "--all", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [run["state"] for run in found["runs"]] == ["STOPPED", "STOPPED"]
-    assert found["is_left"] is False
+    assert found["is_anything_left"] is False
     assert slm("stop", "--all") == 0
     assert capsys.readouterr().out.startswith("Nothing is left running.")
 

@@ -30,8 +30,9 @@ from orchestrator.supervisor.notify import message_of
 from orchestrator.upkeep.doctor import Finding, Level
 from orchestrator.upkeep.inventory import reconcile
 from orchestrator.upkeep.stop_all import Ending
-from orchestrator.views import runs as render
-from orchestrator.views import upkeep as render_upkeep
+from orchestrator.views.facts.document import SCHEMA_VERSION, print_json
+from orchestrator.views.facts.runs import run_facts
+from orchestrator.views.facts.upkeep import ending_facts, examination_facts, inventory_facts
 from tasks.recipe.load import load_recipe
 from tests.orchestrator.upkeep.test_inventory import a_cloud
 from tests.support.builders import make_lease
@@ -169,7 +170,7 @@ def checker(home: Home) -> Checker:
                     checked.check(value, section, name)
         for section, facts in upkeep(home).items():
             out = io.StringIO()
-            render.as_json(facts, out)
+            print_json(facts, out)
             for name, value in json.loads(out.getvalue()).items():
                 checked.check(value, section, name)
     return checked
@@ -184,10 +185,10 @@ def upkeep(home: Home) -> dict[str, Any]:
     runs = tuple(report.status(None, home=home))
     warning = Event("warning", "80 % of the cap is spent", datetime.now(UTC), {"lease_id": "slm-abc123-demo-1-1"})
     return {
-        "slm recover": {"runs": list(runs)},
-        "slm reconcile": render_upkeep.inventory_facts(seen),
-        "slm stop --all": render_upkeep.ending_facts(Ending(runs, ("demo-1: it hangs",), False, seen)),
-        "slm doctor": render_upkeep.examination_facts([Finding("disk", Level.WARN, "full", "free some")]),
+        "slm recover": {"runs": [run_facts(run) for run in runs]},
+        "slm reconcile": inventory_facts(seen),
+        "slm stop --all": ending_facts(Ending(runs, ("demo-1: it hangs",), False, seen)),
+        "slm doctor": examination_facts([Finding("disk", Level.WARN, "full", "free some")]),
         "what --notify sends": json.loads(message_of(warning, "demo-1").body),
     }
 
@@ -207,6 +208,4 @@ def test_an_undocumented_key_is_noticed(checker: Checker) -> None:
 
 
 def test_every_document_has_the_version_that_the_page_states() -> None:
-    from orchestrator.views.runs import SCHEMA_VERSION
-
     assert f"`version` is {SCHEMA_VERSION} in every document" in PAGE.read_text(encoding="utf-8")

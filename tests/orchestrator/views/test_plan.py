@@ -21,8 +21,8 @@ from orchestrator.planning.history import History, read_history
 from orchestrator.prices.table import Prices, Unread
 from orchestrator.settings import Home
 from orchestrator.views import plan as render_plan
-from orchestrator.views import runs as render
 from orchestrator.views.facts import plan as plan_facts
+from orchestrator.views.facts.document import plain
 from tasks.recipe.load import load_recipe
 from tests.support.builders import make_offer
 from tests.support.cloud_runs import ran_on
@@ -168,12 +168,12 @@ def test_a_loss_out_of_the_laws_reach_is_not_shown() -> None:
     assert known_loss(planning.winner(tiny)) is None
     assert any("no loss is predicted: 1.57e+06 tokens are outside" in line for line in full(tiny, width=200))
     assert render_plan.row(planning.winner(tiny))["loss"] == "-"
-    facts = render.plain(plan_facts.estimate_facts(planning.winner(tiny)))
+    facts = plain(plan_facts.estimate_facts(planning.winner(tiny)))
     assert facts["predicted_loss_nats"] is None
-    assert "tokens are outside" in facts["loss_unknown_because"]
+    assert "tokens are outside" in facts["loss_unknown_reason"]
     usual = plan_facts.estimate_facts(planning.winner(plan_of()))
     assert usual["predicted_loss_nats"] > 2
-    assert usual["loss_unknown_because"] is None
+    assert usual["loss_unknown_reason"] is None
 
 
 def test_what_takes_longer_than_the_deadline_is_marked_and_comes_last() -> None:
@@ -223,15 +223,15 @@ def test_what_was_not_read_and_not_believed_is_said() -> None:
 def test_facts_are_the_numbers_of_the_table() -> None:
     plan = plan_of(budget=50)
     recipe = load_recipe("gpt2-124m")
-    facts = render.plain(plan_facts.plan_facts(plan, PRICES, recipe, top=1, next_command="slm launch x"))
+    facts = plain(plan_facts.plan_facts(plan, PRICES, recipe, top=1, next_command="slm launch x"))
     assert facts["recipe"] == "gpt2-124m"
     assert facts["budget_usd"] == 50
     assert len(facts["ranked"]) == 1
     assert facts["num_ranked"] == 2
     assert facts["ranked"][0] == facts["best"]
-    assert facts["best"]["total_usd"] == pytest.approx(sum(line["usd"] for line in facts["best"]["lines"]))
-    assert facts["prices"]["newest"] == "2026-11-13"
-    assert facts["next"] == "slm launch x"
+    assert facts["best"]["total_usd"] == pytest.approx(sum(line["usd"] for line in facts["best"]["bill"]))
+    assert facts["prices"]["newest_date"] == "2026-11-13"
+    assert facts["next_command"] == "slm launch x"
 
 
 def test_under_the_answer_stands_how_likely_it_is_and_why_nobody_is_sure() -> None:

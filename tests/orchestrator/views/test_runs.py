@@ -19,7 +19,9 @@ from cost.ledger.ledger import Balance, EntryKind, LedgerEntry
 from orchestrator.runs.records import RunState
 from orchestrator.runs.status import LedgerView, RunStatus, RunSummary
 from orchestrator.views import runs as render
-from tasks.recipe.load import RecipeSummary
+from orchestrator.views.facts.document import SCHEMA_VERSION, plain, print_json
+from orchestrator.views.facts.runs import ledger_facts, summary_facts
+from tasks.recipe.schema import RecipeSummary
 from tests.support.builders import make_lease, make_offer
 
 RUNNING = RunStatus(
@@ -149,7 +151,7 @@ def test_goodput_is_shown_where_it_is_known() -> None:
     assert "goodput" not in shown(render.summary, summary)
     text = shown(render.summary, replace(summary, goodput=0.714))
     assert "71 % of the time that was paid for is steps that the weights kept" in text
-    assert render.summary_facts(replace(summary, goodput=0.714))["goodput"] == 0.714
+    assert summary_facts(replace(summary, goodput=0.714))["goodput"] == 0.714
 
 
 def test_a_model_above_the_unigram_entropy_is_not_said_to_be_below() -> None:
@@ -216,8 +218,8 @@ def test_the_ledger_begins_with_the_balance_and_shows_every_entry() -> None:
 
 
 def test_the_ledger_as_json_is_in_dollars() -> None:
-    facts = render.plain(render.ledger_facts(LEDGER))
-    assert (facts["cap_usd"], facts["spent_usd"], facts["held_usd"], facts["free_usd"]) == (100, 2, 0.5, 97.5)
+    facts = plain(ledger_facts(LEDGER))
+    assert (facts["cap_usd"], facts["spent_usd"], facts["reserved_usd"], facts["free_usd"]) == (100, 2, 0.5, 97.5)
     assert facts["entries"][1]["spent_usd"] == 2.0
     assert facts["entries"][1]["stage"] == facts["leases"][0]["stage"] == "pretrain"
     assert facts["entries"][1]["billed_at"] == "2027-01-15T08:07:30+00:00"
@@ -261,9 +263,9 @@ class Facts:
 def test_json_has_plain_values_and_a_version() -> None:
     stream = io.StringIO()
     at = datetime(2026, 11, 23, tzinfo=UTC)
-    render.as_json(Facts(Decimal("1.5"), at, Colour.RED, Path("/a"), (1.0, float("inf"), float("nan"))), stream)
+    print_json(Facts(Decimal("1.5"), at, Colour.RED, Path("/a"), (1.0, float("inf"), float("nan"))), stream)
     assert json.loads(stream.getvalue()) == {
-        "version": render.SCHEMA_VERSION,
+        "version": SCHEMA_VERSION,
         "money": 1.5,
         "at": "2026-11-23T00:00:00+00:00",
         "colour": "red",

@@ -290,10 +290,10 @@ def test_reconcile_ends_a_leaked_machine_in_any_region_and_leaves_a_foreign_one(
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--json"])
     leak = next(load for load in json.loads(capsys.readouterr().out)["findings"] if mine in load["detail"])
-    assert (leak["level"], leak["way_out"]) == ("fail", "slm reconcile")
+    assert (leak["level"], leak["fix"]) == ("fail", "slm reconcile")
     cli_ends_with(0, "reconcile", "--json")
     printed = json.loads(capsys.readouterr().out)
-    outcomes = {item["name"]: (item["verdict"], item["outcome"], item["num_nodes"]) for item in printed["clusters"]}
+    outcomes = {item["name"]: (item["verdict"], item["result"], item["num_nodes"]) for item in printed["clusters"]}
     assert outcomes == {mine: ("unknown", "ended", 2), "slm-ffffff-demo-1-1": ("foreign", "kept", 1)}
     assert aws.states(*leaked, *web, region="us-west-2") == ["terminated", "terminated", "running"]
     assert aws.states(*theirs) == ["running"]
