@@ -102,7 +102,7 @@ def opening(
         f"# What {budget} dollars buy",
         "",
         f"Made on {datetime.now(UTC).date()} by `python -m bench.hundred_dollars` from the commands below. Prices: "
-        f"{prices['source']}, {prices['num_offers']} offers, dated {prices['oldest']} to {prices['newest']} "
+        f"{prices['source']}, {prices['num_offers']} offers, dated {prices['oldest_date']} to {prices['newest_date']} "
         f"({prices['num_undated']} undated).",
         "",
         f"**The best model** is a dense one of {count(chosen['model']['num_params'])} parameters on "

@@ -160,7 +160,9 @@ def test_launch_is_planned_by_the_same_objective_and_deadline(capsys: pytest.Cap
     facts = json.loads(capsys.readouterr().out)
     assert facts["next_command"] == "slm launch 350m --budget 60 --objective hours --deadline 30h"
     slm("launch", "350m", *wishes, "--backend", "sky", "--yes", actions=actions)
-    assert [fact["offer_id"] for fact in facts["ranked"]] == [offer.offer_id for offer in actions.called["offers"]]
+    assert [fact["offer"]["offer_id"] for fact in facts["ranked"]] == [
+        offer.offer_id for offer in actions.called["offers"]
+    ]
     assert "Fastest: " in capsys.readouterr().out
 
 
@@ -171,7 +173,7 @@ def test_launch_rents_in_the_order_of_the_plan(capsys: pytest.CaptureFixture[str
     assert all(offer.spot for offer in actions.called["offers"])
     capsys.readouterr()
     slm("plan", "demo", "--market", "calm", "--spot", "--clouds", "gcp,aws", "--json")
-    planned = json.loads(capsys.readouterr().out)["best"]["offer_id"]
+    planned = json.loads(capsys.readouterr().out)["best"]["offer"]["offer_id"]
     assert actions.called["offers"][0].offer_id == planned
 
 

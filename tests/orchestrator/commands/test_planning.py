@@ -159,7 +159,7 @@ def test_an_unguarded_offer_is_refused_with_what_would_have_been(slm: Slm) -> No
     assert plain["guard"]["refusal"] is None
     assert admitted["best"]["total_usd"] < plain["best"]["total_usd"]
     reasons = {item["offer_id"]: item["reason"] for item in plain["rejected"]}
-    assert "nothing ends a node whose guest hangs" in reasons[admitted["best"]["offer_id"]]
+    assert "nothing ends a node whose guest hangs" in reasons[admitted["best"]["offer"]["offer_id"]]
     assert plain["num_ranked"] + len(plain["rejected"]) == admitted["num_ranked"] + len(admitted["rejected"])
     text = " ".join(slm("plan", "1.5b", "--spot").out.split())
     assert "- refused: 1 x " in text
@@ -179,7 +179,7 @@ def test_the_next_command_plans_the_very_same_model(slm: Slm) -> None:
     words = shlex.split(found["next_command"])
     again = facts(slm, *words[1:])
     assert again["num_params"] == found["model"]["num_params"]
-    assert again["best"]["offer_id"] == found["best"]["offer_id"]
+    assert again["best"]["offer"]["offer_id"] == found["best"]["offer"]["offer_id"]
     assert again["best"]["total_usd"] == pytest.approx(found["best"]["total_usd"], rel=0.01)
 
 
