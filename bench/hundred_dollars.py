@@ -135,7 +135,7 @@ def likelihood(item: Any, simulated: Said) -> str:
     rests = {"measured": "was measured with slm"}.get(item["throughput_basis"], "is pooled over other programs")
     dear = item["total_usd"] * item["tokens_per_second"] / low
     return (
-        f"**How likely:** {100 * finished:.0f} % of {simulated.facts['num_runs']} simulated runs of the best model "
+        f"**How likely:** {100 * finished:.0f} % of {simulated.facts['num_draws']} simulated runs of the best model "
         f"train all its tokens under the cap of ${simulated.facts['budget_usd']:g}; the others stop there with fewer. "
         f"The speed of {item['offer']['accelerator']} {rests}, {count(low)} to {count(high)}"
         f" tokens/s; at the lower end "
@@ -263,10 +263,10 @@ def sureness(said: Said, simulated: Said) -> list[str]:
         f"- Speed: {count(low)} to {count(high)} tokens/s ({best['throughput_basis']} constants); dollars and hours "
         "move with it.",
         f"- Loss: {loss(best)}. Scores: {'; '.join(scores)}.",
-        f"- {simulated.facts['num_runs']} simulated runs of this plan (hazard, capacity and speed drawn): "
+        f"- {simulated.facts['num_draws']} simulated runs of this plan (hazard, capacity and speed drawn): "
         f"P10, P50, P90 of dollars {three(policy['total_usd'])}, hours {three(policy['hours'])}, preemptions "
         f"{three(policy['num_preemptions'])}; {unlucky:.0f} % do not finish all tokens under the cap.",
-        f"- Hazard: {simulated.facts['losses_per_node_hour']:.2g} losses per node-hour "
+        f"- Hazard: {simulated.facts['interruptions_per_node_hour']:.2g} losses per node-hour "
         f"({simulated.facts['hazard_source']}).",
         "- Prices are lists, not promises: the cheapest spot offers are often not to be had, and `slm launch` then "
         "goes down the list.",
