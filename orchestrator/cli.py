@@ -49,15 +49,15 @@ def slm(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Pre-train a small language model on the cheapest spot GPUs, and never spend more than the cap.
+    """Pre-train a small language model on the cheapest spot GPUs within a spending cap.
 
     \b
     Examples:
-      slm plan demo                      what it costs, where, and what comes out
-      slm plan --params max              the largest model that 100 dollars train
-      slm launch demo --yes              on this machine, in minutes, without a GPU
-      slm status                         where it is
-      slm resume --budget 150            go on after the cap was reached
+      slm plan demo                      show cost, offers and predicted loss
+      slm plan --params max              plan the largest model that 100 dollars pay for
+      slm launch demo --yes              train on this machine, in minutes, without a GPU
+      slm status                         show progress, speed and cost
+      slm resume --budget 150            continue a run that reached its cap
     """
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cost.performance.workload import Workload
 
 PlotOption = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it too: a .png, .svg or .html file.")
+    Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the result to a .png, .svg or .html file.")
 ]
 
 
@@ -28,16 +28,16 @@ def estimate(
     model: Annotated[
         str, typer.Option("--model", metavar="NAME", help="A recipe's name or path, or a size such as 1.1e9.")
     ],
-    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="One GPU of `slm gpus`.")],
-    gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="GPUs of one node.")] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Nodes.")] = 1,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="A GPU name from `slm gpus`.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, metavar="N", help="Number of GPUs per node.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Number of nodes.")] = 1,
     tokens_per_param: options.TokensPerParamOption = None,
     sets: options.SetOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Say how fast a model trains on one machine, and what bounds it.
+    """Estimate how fast a model trains on one machine, and what limits its speed.
 
-    Tokens per second, utilization, memory by kind and hours, with intervals.
+    Shows tokens per second, utilization, memory by kind and hours, with intervals.
 
     \b
     Examples:
@@ -75,10 +75,14 @@ def frontier(
     budget: options.BudgetOption = None,
     params: Annotated[
         str | None,
-        typer.Option("--params", metavar="LOW..HIGH", help="Sizes in total parameters. [default: 1e8..1e10]"),
+        typer.Option(
+            "--params", metavar="LOW..HIGH", help="Range of model sizes, in total parameters. [default: 1e8..1e10]"
+        ),
     ] = None,
     deadline: options.DeadlineOption = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Leave mixtures of experts out.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Show dense models only, without mixtures of experts.")
+    ] = False,
     spot: options.SpotOption = None,
     clouds: options.CloudsOption = None,
     all_clouds: options.AllCloudsOption = False,
@@ -90,9 +94,9 @@ def frontier(
     plot: PlotOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show what a budget buys at each size, and where more parameters stop paying.
+    """Show the loss that a budget buys at each model size.
 
-    Dense models and mixtures of experts, each trained for as many tokens as the whole budget buys.
+    Compares dense models and mixtures of experts, each trained on as many tokens as the whole budget buys.
 
     \b
     Examples:
@@ -141,12 +145,20 @@ def simulate(
     market: Annotated[
         str | None,
         typer.Option(
-            "--market", metavar="KIND", help="calm, hazard:PER_HOUR, trace:FILE or FOLDER. [default: published hazards]"
+            "--market",
+            metavar="KIND",
+            help="Spot market: calm, hazard:PER_HOUR, trace:FILE or trace:FOLDER. [default: published rates]",
         ),
     ] = None,
-    runs: Annotated[int, typer.Option("--runs", min=1, max=100_000, metavar="N", help="Draws.")] = 1000,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="The same seed, the same draws.")] = 0,
-    zones: Annotated[int, typer.Option("--zones", min=1, metavar="N", help="Places that have this offer.")] = 1,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, max=100_000, metavar="N", help="Number of simulated runs.")
+    ] = 1000,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="N", help="Random seed; the same seed gives the same result.")
+    ] = 0,
+    zones: Annotated[
+        int, typer.Option("--zones", min=1, metavar="N", help="Number of zones that have this offer.")
+    ] = 1,
     budget: options.BudgetOption = None,
     deadline: options.DeadlineOption = None,
     objective: options.ObjectiveOption = None,
@@ -160,10 +172,10 @@ def simulate(
     plot: PlotOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Play the best plan a thousand times against a spot market.
+    """Simulate the best plan a thousand times on a spot market.
 
-    Dollars, hours, tokens, preemptions and waste as P10, P50 and P90, for slm's own policy and for others. Draws the
-    hazard, the capacity and the speed, so that the spread shows all that the plan is unsure of.
+    Shows dollars, hours, tokens, preemptions and waste as P10, P50 and P90, for slm's own policy and for others.
+    Preemption rate, capacity and speed are drawn at random, so that the spread shows the uncertainty of the plan.
 
     \b
     Examples:
@@ -236,6 +248,6 @@ def named_model(
             planning.allowed_precisions(recipe.precision),
         )
     if sets:
-        raise UserError(f"--set changes a recipe, but {model} is a size; name a recipe, or leave --set out.")
+        raise UserError(f"--set changes a recipe, but {model} is a size; name a recipe, or remove --set.")
     work, software = advice.work_of_size(size, tokens_per_param or TOKENS_PER_PARAM)
     return f"{count(work.num_params)} parameters", work, software, ()

@@ -45,7 +45,9 @@ def launch(
     market: options.MarketOption = None,
     time_scale: options.TimeScaleOption = None,
     precision: options.PrecisionOption = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Keep a trace of a few steps in the run store.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Save a profiler trace of a few steps in the run store.")
+    ] = False,
     sets: options.SetOption = None,
     notify: options.NotifyOption = None,
     store: options.StoreOption = None,
@@ -54,10 +56,11 @@ def launch(
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Plan, ask, rent, train and recover, within a cap.
+    """Rent nodes and train a model within a spending cap.
 
-    After a crash the same command repairs the run and goes on with it. Ctrl-C asks the run for a checkpoint and a
-    stop; a second Ctrl-C ends its nodes at once. Exit code 1 means that the run failed.
+    Shows the plan and asks before it rents. Recovers from preemptions; after a crash, the same command continues the
+    run. Ctrl-C saves a checkpoint and stops; a second Ctrl-C terminates the nodes at once. Exit code 1 means that the
+    run failed.
 
     \b
     Examples:
@@ -141,17 +144,19 @@ def resume(
     run: options.RunArgument = None,
     budget: Annotated[
         Decimal | None,
-        typer.Option("--budget", parser=options.parse_usd, metavar="USD", help="A new cap for the whole run."),
+        typer.Option(
+            "--budget", parser=options.parse_usd, metavar="USD", help="New spending cap in dollars for the whole run."
+        ),
     ] = None,
     notify: options.NotifyOption = None,
     single_supervisor: options.SingleSupervisorOption = False,
     detach: options.DetachOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Go on with a run that stopped or reached its cap.
+    """Continue a run that stopped, failed or reached its cap.
 
-    Also with one that failed, or whose supervisor is gone. The budget is a cap on all that the run has cost and will
-    cost, not an addition.
+    Also continues a run whose supervisor is gone. --budget sets the cap for everything that the run has cost and will
+    cost; it is not added to the old cap.
 
     \b
     Examples:
@@ -197,8 +202,9 @@ def refuse_unasked_spending(recipe: Recipe, budget: Decimal | None, *, yes: bool
     """
     if recipe.backend is None:
         raise UserError(
-            f"recipe {recipe.name} says no backend, and SkyPilot has credentials for no cloud, so nothing is rented; "
-            "--backend local trains on this machine, --backend sky rents from clouds once `sky check` names one."
+            f"recipe {recipe.name} names no backend, and SkyPilot has no cloud credentials, so nothing was rented; "
+            "add --backend local to train on this machine, or set up a cloud with `sky check` and add --backend "
+            "sky."
         )
     if recipe.backend != "local" and yes and budget is None:
         raise UserError(
@@ -216,9 +222,7 @@ def ask(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UserError(
-            "nobody can answer here, since the input is no terminal; add --yes to go on without a question."
-        )
+        raise UserError("the input is not a terminal, so nobody can confirm; add --yes to continue without a question.")
     if not typer.confirm(question, err=True):
         typer.echo("Nothing was rented.", err=True)
         raise typer.Exit(FAILED_EXIT_CODE)
@@ -257,7 +261,7 @@ def in_background(context: typer.Context, *, as_json: bool) -> None:
     console = render.console_on(sys.stdout)
     render.tell(console, f"{started.run_id} is supervised in the background by process {started.pid}.")
     render.tell(console, f"Log: {started.log}")
-    render.tell(console, f"A checkpoint and its end: slm stop {started.run_id}")
+    render.tell(console, f"To save a checkpoint and stop: slm stop {started.run_id}")
     render.following(console, f"slm status {started.run_id}")
 
 
@@ -269,14 +273,15 @@ def finite(seconds: float) -> float | None:
 def recover(
     context: typer.Context,
     store: Annotated[
-        str, typer.Option("--store", metavar="URI", help="The run store: a folder or s3://bucket/prefix of one run.")
+        str, typer.Option("--store", metavar="URI", help="Run store of one run: a folder or s3://bucket/prefix.")
     ],
     as_json: options.JsonOption = False,
 ) -> None:
-    """Rebuild a run's ledger from its run store, on another machine, and take the run over.
+    """Take over a run on another machine: rebuild its ledger from its run store.
 
-    The supervisor before can rent and grant no more; what it has paid for counts to the last terminator's time.
-    Nothing is rented or ended by this: then go on with slm resume, or end it with slm stop.
+    The previous supervisor can no longer rent or renew nodes; its open leases stay reserved until their last terminator
+    has fired. This command neither rents nor terminates anything: continue with slm resume, or end the run with slm
+    stop.
 
     \b
     Examples:

@@ -15,20 +15,22 @@ from orchestrator.settings import home_from
 
 
 class FormatName(StrEnum):
-    """Of exported weights."""
+    """Format of exported weights."""
 
     HF = "hf"
 
 
 def export(
     run: RunArgument = None,
-    format_: Annotated[FormatName, typer.Option("--format", help="hf: what transformers loads.")] = FormatName.HF,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to make. [default: RUN-hf]")] = None,
+    format_: Annotated[
+        FormatName, typer.Option("--format", help="Output format; hf is the format of Hugging Face transformers.")
+    ] = FormatName.HF,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to create. [default: RUN-hf]")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a run's newest weights for other programs.
+    """Export the weights of a run's latest checkpoint to another format.
 
-    Runs of the presets llama, qwen3 and gpt2; needs safetensors (pip install 'slm-spot[export]').
+    Works for the presets llama, qwen3 and gpt2; needs safetensors (pip install 'slm-spot[export]').
 
     \b
     Examples:
@@ -44,12 +46,17 @@ def export(
 def generate(
     run: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Most tokens to add.")] = 100,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Only among so many likeliest; 0: all.")] = 50,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Maximum number of tokens to generate.")] = 100,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 always takes the most likely token."),
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, help="Sample among the N most likely tokens; 0 means all.")
+    ] = 50,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Let a run's newest weights go on after a prompt.
+    """Generate text from a run's latest checkpoint.
 
     \b
     Examples:
@@ -66,14 +73,14 @@ def generate(
 def import_(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to make. [default: models/NAME in slm's home]")
+        Path | None, typer.Option("--out", help="Folder to create. [default: models/NAME in SLM_HOME]")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read weights that transformers wrote, so that a run can go on from them.
+    """Import weights from Hugging Face transformers as the initial weights of a run.
 
-    Llama, Qwen3 and GPT-2 in safetensors; needs safetensors (pip install 'slm-spot[export]'). What it prints under
-    `model` is what a recipe needs beside training.initial_weights=FOLDER.
+    Reads Llama, Qwen3 and GPT-2 models in safetensors format; needs safetensors (pip install 'slm-spot[export]').
+    Prints the model settings that a recipe needs besides training.initial_weights=FOLDER.
 
     \b
     Examples:

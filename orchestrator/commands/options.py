@@ -53,7 +53,7 @@ def parse_usd(text: str) -> Decimal:
     except InvalidOperation:
         raise typer.BadParameter(f"{text!r} is not an amount of dollars such as 100 or 12.50.") from None
     if not amount.is_finite() or amount < SMALLEST_USD:
-        raise typer.BadParameter(f"{text} should be more than 0 dollars.")
+        raise typer.BadParameter(f"{text} is not more than 0 dollars.")
     return amount.quantize(SMALLEST_USD) if amount != amount.to_integral_value() else Decimal(int(amount))
 
 
@@ -145,53 +145,57 @@ def overrides(
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of its YAML file.")]
 RunArgument = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="May be left out when there is only one.", show_default=False)
+    str | None,
+    typer.Argument(metavar="[RUN]", help="Name of the run; may be omitted if there is only one.", show_default=False),
 ]
 BudgetOption = Annotated[
     Decimal | None,
-    typer.Option(
-        "--budget", parser=parse_usd, metavar="USD", help="Most that the run may cost. [default: the recipe's]"
-    ),
+    typer.Option("--budget", parser=parse_usd, metavar="USD", help="Spending cap in dollars. [default: the recipe's]"),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; may be repeated."),
 ]
-SpotOption = Annotated[bool | None, typer.Option("--spot/--on-demand", help="Only spot, or only on-demand offers.")]
+SpotOption = Annotated[bool | None, typer.Option("--spot/--on-demand", help="Use only spot or only on-demand offers.")]
 CloudsOption = Annotated[
-    list[str] | None, typer.Option("--clouds", metavar="NAMES", help="Only these clouds, such as aws,gcp.")
+    list[str] | None, typer.Option("--clouds", metavar="NAMES", help="Use only these clouds, such as aws,gcp.")
 ]
 GpusOption = Annotated[
-    list[str] | None, typer.Option("--gpus", metavar="NAMES", help="Only these GPUs, such as H100-SXM,A100.")
+    list[str] | None, typer.Option("--gpus", metavar="NAMES", help="Use only these GPUs, such as H100-SXM,A100.")
 ]
 NodesOption = Annotated[
-    int | None, typer.Option("--nodes", min=1, metavar="N", help="Nodes to rent. [default: the recipe's]")
+    int | None, typer.Option("--nodes", min=1, metavar="N", help="Number of nodes to rent. [default: the recipe's]")
 ]
 ObjectiveOption = Annotated[
     ObjectiveName | None,
-    typer.Option("--objective", help="What to rank by. [default: usd_per_param; the largest model with --params]"),
+    typer.Option("--objective", help="How to rank offers. [default: usd_per_param; the largest model with --params]"),
 ]
 DeadlineOption = Annotated[
     float | None,
-    typer.Option("--deadline", parser=parse_hours, metavar="TIME", help="Longest that it may take: 48h, 3d, 90min."),
+    typer.Option("--deadline", parser=parse_hours, metavar="TIME", help="Maximum duration of the run: 48h, 3d, 90min."),
 ]
 AllCloudsOption = Annotated[
-    bool, typer.Option("--all-clouds", help="Rank clouds too that SkyPilot has no credentials for.")
+    bool, typer.Option("--all-clouds", help="Include clouds for which SkyPilot has no credentials.")
 ]
 AllowUnguardedOption = Annotated[
     bool,
     typer.Option(
-        "--allow-unguarded", help="Admit clouds where nothing would end a hung node: the cap may not hold there."
+        "--allow-unguarded", help="Allow clouds on which nothing ends a hung node; it can exceed the cap there."
     ),
 ]
 CorpusOption = Annotated[
     str | None,
-    typer.Option("--corpus", metavar="NAME", help="A corpus with a loss law of its own: fineweb, fineweb-edu, pile."),
+    typer.Option(
+        "--corpus", metavar="NAME", help="Training corpus for the predicted loss: fineweb, fineweb-edu, pile."
+    ),
 ]
 UniqueTokensOption = Annotated[
     float | None,
     typer.Option(
-        "--unique-tokens", parser=parse_count, metavar="N", help="Tokens that the data has; more are repeats."
+        "--unique-tokens",
+        parser=parse_count,
+        metavar="N",
+        help="Number of unique tokens in the data; training on more repeats them.",
     ),
 ]
 TokensPerParamOption = Annotated[
@@ -200,25 +204,33 @@ TokensPerParamOption = Annotated[
         "--tokens-per-param",
         parser=parse_positive,
         metavar="X",
-        help="Where a size is given instead of a recipe. [default: 20]",
+        help="Training tokens per parameter, if a size is given. [default: 20]",
     ),
 ]
 BackendOption = Annotated[
-    BackendName | None, typer.Option("--backend", help="Where nodes come from. [default: the recipe's]")
+    BackendName | None,
+    typer.Option(
+        "--backend",
+        help="Where to rent nodes: local simulates a cloud on this machine, sky uses SkyPilot. [default: the recipe's]",
+    ),
 ]
 PrecisionOption = Annotated[
     PrecisionName | None,
-    typer.Option("--precision", help="Of the arithmetic; auto: the cheaper on each offer. [default: the recipe's]"),
+    typer.Option("--precision", help="Precision of training; auto chooses per offer. [default: the recipe's]"),
 ]
 MarketOption = Annotated[
     str | None,
-    typer.Option("--market", metavar="KIND", help="The local spot market: calm, hazard:PER_HOUR or trace:FILE."),
+    typer.Option(
+        "--market", metavar="KIND", help="Spot market of the local backend: calm, hazard:PER_HOUR or trace:FILE."
+    ),
 ]
 TimeScaleOption = Annotated[
     float | None,
-    typer.Option("--time-scale", parser=parse_positive, metavar="X", help="Billed seconds per real second (local)."),
+    typer.Option(
+        "--time-scale", parser=parse_positive, metavar="X", help="Billed seconds per real second on the local backend."
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md describes the keys.")]
 NotifyOption = Annotated[
     str | None,
     typer.Option(
@@ -226,24 +238,25 @@ NotifyOption = Annotated[
         parser=parse_notify,
         envvar="SLM_NOTIFY",
         metavar="COMMAND|URL",
-        help="Tell it of warnings, at 50, 80 and 95 % of the cap too, and of the end.",
+        help="Command or URL to notify of warnings (also at 50, 80 and 95 % of the cap) and of the end of the run.",
     ),
 ]
 YesOption = Annotated[
-    bool, typer.Option("--yes", "-y", help="Do not ask; on a paid backend --budget must be given too.")
+    bool, typer.Option("--yes", "-y", help="Do not ask for confirmation; a paid backend then needs --budget.")
 ]
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
         metavar="URI",
-        help="Folder or s3://bucket/prefix under which the run store is made. [default: in SLM_HOME]",
+        help="Folder or s3://bucket/prefix in which to create the run store. [default: in SLM_HOME]",
     ),
 ]
 SingleSupervisorOption = Annotated[
     bool,
     typer.Option(
-        "--single-supervisor", help="For a run store without conditional writes: only this machine runs the run."
+        "--single-supervisor",
+        help="For a run store without conditional writes: promise that only this machine supervises the run.",
     ),
 ]
-DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Supervise in the background and return.")]
+DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Supervise the run in the background and return.")]

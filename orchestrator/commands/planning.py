@@ -31,14 +31,18 @@ FLAGS_WITHOUT_MEANING_FOR_LAUNCH = ("--json", "--explain")
 def plan(
     context: typer.Context,
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's name or path; not with --params.")
+        str | None, typer.Argument(metavar="[RECIPE]", help="Name or path of a recipe; omit it with --params.")
     ] = None,
     budget: options.BudgetOption = None,
     objective: options.ObjectiveOption = None,
     deadline: options.DeadlineOption = None,
     params: Annotated[
         str | None,
-        typer.Option("--params", metavar="LOW..HIGH", help="Choose the size of the model: 1.1e9..3e9, or max."),
+        typer.Option(
+            "--params",
+            metavar="LOW..HIGH",
+            help="Let slm choose the model size from a range such as 1.1e9..3e9, or max.",
+        ),
     ] = None,
     tokens_per_param: options.TokensPerParamOption = None,
     spot: options.SpotOption = None,
@@ -47,7 +51,7 @@ def plan(
     allow_unguarded: options.AllowUnguardedOption = False,
     gpus: options.GpusOption = None,
     nodes: options.NodesOption = None,
-    top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="How many offers to show.")] = DEFAULT_TOP,
+    top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="Number of offers to show.")] = DEFAULT_TOP,
     corpus: options.CorpusOption = None,
     unique_tokens: options.UniqueTokensOption = None,
     backend: options.BackendOption = None,
@@ -62,7 +66,7 @@ def plan(
 ) -> None:
     """Rank GPU offers by dollars per trained parameter.
 
-    With --params also the size of the model: the largest one that the budget trains.
+    With --params, also chooses the model size: the largest that the budget pays for.
 
     \b
     Examples:
@@ -89,9 +93,11 @@ def plan(
     }
     if params is not None:
         if recipe is not None or sets:
-            raise UserError("--params chooses the model, so leave out the recipe and --set; or leave out --params.")
+            raise UserError(
+                "--params chooses the model, so it cannot be combined with a recipe or --set; remove either."
+            )
         if backend is not None or market is not None or time_scale is not None:
-            raise UserError("--backend, --market and --time-scale are for a recipe; --params plans for real clouds.")
+            raise UserError("--backend, --market and --time-scale need a recipe; --params plans for real clouds only.")
         from orchestrator.commands.sizing import BUDGET_USD, TOKENS_PER_PARAM, Asked, plan_sizes
 
         asked = Asked(options.parse_range(params), tokens_per_param or TOKENS_PER_PARAM, budget or BUDGET_USD)
@@ -110,7 +116,7 @@ def plan(
     if recipe is None:
         raise UserError("name a recipe (`slm recipes` lists them), or let slm choose the size: --params max.")
     if tokens_per_param is not None:
-        raise UserError("--tokens-per-param goes with --params; for a recipe: --set training.tokens_per_param=20.")
+        raise UserError("--tokens-per-param needs --params; for a recipe use --set training.tokens_per_param=20.")
     fields = options.overrides(sets, backend=backend, market=market, time_scale=time_scale, precision=precision)
     chosen = recipe_with(recipe, fields, nodes)
     prices = prices_now(chosen)
@@ -173,7 +179,7 @@ def prices_now(recipe: Recipe | None = None) -> Prices:
 
 
 def recipes(as_json: options.JsonOption = False) -> None:
-    """List the recipes that have a name.
+    """List the built-in recipes.
 
     \b
     Examples:
@@ -197,9 +203,9 @@ def prepare(
     sets: options.SetOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Make a recipe's vocabulary and token shards.
+    """Prepare a recipe's data: train the tokenizer and write token shards.
 
-    Quick where they are there already; `slm launch` does the same.
+    Returns quickly if the data is ready. `slm launch` does this automatically.
 
     \b
     Examples:

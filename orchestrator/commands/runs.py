@@ -17,7 +17,7 @@ LEFT_EXIT_CODE = 1
 
 
 def status(run: RunArgument = None, as_json: JsonOption = False) -> None:
-    """Show where a run is, or all runs.
+    """Show the progress and cost of one run or of all runs.
 
     \b
     Examples:
@@ -38,9 +38,9 @@ def status(run: RunArgument = None, as_json: JsonOption = False) -> None:
 
 def logs(
     run: RunArgument = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
 ) -> None:
-    """Print what a run's nodes wrote.
+    """Print the logs of a run's nodes.
 
     \b
     Examples:
@@ -58,13 +58,13 @@ def stop(
     run: RunArgument = None,
     everything: Annotated[
         bool,
-        typer.Option("--all", help="Every unfinished run; then end what should not live, as `slm reconcile` does."),
+        typer.Option("--all", help="Stop every unfinished run, then terminate orphans as `slm reconcile` does."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a run for a checkpoint and its end.
+    """Save a checkpoint and stop a run.
 
-    Returns when nothing of it is left running. With --all the exit code is 1 if anything is left.
+    Returns when all its nodes are terminated. With --all, the exit code is 1 if anything may still run.
 
     \b
     Examples:
@@ -98,7 +98,7 @@ def stop_all(context: typer.Context, run: str | None, *, as_json: bool) -> None:
     from orchestrator.views.facts.upkeep import ending_facts
 
     if run is not None:
-        raise UserError(f"--all stops every run; leave out {run}, or leave out --all.")
+        raise UserError(f"--all stops every run; remove {run}, or remove --all.")
     lines = live.PlainLines(render.console_on(sys.stderr), "")
     done = ending.stop_all(actions_of(context).stop, home_from(os.environ).create(), lines)
     if as_json:
@@ -112,11 +112,11 @@ def stop_all(context: typer.Context, run: str | None, *, as_json: bool) -> None:
 def ledger(
     run: RunArgument = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Each lease next to what SkyPilot's own cost report says of it.")
+        bool, typer.Option("--compare", help="Compare each lease with SkyPilot's own cost report.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every entry of a run's ledger.
+    """Show a run's ledger: every reservation and charge.
 
     \b
     Examples:

@@ -129,7 +129,7 @@ def choose(
     warning = None
     if len(choices) > 1:
         best = planning.winner(plan)
-        warning = f"{planning.guard_refusal(best.offer)}. Among the others {none_affordable(choices[0], asked)}"
+        warning = f"{planning.guard_refusal(best.offer)}. Among the other offers, {none_affordable(choices[0], asked)}"
     elif not allow_unguarded:
         plan = planning.guarded(plan)
     history = wishes.get("history") or History()
@@ -154,16 +154,16 @@ def none_affordable(choice: ModelChoice, asked: Asked) -> str:
     from orchestrator.figures import count, dollars, duration
 
     if not choice.plans:
-        return "there is no offer of these clouds, GPUs and kind."
+        return "there are no offers for these clouds, GPUs and kinds (spot or on-demand)."
     smallest: Plan = choice.plans[0]
     size = count(smallest.workload.num_params)
     if smallest.best is None:
-        return f"no offer can train {size} parameters; allow more clouds, GPUs or nodes, or name smaller models."
+        return f"no offer can train {size} parameters; allow more clouds, GPUs or nodes, or choose smaller models."
     cost = f"{dollars(smallest.best.total_usd)} and {duration(smallest.best.hours * 3600)}"
     return (
-        f"the smallest model of the range, {size} parameters on {asked.tokens_per_param:g} tokens each, takes {cost} "
-        f"at best, over a budget of {dollars(asked.budget_usd)} or the deadline; raise one, lower --tokens-per-param, "
-        "or ask with --params max what the budget trains."
+        f"the smallest model of the range, {size} parameters on {asked.tokens_per_param:g} tokens each, takes at "
+        f"least {cost}, which is over the budget of {dollars(asked.budget_usd)} or the deadline; raise one of "
+        "them, lower --tokens-per-param, or use --params max to find the largest affordable model."
     )
 
 

@@ -21,21 +21,23 @@ REFRESH_SECONDS = 900
 
 def offers(
     gpus: Annotated[
-        list[str] | None, typer.Option("--gpu", "--gpus", metavar="NAMES", help="Only these GPUs, such as H100-SXM.")
+        list[str] | None,
+        typer.Option("--gpu", "--gpus", metavar="NAMES", help="Show only these GPUs, such as H100-SXM."),
     ] = None,
     clouds: Annotated[
-        list[str] | None, typer.Option("--cloud", "--clouds", metavar="NAMES", help="Only these clouds, such as aws.")
+        list[str] | None,
+        typer.Option("--cloud", "--clouds", metavar="NAMES", help="Show only these clouds, such as aws."),
     ] = None,
     spot: options.SpotOption = None,
-    top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="How many to show.")] = DEFAULT_TOP,
+    top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="Number of offers to show.")] = DEFAULT_TOP,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="Read SkyPilot's catalogs anew first; needs the extra `cloud`.")
+        bool, typer.Option("--refresh", help="Download SkyPilot's price catalogs first; needs the extra `cloud`.")
     ] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show what can be rented, cheapest GPU-hour first.
+    """List GPU offers, cheapest GPU-hour first.
 
-    Every price has its date and source. --refresh asks each cloud's catalog, without credentials.
+    Every price has its date and source. --refresh needs no cloud credentials.
 
     \b
     Examples:
@@ -69,12 +71,12 @@ def offers(
 
 
 def gpus(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these GPUs.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Show only these GPUs.")] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show the hardware table with its sources.
+    """List the supported GPUs with their data-sheet figures and sources.
 
-    Peaks are dense tensor-core figures, which is what utilization divides by.
+    Peaks are dense tensor-core figures; MFU is measured against them.
 
     \b
     Examples:
@@ -126,11 +128,13 @@ def refresh_now(*, as_json: bool) -> None:
                 text=True,
             )
         except subprocess.TimeoutExpired:
-            raise SlmError(f"reading the catalogs took over {REFRESH_SECONDS} s; see {home.offers_log}") from None
+            raise SlmError(
+                f"reading the catalogs took longer than {REFRESH_SECONDS} s and was ended; see {home.offers_log}"
+            ) from None
     if done.returncode == BUSY:
-        raise SlmError("another refresh of the prices is under way; try again in a minute.")
+        raise SlmError("another price refresh is running; try again in a minute.")
     if done.returncode == NO_SKYPILOT:
         raise SlmError(f"SkyPilot is installed but cannot be imported; see {home.offers_log}")
     print(done.stdout, end="", file=sys.stderr if as_json else sys.stdout)
     if done.returncode != 0:
-        raise SlmError(f"no cloud's catalog could be read; prices stay as they were. See {home.offers_log}")
+        raise SlmError(f"no cloud's catalog could be read, so prices were not changed; see {home.offers_log}")

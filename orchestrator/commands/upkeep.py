@@ -16,14 +16,14 @@ WRONG_EXIT_CODE = 1
 
 
 def reconcile(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be ended.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be terminated.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List all that is ours, and end what nobody pays for any more.
+    """List our cloud resources and terminate orphans.
 
-    Ours is what carries the name slm-OWNER-; nothing else is touched. What the ledger does not know, has settled, or
-    no longer pays for is ended. A supervisor does the same at its start and every few minutes. Exit code 1 means that
-    something is left, or that a place could not be looked at.
+    Our resources have names that begin with slm-OWNER-; nothing else is touched. An orphan is a cluster that the ledger
+    does not know, has settled, or whose paid time is over. Supervisors do the same at their start and every few
+    minutes. Exit code 1 means that an orphan is still running or that a cloud could not be checked.
 
     \b
     Examples:
@@ -49,17 +49,15 @@ def reconcile(
 
 def doctor(
     store: Annotated[
-        str | None, typer.Option("--store", metavar="URI", help="A run store to examine. [default: the local one]")
+        str | None, typer.Option("--store", metavar="URI", help="Run store to check. [default: the local one]")
     ] = None,
-    iam: Annotated[
-        bool, typer.Option("--iam", help="Print the least that an AWS user must be allowed, as a policy, and end.")
-    ] = False,
+    iam: Annotated[bool, typer.Option("--iam", help="Print the minimal IAM policy for an AWS user and exit.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether everything is as it must be before money is spent.
+    """Check the set-up before money is spent.
 
-    What is configured, what ends a node on each cloud, the clock, the store's permissions, disk space, instances that
-    nobody pays for, and whether the ledger adds up; each with the way out. Exit code 1 means that something fails.
+    Checks credentials, the terminators of each cloud, the clock, the permissions of the run store, disk space, orphans
+    and the ledger, and says how to fix each problem. Exit code 1 means that a check failed.
 
     \b
     Examples:

@@ -52,7 +52,7 @@ class MachineEstimate:
     cheapest: tuple[Offer, ...]
     """Of this very machine, the cheapest spot and the cheapest on-demand offer, where there is one."""
     measured_by: str | None = None
-    """The run of ours whose speed on this GPU is believed."""
+    """Our own run whose measured speed on this GPU is used."""
 
     @property
     def hours(self) -> float:
@@ -83,13 +83,13 @@ def estimate_machine(
     """
     names = planning.known_gpus([gpu]) or ()
     if len(names) != 1:
-        raise UserError(f"{gpu} is a family; choose one of {', '.join(names)}.")
+        raise UserError(f"{gpu} is a family of GPUs; choose one of {', '.join(names)}.")
     (card,) = names
     cluster = Cluster(accelerator(card), gpus, nodes, NODE_NETWORK_BYTES_PER_SECOND)
     known = history or History()
     placed = fastest_precision(work, cluster, known.calibrated(), software, precisions=precisions)
     if isinstance(placed, NoLayout):
-        raise UserError(f"{name} does not run on {nodes} x {gpus}x{card}: {placed.reason}.")
+        raise UserError(f"{name} cannot run on {nodes} x {gpus}x{card}: {placed.reason}.")
     same = [offer for offer in prices.offers if offer.accelerator == card and offer.gpus_per_node == gpus]
     kinds = ([offer for offer in same if offer.spot], [offer for offer in same if not offer.spot])
     cheapest = tuple(min(kind, key=lambda item: item.usd_per_hour) for kind in kinds if kind)
@@ -130,8 +130,8 @@ def frontier_points(
     )
     if not points:
         raise UserError(
-            f"${budget_usd} trains no model between {low:.3g} and {high:.3g} parameters on these offers for even one "
-            "step; raise --budget or --deadline, or allow more clouds, GPUs and smaller models."
+            f"${budget_usd} does not pay for a single step of any model between {low:.3g} and {high:.3g} parameters "
+            "on these offers; raise --budget or --deadline, or allow more clouds, GPUs or smaller models."
         )
     return points
 

@@ -36,8 +36,8 @@ def guard_lines(plan: Plan, estimate: Estimate) -> list[str]:
     ]
     if late:
         lines.append(
-            f"{', '.join(late)} is armed up to {duration(profile.arm_seconds)} after a node's start: one that hangs "
-            f"before and is lost sight of is not bounded by it; those {duration(profile.arm_seconds)} cost at most "
+            f"{', '.join(late)} is armed up to {duration(profile.arm_seconds)} after a node's start: a node that "
+            f"hangs before then can exceed the cap; {duration(profile.arm_seconds)} cost at most "
             f"{dollars(unguarded_usd(profile, estimate))}"
         )
     reason = None if plan.emulation is not None else guard_refusal(estimate.offer)
@@ -46,11 +46,11 @@ def guard_lines(plan: Plan, estimate: Estimate) -> list[str]:
 
 
 def cheaper_unguarded(plan: Plan, best: Estimate) -> Estimate | None:
-    """The best offer that was refused because nothing would end a hung node there, if it costs less."""
+    """The best offer that was refused because no terminator ends a hung node there, if it costs less."""
     first = next(iter(plan.unguarded), None)
     return first if first is not None and first.total_usd < best.total_usd else None
 
 
 def armed_later(terminator: Terminator) -> bool:
-    """Whether a node runs without it at first."""
+    """Whether a node runs without it for a while after its start."""
     return terminator.armed is Armed.AFTER_CREATE

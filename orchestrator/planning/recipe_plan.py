@@ -155,8 +155,8 @@ def options_without_recipe(
     offered, locked = usable(prices, everywhere=all_clouds or clouds is not None)
     if not offered:
         raise UserError(
-            f"no offer is of a cloud that SkyPilot has credentials for ({', '.join(prices.enabled or ())}); "
-            "--all-clouds ranks the others too."
+            f"there is no offer on a cloud for which SkyPilot has credentials ({', '.join(prices.enabled or ())}); "
+            "add --all-clouds to rank the others too."
         )
     known = history or History()
     options = {
@@ -220,8 +220,8 @@ def offers_wanted(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Off
     found = offers_for(offers, options)
     if not found:
         raise UserError(
-            f"none of {plural(len(offers), 'offer')} is of these clouds, GPUs and kind; allow more of them, or look at "
-            "`slm offers`."
+            f"none of {plural(len(offers), 'offer')} matches these clouds, GPUs and kinds (spot or on-demand); allow "
+            "more, or see `slm offers`."
         )
     return found
 
@@ -245,7 +245,7 @@ def data_belief(corpus: str | None, unique_tokens: float | None) -> Belief:
     """
     known = sorted({name.partition("/")[0] for name in laws() if "/" in name})
     if corpus is not None and corpus not in known:
-        raise UserError(f"no loss law is known for corpus {corpus!r}; there are {', '.join(known)}.")
+        raise UserError(f"there is no scaling law for corpus {corpus!r}; choose one of {', '.join(known)}.")
     return Belief(corpus, None if unique_tokens is None else int(unique_tokens))
 
 
@@ -271,7 +271,7 @@ def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tupl
         return prices.offers, ()
     offered = tuple(offer for offer in prices.offers if offer.cloud in enabled)
     locked = tuple(
-        Rejected(offer, f"no credentials for {offer.cloud}; --all-clouds ranks it too")
+        Rejected(offer, f"there are no credentials for {offer.cloud}; --all-clouds ranks it too")
         for offer in prices.offers
         if offer.cloud not in enabled
     )

@@ -1,4 +1,4 @@
-"""`slm estimate`, `slm frontier` and `slm simulate` for people and as facts."""
+"""Terminal output of `slm estimate`, `slm frontier` and `slm simulate`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def machine(made: MachineEstimate, prices: Prices, console: Console, *, now: dat
     recompute = ", activations recomputed" if layout.activation_checkpointing else ""
     lines = [
         f"layout: {layout.sharding}, micro-batch {layout.micro_batch_size}, {layout.grad_accumulation} passes a step, "
-        f"{layout.precision}{recompute}: the fastest that surely fits",
+        f"{layout.precision}{recompute}: the fastest that fits",
         render_plan.BASIS[placed.throughput.basis]
         + ("" if made.measured_by is None else f", by run {made.measured_by}"),
     ]
@@ -70,7 +70,7 @@ def machine(made: MachineEstimate, prices: Prices, console: Console, *, now: dat
         cost = f"{dollars(offer.usd_per_hour * made.num_nodes)}/h, {dollars(made.usd(offer))} for these hours"
         lines.append(
             f"cheapest {render_plan.kind(offer)}: {offer.cloud} {render_plan.place(offer)}, {cost} without start-up, "
-            f"losses and disks (prices: {age(prices, offer, now)})"
+            f"recoveries and disks (prices: {age(prices, offer, now)})"
         )
     if not made.cheapest:
         lines.append(f"no offer of {made.gpus_per_node}x{made.gpu} is in the price table")
@@ -113,7 +113,7 @@ def frontier(
     )
     say(console, "", frontier_table(points), "")
     notes = [flat(points, choice) for choice in best]
-    notes += [interval_note(points), "each row spends the whole budget on one epoch of new tokens, at the best offer"]
+    notes += [interval_note(points), "each row spends the whole budget on one epoch of new tokens, on the best offer"]
     if any(point.is_mixture for point in points):
         notes.append(
             "mixtures: 8 experts of which 2 are active; their loss is that of the geometric mean of total and active "
@@ -175,7 +175,8 @@ def flat(points: Sequence[Point], best: Point) -> str | None:
         and loss.nats_per_token <= lowest.nats_per_token + FLAT_NATS
     ]
     return (
-        f"{kind}: more parameters stop paying at {count(best.workload.num_params)}; from {count(min(near))} to "
+        f"{kind}: more than {count(best.workload.num_params)} parameters raise the loss at this budget; from "
+        f"{count(min(near))} to "
         f"{count(max(near))} the loss is within {FLAT_NATS:g} nats of the lowest"
     )
 
@@ -187,8 +188,8 @@ def interval_note(points: Sequence[Point]) -> str | None:
         return None
     half = (dense[0].high_nats - dense[0].low_nats) / 2
     return (
-        f"80 % interval of every loss: {half:.2f} nats up and down, which shifts all sizes alike (law {dense[0].law}); "
-        "the order of the sizes is surer than the level"
+        f"80 % interval of every loss: +-{half:.2f} nats, the same for all sizes (law {dense[0].law}); the order of "
+        "the sizes is more certain than the level"
     )
 
 
@@ -211,13 +212,13 @@ def simulation(
     )
     say(console, "", "P10, P50 and P90 of each policy:", "", simulation_table(done), "")
     hazard = done.hazard
-    zones = "1 place" if done.num_zones == 1 else f"{done.num_zones} places"
+    zones = "1 zone" if done.num_zones == 1 else f"{done.num_zones} zones"
     bullets(
         console,
         [
-            f"market: {done.market}; {hazard.per_node_hour:.2g} losses per node-hour ({hazard.source}); {zones}",
-            "each draw takes its own hazard, capacity and speed, the same for every policy; waste is the share of held "
-            "hours that trained nothing that was kept",
+            f"market: {done.market}; {hazard.per_node_hour:.2g} interruptions per node-hour ({hazard.source}); {zones}",
+            "each simulated run draws its own hazard, capacity and speed, the same for every policy; waste is the "
+            "share of billed hours that did not become kept training steps",
             f"the run is {count(plan.workload.num_tokens)} tokens under a cap of {dollars(plan.budget_usd)}"
             + ("" if plan.deadline_hours is None else f" and {duration(plan.deadline_hours * SECONDS_PER_HOUR)}"),
         ],

@@ -20,7 +20,7 @@ INDENT = "    "
 
 def explanations(numbers: Sequence[Explanation], console: Console) -> None:
     """All numbers in the order in which they follow from each other."""
-    say(console, "", "How each number of the best offer comes about:")
+    say(console, "", "How each number of the best offer is computed:")
     for number in numbers:
         say(console, "", f"  {number.name} = {bare(number.value)} {number.unit}")
         inputs = ", ".join(f"{name} = {bare(value)}" for name, value in number.inputs.items())

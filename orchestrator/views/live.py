@@ -29,8 +29,8 @@ WARN_SHARE = 0.8
 """Share of the cap from which the spending bar is red."""
 STOPPING = (
     "Ctrl-C: save a checkpoint and stop",
-    "stopping: the run saves a checkpoint; Ctrl-C again ends its nodes at once",
-    "ending the nodes at once",
+    "stopping: saving a checkpoint; press Ctrl-C again to terminate the nodes at once",
+    "terminating the nodes at once",
 )
 """The foot of the screen, by how often a stop was asked for."""
 STYLES: Mapping[str, str] = {
@@ -136,7 +136,7 @@ def figures(view: RunView) -> RenderableType:
     from rich.text import Text
 
     spent = float(view.spent_usd / view.cap_usd) if view.spent_usd is not None and view.cap_usd else 0.0
-    held = f", {dollars(view.held_usd)} set aside" if view.held_usd else ""
+    held = f", {dollars(view.held_usd)} reserved" if view.held_usd else ""
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
         Text(view.run_id, style="bold"),

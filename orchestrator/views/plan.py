@@ -1,4 +1,4 @@
-"""A plan for people, in full or in short, and as facts for programs."""
+"""Terminal output of a plan, in full or in short."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SECONDS_PER_HOUR = 3600
 BASIS = {
     "measured": "this program was measured on this GPU",
     "framework": "this program was measured, but not on this GPU",
-    "pooled": "our trainer is not measured on this GPU yet, so constants pooled over other programs",
+    "pooled": "our trainer has no measurement on this GPU yet, so the constants are pooled over other programs",
 }
-UNSURE_SPEED = "the speed of {gpu} is not measured but pooled over other programs: {low} to {high} tokens/s"
+UNSURE_SPEED = "the speed on {gpu} is not measured but pooled over other programs: {low} to {high} tokens/s"
 """What a speed rests on."""
 ANYWHERE = "any"
 """The region of an offer whose source names none."""
@@ -153,7 +153,7 @@ def bill(best: Estimate) -> str:
 
 def worst_case(plan: Plan, best: Estimate) -> str:
     """The dearest that the estimate can come to, and what stops it."""
-    dear = f"Worst case: {dollars(best.worst_case_usd)} at the highest price and with unlucky preemptions"
+    dear = f"Worst case: {dollars(best.worst_case_usd)} at the worst-case price and with many preemptions"
     if best.worst_case_usd > plan.budget_usd:
         return f"{dear}, but the cap of {dollars(plan.budget_usd)} stops the run before, with a checkpoint."
     return f"{dear}, under the cap of {dollars(plan.budget_usd)}."
@@ -172,7 +172,8 @@ def shortfall(plan: Plan, best: Estimate) -> str | None:
         return None
     return (
         f"{dollars(plan.budget_usd)} pays for about {100 * share:.0f} % of the run, which is expected to cost "
-        f"{dollars(best.total_usd)}; it stops at the cap with a checkpoint, and `slm resume` goes on with a higher one."
+        f"{dollars(best.total_usd)}; it stops at the cap with a checkpoint, and `slm resume` continues it with a "
+        "higher cap."
     )
 
 
@@ -183,7 +184,8 @@ def as_played(plan: Plan, best: Estimate) -> str | None:
     scale = plan.emulation.time_scale
     real = duration(best.hours * SECONDS_PER_HOUR / scale)
     return (
-        f"this machine plays the cloud: it trains, and is billed like the offer with {scale:g} billed seconds in each "
+        f"this machine simulates the cloud: it trains, and is billed like the offer with {scale:g} billed seconds in "
+        "each "
         f"real one, so that the run takes about {real} here"
     )
 
@@ -195,7 +197,7 @@ def reasons(plan: Plan) -> list[str]:
     offer = best.offer
     if offer.spot and offer.on_demand_usd_per_hour:
         share = 100 * float(offer.usd_per_hour / offer.on_demand_usd_per_hour)
-        lost = f"{best.expected_preemptions:.1f} preemptions are expected and part of the bill"
+        lost = f"{best.expected_preemptions:.1f} preemptions are expected and included in the bill"
         found.append(f"spot costs {share:.0f} % of the same node on demand; {lost}")
     others = [
         ("next offer", next(iter(plan.ranked[1:]), None)),
@@ -234,7 +236,7 @@ def footnotes(plan: Plan, prices: Prices, top: int) -> list[str]:
     ]
     shown_over = any(not estimate.within_budget for estimate in plan.ranked[:top])
     if shown_over:
-        notes.append(f"! costs more than the budget of {dollars(plan.budget_usd)}; such offers come last")
+        notes.append(f"! costs more than the budget of {dollars(plan.budget_usd)}; such offers are listed last")
     if any(not estimate.within_deadline for estimate in plan.ranked[:top]):
         notes.append(f"? takes longer than the deadline of {duration((plan.deadline_hours or 0) * SECONDS_PER_HOUR)}")
     played = as_played(plan, winner(plan))
@@ -253,7 +255,7 @@ def price_notes(prices: Prices) -> list[str]:
     known = prices.dates()
     span = f"from {known[0]} to {known[1]}" if known else "without dates"
     undated = f", {prices.num_undated} undated" if known and prices.num_undated else ""
-    skipped = f"; {prices.num_skipped} rows were no offers" if prices.num_skipped else ""
+    skipped = f"; {prices.num_skipped} rows were skipped" if prices.num_skipped else ""
     notes = [f"{prices.source}: {len(prices.offers)} offers with prices {span}{undated}{skipped}"]
     if prices.unread:
         clouds = ", ".join(catalog.cloud for catalog in prices.unread)
@@ -267,7 +269,9 @@ def outlook(plan: Plan, best: Estimate, belief: Belief) -> list[str]:
     """How fast, how good: with intervals, and what they rest on."""
     low, high = best.tokens_per_second_interval
     basis = BASIS[best.throughput.basis] if plan.emulation is None else "a model of this machine's processor"
-    spread = "as a run on this machine was measured" if low == high else f"({count(low)} to {count(high)}); {basis}"
+    spread = (
+        "measured by an earlier run on this machine" if low == high else (f"({count(low)} to {count(high)}); {basis}")
+    )
     own = plan.seen.measured_by.get(best.offer.accelerator) if plan.emulation is None else None
     by_run = "" if own is None else f", by run {own}"
     notes = [f"{count(best.tokens_per_second)} tokens/s {spread}{by_run}", layout(best), *lessons(plan, best)]
@@ -301,14 +305,12 @@ def lessons(plan: Plan, best: Estimate) -> list[str]:
     seen = plan.seen.losses_on(best.offer)
     if seen is not None:
         notes.append(
-            f"own runs lost {seen.losses} of such nodes in {seen.node_hours:.1f} node-hours, which corrects the "
-            "published rate"
+            f"our own runs had {seen.losses} preemptions in {seen.node_hours:.1f} node-hours of such nodes, which "
+            "corrects the published rate"
         )
     started = plan.seen.starts.get(best.offer.cloud)
     if started is not None:
-        notes.append(
-            f"own runs waited {started:.0f} s at {best.offer.cloud} until nodes were set up; start-up is so long"
-        )
+        notes.append(f"start-up is {started:.0f} s, as our own runs measured it at {best.offer.cloud}")
     return notes
 
 

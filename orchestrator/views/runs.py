@@ -1,6 +1,6 @@
-"""Runs, ledger and recipes as tables. The first line answers, the last names the next command.
+"""Terminal output of runs, ledgers and recipes: the answer first, the next command last.
 
-Everything here takes facts and a console and returns nothing; `as_json` prints the same facts for programs.
+Everything here takes facts and a console and returns nothing; `views/facts` has the same facts for `--json`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def bullets(console: Console, lines: Sequence[str]) -> None:
 def statuses(runs: Sequence[RunStatus], console: Console) -> None:
     """One run in full, several as a table."""
     if not runs:
-        say(console, "No run yet.")
+        say(console, "There are no runs yet.")
         following(console, "slm launch demo")
     elif len(runs) == 1:
         _status(runs[0], console)
@@ -126,23 +126,23 @@ def _status(run: RunStatus, console: Console) -> None:
         ("loss (nats)", f"{nats(run.loss)}, held-out {nats(run.heldout_loss)}"),
         ("speed", f"{count(run.tokens_per_second)} tokens/s {_on(run)}"),
         ("offer", str(run.offer or "-")),
-        ("spent", f"{dollars(run.spent_usd)} of {dollars(run.cap_usd)}, {dollars(run.held_usd)} set aside"),
-        ("lost", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}"),
+        ("spent", f"{dollars(run.spent_usd)} of {dollars(run.cap_usd)}, {dollars(run.held_usd)} reserved"),
+        ("interruptions", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}"),
         ("left", duration(run.eta_seconds)),
-        ("as of", f"{run.updated_at.astimezone():%Y-%m-%d %H:%M:%S}"),
+        ("updated", f"{run.updated_at.astimezone():%Y-%m-%d %H:%M:%S}"),
     ]
     for name, value in rows:
         facts.add_row(name, value)
     say(console, facts)
     if not run.supervisor_alive and not is_final(run):
-        say(console, "", "Nobody supervises this run: its nodes end by themselves when their grants expire.")
+        say(console, "", "No supervisor is running: the nodes terminate when their grants expire.")
     following(console, next_command(run))
 
 
 def _status_table(runs: Sequence[RunStatus], console: Console) -> None:
     live = sum(not is_final(run) for run in runs)
     spent = sum((run.spent_usd for run in runs), Decimal(0))
-    say(console, f"{plural(len(runs), 'run')}, {live} not ended, {dollars(spent)} spent in all.", "")
+    say(console, f"{plural(len(runs), 'run')}, {live} unfinished, {dollars(spent)} spent in total.", "")
     figures = ("steps", "loss (nats)", "tokens/s", "spent $", "cap $", "lost", "left")
     shown = table("run", "state", *figures, right=figures, fold=("run",))
     for run in runs:
@@ -191,9 +191,9 @@ def summary(ended: RunSummary, console: Console) -> None:
     facts.add_row("trained", f"step {_number(run.step)} of {_number(run.num_steps)}, {count(run.tokens)} tokens")
     share = 100 * float(run.spent_usd / run.cap_usd) if run.cap_usd else 0.0
     facts.add_row("spent", f"{dollars(run.spent_usd)} of the {dollars(run.cap_usd)} cap ({share:.0f} %)")
-    facts.add_row("lost and recovered", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}")
+    facts.add_row("interruptions", f"{plural(run.preemptions, 'preemption')}, {plural(run.failures, 'failure')}")
     if ended.goodput is not None:
-        kept = f"{100 * ended.goodput:.0f} % of the time that was paid for is steps that the weights kept"
+        kept = f"{100 * ended.goodput:.0f} % of the billed time became training steps that were kept"
         facts.add_row("goodput", kept)
     facts.add_row("billed", f"{duration(ended.billed_seconds)} of node time, in {duration(ended.wall_seconds)} here")
     say(console, facts)
@@ -220,9 +220,9 @@ def _headline(ended: RunSummary) -> str:
 def ledger(view: LedgerView, console: Console) -> None:
     """The balance, then every entry; amounts are changes, to the millionth."""
     balance = view.balance
-    left = f"{dollars(balance.held_usd)} set aside, {dollars(balance.free_usd)} free"
+    left = f"{dollars(balance.held_usd)} reserved, {dollars(balance.free_usd)} free"
     say(console, f"{view.run_id} has spent {dollars(balance.spent_usd)} of {dollars(balance.cap_usd)}; {left}.", "")
-    figures = ("#", "spent $", "set aside $")
+    figures = ("#", "spent $", "reserved $")
     shown = table(
         *("#", "billed time (UTC)", "stage", "lease", "entry", *figures[1:], "note"),
         right=figures,
@@ -255,7 +255,7 @@ def _change(micro_usd: int) -> str:
 
 def recipes(lines: Sequence[RecipeSummary], console: Console) -> None:
     """The recipes that have a name."""
-    say(console, f"{plural(len(lines), 'recipe')} by name; a path to a YAML file works as well.", "")
+    say(console, f"{plural(len(lines), 'built-in recipe')}; commands also accept the path of a YAML file.", "")
     shown = table("recipe", "params", "tokens", "description", right=("params", "tokens"), fold=("description",))
     for line in lines:
         shown.add_row(line.name, count(line.num_params), count(line.num_tokens), line.description)

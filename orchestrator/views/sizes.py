@@ -1,4 +1,4 @@
-"""`slm plan --params`: the chosen model, the sizes around it, the offers for it."""
+"""`slm plan --params`: the chosen model, similar sizes, and offers."""
 
 from __future__ import annotations
 

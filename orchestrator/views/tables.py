@@ -1,4 +1,4 @@
-"""`slm offers` and `slm gpus` for people and as facts."""
+"""Terminal output of `slm offers` and `slm gpus`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def offers(chosen: Sequence[Offer], prices: Prices, console: Console, *, top: in
     """The cheapest GPU-hours, with the day and the source of each price."""
     ranked = sorted(chosen, key=lambda offer: (usd_per_gpu_hour(offer), offer.offer_id))
     if not ranked:
-        tell(console, f"No offer is like that (prices: {age(prices, None, now)})")
+        tell(console, f"No offer matches (prices: {age(prices, None, now)})")
         following(console, "slm offers")
         return
     best = ranked[0]
@@ -55,9 +55,9 @@ def offers(chosen: Sequence[Offer], prices: Prices, console: Console, *, top: in
             estimate.as_of if len(estimate.as_of) <= WIDEST_DATE else estimate.as_of[: WIDEST_DATE - 1] + "…",
         )
     say(console, "", shown, "")
-    more = [f"{len(ranked) - top} more; --top {len(ranked)} shows all"] if len(ranked) > top else []
+    more = [f"{len(ranked) - top} more offers; --top {len(ranked)} shows all"] if len(ranked) > top else []
     sources = ", ".join(sorted({estimate.source for estimate in ranked[:top]}))
-    bullets(console, [*more, f"sources of these: {sources}", *price_notes(prices)])
+    bullets(console, [*more, f"price sources: {sources}", *price_notes(prices)])
     following(console, "slm plan --budget 100 --params max")
 
 

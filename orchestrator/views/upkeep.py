@@ -1,4 +1,4 @@
-"""What lives and what was ended, as tables and as facts."""
+"""Terminal output of `slm reconcile`, `slm stop --all`, `slm ledger --compare` and `slm doctor`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 WHY = {
     Verdict.SUPERVISED: "its run is supervised",
-    Verdict.PAID: "paid for until its grant ends; slm resume takes it over",
-    Verdict.ELSEWHERE: "another machine has taken its run over",
-    Verdict.EXPIRED: "its paid time is over",
-    Verdict.SETTLED: "the ledger has settled it",
-    Verdict.UNKNOWN: "the ledger does not know it",
-    Verdict.FOREIGN: "does not carry our name",
+    Verdict.PAID: "its money is reserved until its grant ends; slm resume takes it over",
+    Verdict.ELSEWHERE: "another machine has taken over its run",
+    Verdict.EXPIRED: "orphan: its paid time is over",
+    Verdict.SETTLED: "orphan: the ledger has settled it",
+    Verdict.UNKNOWN: "orphan: the ledger does not know it",
+    Verdict.FOREIGN: "its name does not begin with ours",
 }
 
 
@@ -60,23 +60,19 @@ def answer(found: Inventory) -> str:
     """How much lives and what was done, in one line."""
     ours = [cluster for cluster in found.clusters if cluster.verdict is not Verdict.FOREIGN]
     if not ours:
-        blind = (
-            f", as far as could be seen: {plural(len(found.problems), 'place')} did not answer"
-            if found.problems
-            else ""
-        )
-        return f"Nothing of ours (slm-{found.owner}-) lives{blind}."
+        blind = f", but {plural(len(found.problems), 'backend')} could not be checked" if found.problems else ""
+        return f"No cluster of ours (slm-{found.owner}-) is running{blind}."
     done = Counter(our.outcome for our in ours)
     parts = [f"{number} {outcome.value}" for outcome, number in sorted(done.items())]
     left = [our for our in ours if our.outcome is not Outcome.ENDED]
     hourly = sum(item.usd_per_hour for item in left)
-    cost = f"; what lives costs {dollars(hourly)}/h" if left else ""
+    cost = f"; running clusters cost {dollars(hourly)}/h" if left else ""
     return f"{plural(len(ours), 'cluster')} of ours (slm-{found.owner}-): {', '.join(parts)}{cost}."
 
 
 def ending(done: Ending, console: Console) -> None:
     """Whether anything is left, what became of every run, and of everything that lived."""
-    tell(console, "Something may be left." if done.is_left else "Nothing is left running.")
+    tell(console, "Something may still be running." if done.is_left else "Nothing is running any more.")
     if done.runs:
         shown = table("run", "state", "checkpoint", "spent $", "cap $", right=("checkpoint", "spent $", "cap $"))
         for run in done.runs:
@@ -85,7 +81,7 @@ def ending(done: Ending, console: Console) -> None:
         say(console, "", shown)
     lines = [*done.failures]
     if done.interrupted:
-        lines.append("interrupted: every run was asked to stop and goes on stopping; only the waiting has ended")
+        lines.append("interrupted: every run was asked to stop and continues to do so; only the wait has ended")
     if lines:
         say(console, "")
         bullets(console, lines)
@@ -100,16 +96,16 @@ def comparison(run_id: str, found: Comparison, console: Console) -> None:
     ours, theirs = found.both_usd
     known = [lease for lease in found.leases if lease.skypilot_usd is not None]
     if found.problem:
-        tell(console, f"SkyPilot did not say what {run_id} cost: {found.problem}")
+        tell(console, f"SkyPilot's cost report for {run_id} could not be read: {found.problem}")
     elif not known:
-        tell(console, f"SkyPilot on this machine knows no cluster of {run_id}.")
+        tell(console, f"SkyPilot on this machine has no cluster of {run_id}.")
     else:
         tell(
             console,
-            f"{run_id}: of {plural(len(known), 'lease')} that both know, ours charged {dollars(ours)}, SkyPilot "
-            f"reports {dollars(theirs)}: {dollars(ours - theirs)} more here.",
+            f"{run_id}: for {plural(len(known), 'lease')} in both, the ledger charged {dollars(ours)} and SkyPilot "
+            f"reports {dollars(theirs)}: the ledger has {dollars(ours - theirs)} more.",
         )
-    shown = table("lease", "cluster", "ours $", "SkyPilot $", "difference $", right=("ours $", "SkyPilot $"))
+    shown = table("lease", "cluster", "ledger $", "SkyPilot $", "difference $", right=("ledger $", "SkyPilot $"))
     for lease in found.leases:
         other = UNKNOWN if lease.skypilot_usd is None else f"{lease.skypilot_usd:.4f}"
         difference = UNKNOWN if lease.difference_usd is None else f"{lease.difference_usd:+.4f}"
@@ -119,7 +115,7 @@ def comparison(run_id: str, found: Comparison, console: Console) -> None:
 
 
 def finding(finding: Finding, console: Console) -> None:
-    """One line, and under it the way out."""
+    """One line, and the fix below it."""
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 1, 0, 0))

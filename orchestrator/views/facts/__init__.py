@@ -1,1 +1,1 @@
-"""The same as JSON."""
+"""The facts of `--json` output as plain data."""
