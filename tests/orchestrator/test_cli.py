@@ -158,9 +158,9 @@ def test_shells_can_complete(slm: Slm) -> None:
         (["plan"], "name a recipe (`slm recipes` lists them), or let slm choose the size: --params max"),
         (["plan", "demo", "--bugdet", "3"], "No such option: --bugdet"),
         (["plan", "demo", "--budget", "ten"], "'ten' is not an amount of dollars such as 100 or 12.50."),
-        (["plan", "demo", "--budget", "-3"], "-3 should be more than 0 dollars."),
-        (["plan", "demo", "--budget", "nan"], "nan should be more than 0 dollars."),
-        (["plan", "demo", "--budget", "0.0000001"], "should be more than 0 dollars."),
+        (["plan", "demo", "--budget", "-3"], "-3 is not more than 0 dollars."),
+        (["plan", "demo", "--budget", "nan"], "nan is not more than 0 dollars."),
+        (["plan", "demo", "--budget", "0.0000001"], "is not more than 0 dollars."),
         (["plan", "demo", "--time-scale", "0"], "'0' should be a number above 0."),
         (["plan", "demo", "--time-scale", "fast"], "'fast' should be a number above 0."),
         (["plan", "demo", "--top", "0"], "greater than or equal to 1"),
@@ -271,7 +271,7 @@ def test_recipes_are_listed(slm: Slm) -> None:
 
 
 def test_no_run_yet_is_said(slm: Slm) -> None:
-    assert slm("status").out.startswith("No run yet.")
+    assert slm("status").out.startswith("There are no runs yet.")
     assert json.loads(slm("status", "--json").out)["runs"] == []
 
 
@@ -279,7 +279,7 @@ def test_the_only_run_need_not_be_named(slm: Slm, home: Home) -> None:
     run_id = add_run(home)
     assert slm("status").out.startswith(f"{run_id} is planned, unsupervised: step 100 of 400 (25 %), $1.00 of $100.00")
     assert slm("logs").out == f"slm-abc123-{run_id}-1-0: first\nslm-abc123-{run_id}-1-0: second\n"
-    assert slm("ledger").out.startswith(f"{run_id} has spent $1.00 of $100.00; $1.00 set aside, $98.00 free.")
+    assert slm("ledger").out.startswith(f"{run_id} has spent $1.00 of $100.00; $1.00 reserved, $98.00 free.")
 
 
 def test_of_several_runs_one_must_be_named(slm: Slm, home: Home) -> None:
@@ -288,7 +288,7 @@ def test_of_several_runs_one_must_be_named(slm: Slm, home: Home) -> None:
     assert ended.code == 2
     assert f"there are 2 runs, say which: {first} (planned), {second} (planned)" in ended.err
     assert slm("logs", second).code == 0
-    assert slm("status").out.startswith("2 runs, 2 not ended, $2.00 spent in all.")
+    assert slm("status").out.startswith("2 runs, 2 unfinished, $2.00 spent in total.")
 
 
 def test_a_misspelt_run_is_answered_with_the_nearest(slm: Slm, home: Home) -> None:

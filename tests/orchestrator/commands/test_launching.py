@@ -228,7 +228,7 @@ def test_without_a_terminal_a_question_is_a_users_mistake(
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     actions = FakeActions()
     assert slm("launch", "demo", "--market", "calm", actions=actions) == 2
-    assert "nobody can answer here, since the input is no terminal; add --yes" in capsys.readouterr().err
+    assert "the input is not a terminal, so nobody can confirm; add --yes" in capsys.readouterr().err
     assert actions.called == {}
 
 
@@ -254,7 +254,7 @@ def test_a_recipe_without_a_backend_rents_nothing_by_accident(
     actions = FakeActions()
     assert slm("launch", "gpt2-124m", "--yes", "--budget", "5", actions=actions) == 2
     said = capsys.readouterr().err
-    assert "says no backend, and SkyPilot has credentials for no cloud, so nothing is rented; --backend local" in said
+    assert "names no backend, and SkyPilot has no cloud credentials, so nothing was rented; add --backend local" in said
     assert actions.called == {}
 
 

@@ -246,7 +246,7 @@ def test_the_command_ends_real_nodes_of_a_run_that_no_ledger_knows(
     assert {node.lease_id for node in market.list_alive()} == {"slm-ffffff-lost-1-1"}
 
     assert slm("reconcile") == 0
-    assert capsys.readouterr().out.startswith(f"Nothing of ours (slm-{home.owner_id()}-) lives.")
+    assert capsys.readouterr().out.startswith(f"No cluster of ours (slm-{home.owner_id()}-) is running.")
 
 
 def test_a_market_whose_ledger_is_damaged_is_a_problem_and_an_exit_code(

@@ -128,7 +128,7 @@ def test_the_command_says_what_became_of_each(home: Home, capsys: pytest.Capture
     assert [run["state"] for run in found["runs"]] == ["STOPPED", "STOPPED"]
     assert found["is_anything_left"] is False
     assert slm("stop", "--all") == 0
-    assert capsys.readouterr().out.startswith("Nothing is left running.")
+    assert capsys.readouterr().out.startswith("Nothing is running any more.")
 
 
 class Hanging:
@@ -142,11 +142,11 @@ def test_the_exit_code_says_that_something_is_left(home: Home, capsys: pytest.Ca
     add_runs(home, number=1)
     assert slm("stop", "--all", actions=Hanging()) == 1
     said = capsys.readouterr().out
-    assert said.startswith("Something may be left.")
+    assert said.startswith("Something may still be running.")
     assert "did not stop within 120 s" in said
     assert said.splitlines()[-1] == "Next: slm stop --all"
 
 
 def test_all_and_a_name_contradict_each_other(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert slm("stop", "--all", "demo-1") == 2
-    assert "leave out demo-1" in capsys.readouterr().err
+    assert "remove demo-1" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_a_screen_shows_figures_below_the_events() -> None:
     assert "lost       node 1 is gone" in text
     last = text[text.rindex("demo-1") :]
     assert "step 100/400, 410K tokens, 1 min 00 s left" in last
-    assert "$80.00 of $100.00, $3.00 set aside" in last
+    assert "$80.00 of $100.00, $3.00 reserved" in last
     assert "loss 4.200, held-out -" in last
     assert "20.5K tokens/s, 1 preemption" in last
     assert "Ctrl-C: save a checkpoint and stop" in last
@@ -121,9 +121,9 @@ def test_a_screen_says_what_ctrl_c_has_done() -> None:
         with LiveScreen(console, "demo-1", StopSwitch(level)):
             pass
         shown.append(stream.getvalue())
-    assert "saves a checkpoint; Ctrl-C again ends its nodes at once" in shown[1]
-    assert "ending the nodes at once" in shown[2]
-    assert "ending the nodes at once" in shown[3]
+    assert "saving a checkpoint; press Ctrl-C again to terminate the nodes at once" in shown[1]
+    assert "terminating the nodes at once" in shown[2]
+    assert "terminating the nodes at once" in shown[3]
 
 
 def test_the_watcher_suits_the_console() -> None:

@@ -145,13 +145,13 @@ def test_what_this_machine_plays_is_said() -> None:
     played = plan_of("backend=local", "local.time_scale=60")
     best = planning.winner(played)
     assert "60 billed seconds in each real one" in (render_plan.as_played(played, best) or "")
-    assert "this machine plays the cloud" in short(played)
+    assert "this machine simulates the cloud" in short(played)
 
 
 def test_rejected_offers_are_counted_with_their_reasons() -> None:
     notes = render_plan.footnotes(plan_of(spot=True), PRICES, 10)
     assert "rejected 1 of 2 offers: not asked for (1)" in notes
-    assert "test table: 2 offers with prices from 2026-11-13 to 2026-11-13; 3 rows were no offers" in notes
+    assert "test table: 2 offers with prices from 2026-11-13 to 2026-11-13; 3 rows were skipped" in notes
 
 
 def test_many_reasons_are_cut_short() -> None:
@@ -198,7 +198,9 @@ def test_offers_without_credentials_are_left_out_unless_asked_for() -> None:
     prices = replace(PRICES, offers=(SPOT, UNDATED), enabled=("aws",))
     plan = plan_of(prices=prices)
     assert [estimate.offer.cloud for estimate in plan.ranked] == ["aws"]
-    assert [rejection.reason for rejection in plan.rejected] == ["no credentials for vast; --all-clouds ranks it too"]
+    assert [rejection.reason for rejection in plan.rejected] == [
+        "there are no credentials for vast; --all-clouds ranks it too"
+    ]
     assert len(plan_of(prices=prices, all_clouds=True).ranked) == 2
     assert [estimate.offer.cloud for estimate in plan_of(prices=prices, clouds=["vast"]).ranked] == ["vast"]
     assert len(plan_of("backend=local", prices=prices).ranked) == 2
@@ -206,7 +208,7 @@ def test_offers_without_credentials_are_left_out_unless_asked_for() -> None:
 
 def test_how_good_and_how_sure_is_said() -> None:
     text = "\n".join(full(plan_of("model.vocab_size=50257"), width=300))
-    assert "our trainer is not measured on this GPU yet" in text
+    assert "our trainer has no measurement on this GPU yet" in text
     assert "nats per token (80 %: " in text
     assert "CORE: unknown, no published run on an unknown corpus" in text
     known = plan_of(belief=planning.data_belief("fineweb", None))
@@ -240,7 +242,7 @@ def test_under_the_answer_stands_how_likely_it_is_and_why_nobody_is_sure() -> No
     second = full(plan, width=300, chance=Chance(0.49, 100))[1]
     limits = "the cap of $100.00 and the deadline of 2 d"
     assert second.startswith(f"49 % of 100 simulated runs train all tokens under {limits}")
-    assert "; the speed of H100-SXM is not measured but pooled over other programs: " in second
+    assert "; the speed on H100-SXM is not measured but pooled over other programs: " in second
     sure = replace(best, placement=replace(best.placement, throughput=replace(best.throughput, basis="measured")))
     assert "is not measured" not in render_plan.chance_text(plan, sure, Chance(0.49, 100))
 
@@ -278,12 +280,12 @@ def test_an_on_demand_offer_and_the_local_cloud_have_the_chance_that_they_have()
 def test_the_layout_and_what_own_runs_saw_are_said() -> None:
     seen = History((Sighting("aws", "H100-SXM", 8, 3, 12.0),), problem="nothing was learned from x")
     text = "\n".join(full(plan_of(history=seen), width=300))
-    assert "own runs lost 3 of such nodes in 12.0 node-hours, which corrects the published rate" in text
+    assert "our own runs had 3 preemptions in 12.0 node-hours of such nodes, which corrects the published rate" in text
     assert "- nothing was learned from x" in text
     assert ", 8 devices, micro-batch " in text.partition("- layout: ")[2]
     assert " a step, bf16" in text
     on_demand = "\n".join(full(plan_of(history=seen, spot=False), width=300))
-    assert "own runs lost" not in on_demand
+    assert "our own runs had" not in on_demand
 
 
 def test_a_plan_names_the_run_that_measured_its_speed(tmp_path: Path) -> None:

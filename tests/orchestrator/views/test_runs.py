@@ -67,7 +67,7 @@ def ended(state: RunState, **changes: Any) -> RunSummary:
 
 
 def test_no_run_is_answered_with_the_way_to_the_first() -> None:
-    assert shown(render.statuses, []) == "No run yet.\n\nNext: slm launch demo"
+    assert shown(render.statuses, []) == "There are no runs yet.\n\nNext: slm launch demo"
 
 
 def test_one_run_is_answered_in_its_first_line() -> None:
@@ -83,7 +83,7 @@ def test_one_run_is_answered_in_its_first_line() -> None:
 def test_a_run_that_nobody_supervises_says_so() -> None:
     text = shown(render.statuses, [replace(RUNNING, supervisor_alive=False)])
     assert text.startswith("demo-1 is running, unsupervised: ")
-    assert "Nobody supervises this run: its nodes end by themselves when their grants expire." in text
+    assert "No supervisor is running: the nodes terminate when their grants expire." in text
     assert text.endswith("Next: slm resume demo-1")
 
 
@@ -101,7 +101,7 @@ def test_a_run_without_nodes_is_not_said_to_train_on_none() -> None:
 def test_several_runs_are_a_table() -> None:
     done = replace(RUNNING, run_id="demo-2", state=RunState.SUCCEEDED, spent_usd=Decimal("30.005"))
     lines = shown(render.statuses, [RUNNING, done]).splitlines()
-    assert lines[0] == "2 runs, 1 not ended, $42.30 spent in all."
+    assert lines[0] == "2 runs, 1 unfinished, $42.30 spent in total."
     assert lines[2].split() == [
         "run",
         "state",
@@ -150,7 +150,7 @@ def test_goodput_is_shown_where_it_is_known() -> None:
     summary = ended(RunState.SUCCEEDED)
     assert "goodput" not in shown(render.summary, summary)
     text = shown(render.summary, replace(summary, goodput=0.714))
-    assert "71 % of the time that was paid for is steps that the weights kept" in text
+    assert "71 % of the billed time became training steps that were kept" in text
     assert summary_facts(replace(summary, goodput=0.714))["goodput"] == 0.714
 
 
@@ -209,7 +209,7 @@ LEDGER = LedgerView(
 
 def test_the_ledger_begins_with_the_balance_and_shows_every_entry() -> None:
     lines = shown(render.ledger, LEDGER).splitlines()
-    assert lines[0] == "demo-1 has spent $2.00 of $100.00; $0.500 set aside, $97.50 free."
+    assert lines[0] == "demo-1 has spent $2.00 of $100.00; $0.500 reserved, $97.50 free."
     assert lines[3].split() == ["7", "01-15", "08:00:00", "pretrain", "1", "reserve", "+2.500000", "2", "x", "p5"]
     charged = ["8", "01-15", "08:07:30", "pretrain", "1", "accrue", "+2.000000", "-2.000000", "450", "s"]
     assert lines[4].split() == charged
@@ -236,7 +236,7 @@ def test_recipes_are_a_table_with_sizes() -> None:
         RecipeSummary("big", "", 1_100_000_000, 22 * 10**9),
     ]
     text = shown(render.recipes, lines).splitlines()
-    assert text[0] == "2 recipes by name; a path to a YAML file works as well."
+    assert text[0] == "2 built-in recipes; commands also accept the path of a YAML file."
     assert text[3].split() == ["demo", "790K", "1.64M", "Learns", "[fast]."]
     assert text[4].split() == ["big", "1.10B", "22.0B"]
     assert text[-1] == "Next: slm plan demo"
