@@ -21,7 +21,7 @@ from orchestrator.runs.status import LedgerView, RunStatus, RunSummary
 from orchestrator.views import runs as render
 from orchestrator.views.facts.document import SCHEMA_VERSION, plain, print_json
 from orchestrator.views.facts.runs import ledger_facts, summary_facts
-from tasks.recipe.schema import RecipeSummary
+from tasks.recipe.load import RecipeSummary
 from tests.support.builders import make_lease, make_offer
 
 RUNNING = RunStatus(
