@@ -211,7 +211,7 @@ def test_grants_answer_each_request_and_end_before_what_is_paid(world: World) ->
                 grant = json.loads(world.store.read(key))
                 paid = (account.expires_ms - world.clock.now_ms()) / 1000 / SCALE
                 seen.append((grant["number"], grant["duration_seconds"], paid))
-                assert grant["epoch"] == world.ledger.fencing_token
+                assert grant["fencing_token"] == world.ledger.fencing_token
         world.clock.after(5.0, look)
 
     world.clock.after(20.0, look)
