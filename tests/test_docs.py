@@ -1,4 +1,4 @@
-"""The commands that the docs show are commands that exist; those that only look are run."""
+"""The commands that the docs and the Makefile name exist, with their options; those that only look are run."""
 
 from __future__ import annotations
 
@@ -58,3 +58,51 @@ def test_a_command_that_only_looks_runs_as_shown(line: str, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+NAMING = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "bench" / "peers" / "README.md",
+    ROOT / "Makefile",
+    ROOT / ".ci" / "run",
+]
+MODULE = r"(?:bench|orchestrator|tasks|trainer|cost)\b[\w.]*"
+PROGRAM = re.compile(rf"python (?:(?P<file>bench/\S+\.py)|-m (?P<module>{MODULE}))(?=(?P<rest>[^\n`|]*))")
+TARGET = re.compile(r"(?:`|\$ )make (?P<target>[a-z0-9-]+)")
+
+
+def named_programs() -> list[tuple[str, str, str]]:
+    """Every program of ours that is named with `python`: where, its file, and what follows it."""
+    found = []
+    for page in NAMING:
+        for match in PROGRAM.finditer(page.read_text(encoding="utf-8").replace("\\\n", " ")):
+            file = match["file"] or match["module"].replace(".", "/")
+            found.append((page.name, file, match["rest"].partition(" -- ")[0]))
+    return sorted(set(found))
+
+
+def source_of(file: str) -> str:
+    """The text of a program, by path or by module name as a path."""
+    candidates = [ROOT / file, ROOT / f"{file}.py", ROOT / file / "__main__.py"]
+    return next(path for path in candidates if path.is_file()).read_text(encoding="utf-8")
+
+
+def test_the_docs_and_the_makefile_name_programs() -> None:
+    assert len(named_programs()) >= 40
+
+
+@pytest.mark.parametrize(("page", "file", "rest"), named_programs())
+def test_a_program_that_is_named_exists_with_its_options(page: str, file: str, rest: str) -> None:
+    source = source_of(file)
+    for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest):
+        assert f'"{option}"' in source, f"{page} names {file} {rest}"
+
+
+def test_a_make_target_that_is_named_exists() -> None:
+    targets = set(
+        re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
+    named = {match["target"] for page in NAMING for match in TARGET.finditer(page.read_text(encoding="utf-8"))}
+    assert len(named) >= 5
+    assert named <= targets
