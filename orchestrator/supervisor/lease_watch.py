@@ -109,7 +109,7 @@ class Watch:
         self.alarm.look()
         if state.usd_per_hour is not None and micro_usd(state.usd_per_hour) > account.worst_micro_usd:
             price, worst = state.usd_per_hour, account.lease.worst_usd_per_hour
-            return Cause.TOO_DEAR, f"a node costs ${price:.2f}/h now, and at most ${worst:.2f}/h was set aside"
+            return Cause.TOO_DEAR, f"a node costs ${price:.2f}/h now, above its worst-case price of ${worst:.2f}/h"
         with self._store_may_be_away():
             self._read_progress(account)
         ended = self._ended(state, account)
@@ -147,7 +147,7 @@ class Watch:
                 self._ask(Cause.TTL, "the provider's time limit is near")
             else:
                 free = self.ledger.balance().free_usd
-                self._ask(Cause.CAP, f"${free:.2f} is not reserved: the drain line is reached")
+                self._ask(Cause.CAP, f"${free:.2f} of the cap is unreserved: the drain threshold is reached")
         for rank in self.grants.answer(account, state.alive_ranks):
             self.tell("notice", f"the cloud will take node {rank} of {self.lease.lease_id}", rank=rank)
         self._grow(account)

@@ -206,13 +206,13 @@ class Notifier:
         self._closing.set()
         self._tell_failures()
         if self._thread.is_alive():
-            self._emit(self._event(f"{shown(self._target)} was not told of everything: no time was left"))
+            self._emit(self._event(f"{shown(self._target)} was not notified of everything: no time was left"))
 
     def _put(self, message: Message) -> None:
         try:
             self._waiting.put_nowait(message)
         except queue.Full:
-            self._failures.put(f"{MOST_WAITING} messages wait already; not told: {message.line}")
+            self._failures.put(f"{MOST_WAITING} messages are waiting already; not sent: {message.line}")
 
     def _tell_failures(self) -> None:
         """From the supervisor's own thread, since whoever shows events may not be made for two."""
@@ -230,9 +230,11 @@ class Notifier:
             try:
                 self._deliver(message)
             except NotDelivered as error:
-                self._failures.put(f"{shown(self._target)} could not be told ({error}): {message.line}")
+                self._failures.put(f"{shown(self._target)} could not be notified ({error}): {message.line}")
             except Exception as error:  # whatever it is, a notification ends no run
-                self._failures.put(f"{shown(self._target)} could not be told ({type(error).__name__}): {message.line}")
+                self._failures.put(
+                    f"{shown(self._target)} could not be notified ({type(error).__name__}): {message.line}"
+                )
 
     def _deliver(self, message: Message) -> None:
         if urlsplit(self._target).scheme not in WEB:

@@ -249,7 +249,7 @@ def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_
     if free_usd < smallest:
         enough = (spent_usd + smallest).quantize(Decimal("0.01"), rounding=ROUND_CEILING)
         raise UserError(
-            f"${free_usd:.2f} of the cap is free, and the smallest lease sets aside ${smallest:.2f}; "
+            f"${free_usd:.2f} of the cap is free, and the smallest lease reserves ${smallest:.2f}; "
             f"give at least --budget {enough}."
         )
 
@@ -428,7 +428,9 @@ def follow_child(child: subprocess.Popen[str], on_event: Emit, switch: StopSwitc
             if switch is not None and switch.level:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
-                raise SlmError("stopped while preparing data; nothing was rented, run it again to go on.") from None
+                raise SlmError(
+                    "stopped while preparing data; nothing was rented, run the command again to continue."
+                ) from None
 
 
 def stop(run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Load, encode, sample, print."""
-    parser = argparse.ArgumentParser(prog="python -m tasks generate", description="Go on after a prompt.")
+    parser = argparse.ArgumentParser(prog="python -m tasks generate", description="Generate text from a checkpoint.")
     parser.add_argument("prompt")
     parser.add_argument("--store", required=True)
     parser.add_argument("--data-dir", type=Path, required=True, help="prepared data, for its tokenizer")

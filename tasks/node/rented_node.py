@@ -66,7 +66,7 @@ def spec_of(store: Store, lease_id: str) -> RunSpec:
             continue
         if spec.lease_id == lease_id:
             return spec
-        raise SetUpError(f"the run goes on as {spec.lease_id}; this node belongs to {lease_id} and does nothing.")
+        raise SetUpError(f"the run continues as {spec.lease_id}; this node belongs to {lease_id} and does nothing.")
     raise SetUpError(f"there is no {keys.SPEC} in {store.uri}; the lease has to be started again.")
 
 

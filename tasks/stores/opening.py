@@ -63,7 +63,7 @@ def open_for_training(
     if not single_supervisor:
         raise UserError(
             f"the run store {store.uri} has no conditional writes, so that two supervisors, or a node that was "
-            "thought lost, could both go on with the run. Use another store, or add --single-supervisor and take "
+            "thought lost, could both continue the run. Use another store, or add --single-supervisor and take "
             "care that only one ever runs."
         )
     mark = "&" if "?" in store.uri else "?"

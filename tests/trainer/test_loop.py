@@ -103,7 +103,7 @@ def test_metrics_hold_every_step(
 def test_signals_are_polled_once_a_step_and_a_wish_to_stop_saves_and_stops(
     tiny: TrainConfig, run_single: RunSingle, tmp_path: Path
 ) -> None:
-    signals = Asks({2: Signal(stop=True, reason="drain line")})
+    signals = Asks({2: Signal(stop=True, reason="drain threshold")})
     result = run_single(tiny, tmp_path, signals=signals)
     assert (result.outcome, result.step) == ("stopped", 3)
     assert signals.polled == [0, 1, 2]

@@ -164,7 +164,7 @@ class Ec2Limit:
                 if said != TERMINATE:
                     raise BackendError(
                         f"{instance.instance_id} in {region} would {said} when it powers off, and "
-                        "go on being billed for "
+                        "keep being billed for "
                         "its disk; it is ended by its schedule, or now with: slm stop"
                     )
         self._powers_off.add(instance.instance_id)

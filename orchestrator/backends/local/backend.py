@@ -112,7 +112,7 @@ class LocalBackend:
             return
         left = self._client.call("stop", lease_id=lease.lease_id)["left"]
         if left:
-            raise BackendError(f"the local cloud could not yet end {', '.join(left)}; it goes on trying.")
+            raise BackendError(f"the local cloud could not yet end {', '.join(left)}; it keeps trying.")
 
     def list_alive(self) -> Sequence[Instance]:
         if not self._client.written().there():

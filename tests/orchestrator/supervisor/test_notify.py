@@ -100,7 +100,7 @@ def test_only_warnings_and_the_end_of_a_run_are_told(web: Web) -> None:
         Event("state", "running", now, {"state": RunState.RUNNING}),
         Event("lost", "node 1 is gone", now),
         WARNING,
-        Event("state", "out of budget: the drain line is reached", now, {"state": RunState.OUT_OF_BUDGET}),
+        Event("state", "out of budget: the drain threshold is reached", now, {"state": RunState.OUT_OF_BUDGET}),
     ]
     assert told(web.url, *events) == events, "every event goes on all the same"
     assert [body["kind"] for _, body in web.received] == ["warning", "state"]
@@ -117,7 +117,7 @@ def test_a_server_that_goes_on_failing_is_given_up_and_said(web: Web) -> None:
     seen = told(web.url, WARNING)
     assert len(web.received) == notify.TRIES
     assert [entry.kind for entry in seen] == ["warning", "notify"]
-    assert "http://127.0.0.1 could not be told (status 503): slm demo-1: 80 %" in seen[1].message
+    assert "http://127.0.0.1 could not be notified (status 503): slm demo-1: 80 %" in seen[1].message
 
 
 def test_a_refusal_is_not_repeated(web: Web) -> None:
@@ -130,7 +130,7 @@ def test_a_refusal_is_not_repeated(web: Web) -> None:
 def test_nothing_at_the_address_is_said(web: Web) -> None:
     web.shutdown()
     web.server_close()
-    assert "could not be told (Connection refused)" in told(web.url, WARNING)[1].message
+    assert "could not be notified (Connection refused)" in told(web.url, WARNING)[1].message
 
 
 def test_a_server_that_hangs_holds_nobody_up(web: Web) -> None:
@@ -145,7 +145,7 @@ def test_a_server_that_hangs_holds_nobody_up(web: Web) -> None:
     assert handed_on < web.delay, "handing an event on waits for no server"
     assert time.monotonic() - began < web.delay, "nor does the end of a supervisor, beyond its limit"
     assert sum(entry.kind == "warning" for entry in seen) == notify.MOST_WAITING + 10
-    assert any("messages wait already" in entry.message for entry in seen)
+    assert any("messages are waiting already" in entry.message for entry in seen)
     assert any("no time was left" in entry.message for entry in seen)
 
 
@@ -182,7 +182,7 @@ def test_a_command_gets_the_line_and_the_json(tmp_path: Path) -> None:
 
 def test_a_command_that_fails_is_said_without_its_arguments(tmp_path: Path) -> None:
     seen = told(writes(tmp_path / "out.json", then="sys.exit(3)"), WARNING)
-    assert "could not be told (exit code 3)" in seen[1].message
+    assert "could not be notified (exit code 3)" in seen[1].message
     assert SECRET not in seen[1].message
 
 

@@ -305,7 +305,7 @@ def test_at_the_cap_it_asks_for_a_checkpoint_and_stops_under_it(tmp_path: Path) 
     assert world.supervisor().run() is RunState.OUT_OF_BUDGET
     check_ledger(world)
     assert world.ledger.balance().spent_usd > Decimal("0.80")
-    assert any("drain line" in message for message in world.told("warning"))
+    assert any("drain threshold" in message for message in world.told("warning"))
 
 
 def test_a_trainer_that_does_not_hear_the_drain_is_ended_within_the_cap(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_the_guard_comes_first_tells_how_the_node_ended_and_outlives_skypilot_s_
     log = node.until(lambda: (node.store.root / "logs" / "slm-1f2e3d-demo-1-1-0.log").exists()) and node.store.read(
         "logs/slm-1f2e3d-demo-1-1-0.log"
     )
-    assert b"the run goes on as slm-1f2e3d-demo-1-2; this node belongs to slm-1f2e3d-demo-1-1" in log
+    assert b"the run continues as slm-1f2e3d-demo-1-2; this node belongs to slm-1f2e3d-demo-1-1" in log
     before = node.request()["number"]
     os.killpg(node.process.pid, signal.SIGKILL)
     node.process.wait()
@@ -264,5 +264,5 @@ def test_a_later_attempt_s_spec_is_not_followed(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "store")
     store.write("spec.json", spec_for("slm-1f2e3d-demo-1-2", store).to_bytes())
     assert rented_node.spec_of(store, "slm-1f2e3d-demo-1-2").attempt == 1
-    with pytest.raises(SetUpError, match="the run goes on as slm-1f2e3d-demo-1-2"):
+    with pytest.raises(SetUpError, match="the run continues as slm-1f2e3d-demo-1-2"):
         rented_node.spec_of(store, "slm-1f2e3d-demo-1-1")

@@ -446,7 +446,7 @@ def test_a_node_that_cannot_be_ended_is_told(
     monkeypatch.setattr(server, "END_SECONDS", 0.1)
     lease = lease_of(num_nodes=1)
     rig.backend.start(lease, rig.command)
-    with pytest.raises(BackendError, match=r"could not yet end slm-test-1-0-.*; it goes on trying"):
+    with pytest.raises(BackendError, match=r"could not yet end slm-test-1-0-.*; it keeps trying"):
         rig.backend.stop(lease)
     assert [node.state for node in idle_market.there()] == ["stopping"]
 
