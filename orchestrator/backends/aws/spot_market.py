@@ -1,6 +1,6 @@
-"""What EC2 asks and allows: the spot price as it is now, and how many vCPUs an account may run of a kind of machine.
+"""EC2's spot prices now, and its quotas: how many vCPUs an account may run of a kind of machine.
 
-A quota is no lack of capacity: it does not pass by waiting, and it is known before anything is asked for.
+A quota is no lack of capacity: waiting does not help, and it is known before anything is requested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STANDARD = frozenset("acdhimrtz")
 
 @dataclass(frozen=True, slots=True)
 class VcpuQuota:
-    """Of one region and kind of machines, in vCPUs."""
+    """The quota of one region and kind of machines, in vCPUs."""
 
     code: str
     limit: int
@@ -40,7 +40,7 @@ class Ec2Market:
         self._vcpus: dict[tuple[str, str], int] = {}
 
     def spot_usd_per_hour(self, region: str, zone: str, instance_type: str) -> Decimal | None:
-        """What a spot machine of this type costs in this zone at this moment; None where AWS has no history of it.
+        """What a spot machine of this type costs in this zone now; None where AWS has no history of it.
 
         With a start and an end that are both now, AWS gives the newest change before.
         """
@@ -63,7 +63,7 @@ class Ec2Market:
         return None if newest is None else newest[1]
 
     def vcpus(self, region: str, instance_type: str) -> int:
-        """Of one machine."""
+        """The vCPUs of one machine of this type."""
         if (region, instance_type) not in self._vcpus:
             found = self._account.ask("ec2", region, "describe_instance_types", InstanceTypes=[instance_type])
             self._vcpus[region, instance_type] = int(found["InstanceTypes"][0]["VCpuInfo"]["DefaultVCpus"])
@@ -85,12 +85,12 @@ class Ec2Market:
         return VcpuQuota(code, limit, sum(self.vcpus(region, kind) for kind in same_kind) if limit else 0)
 
     def refusal(self, region: str, instance_type: str, *, spot: bool, num_nodes: int) -> str | None:
-        """Why this account cannot run so many; None where it can, or where that is not to be known."""
+        """Why this account cannot run so many machines; None where it can, or where that is unknown."""
         try:
             quota = self.quota(region, instance_type, spot=spot)
             needed = num_nodes * self.vcpus(region, instance_type) if quota is not None else 0
         except ProviderRefused as refused:
-            if refused.reason is RefusalReason.DENIED:  # who may rent but not ask is told by the rent itself
+            if refused.reason is RefusalReason.DENIED:  # the request for machines will tell
                 return None
             raise
         if quota is None or needed <= quota.free:
@@ -116,7 +116,7 @@ class Ec2Market:
 
 
 def quota_code(instance_type: str, *, spot: bool) -> str | None:
-    """Of the vCPU limit that a machine type counts against; None where we do not know it.
+    """The code of the vCPU quota that a machine type counts against; None where it is unknown.
 
     Source: the list of EC2's quotas in Service Quotas (docs.aws.amazon.com general/latest/gr/ec2-service.html).
     """

@@ -1,7 +1,7 @@
-"""What a lease on AWS needs beside SkyPilot, and all instances of an account as one more place to look at.
+"""What a lease on AWS needs beside SkyPilot, and a backend that lists and terminates all our instances in an account.
 
-A record says where a lease's instances are (region, zone, instance type, ids, the cluster's name at AWS); what it does
-not say is found by our labels.
+A lease's record in the run store tells where its instances are (region, zone, instance type, ids, the cluster's name
+at AWS); what it does not tell is found by our labels.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from orchestrator.backends.aws.spot_market import Ec2Market
 from orchestrator.backends.aws.time_limit import Ec2Limit
 from orchestrator.backends.base import BackendError, Instance, LeasePhase, LeaseState
 from orchestrator.backends.provider_account import ProviderRefused
-from orchestrator.backends.sky.task import label as label_of
+from orchestrator.backends.sky.task import label
 
 PRICE_SECONDS = 60.0
-"""A price that was read is used for so long; AWS changes it a few times a day."""
-TAKEN_BACK = frozenset({"Server.SpotInstanceTermination", "Server.SpotInstanceShutdown", "Server.SpotInstanceStop"})
+"""How long a price is used before it is read again; AWS changes prices a few times a day."""
+PREEMPTED = frozenset({"Server.SpotInstanceTermination", "Server.SpotInstanceShutdown", "Server.SpotInstanceStop"})
 """StateReason codes of an interruption (docs.aws.amazon.com AWSEC2 finding-an-interrupted-Spot-Instance)."""
 Record = Mapping[str, Any]
 
 
 class AwsSupport:
-    """One account's interface for a lease at a time."""
+    """The `CloudSupport` of one AWS account."""
 
     terminators = frozenset({"eventbridge-terminate"})
     reads_prices = True
@@ -49,19 +49,19 @@ class AwsSupport:
         return self.market.refusal(offer.region, offer.instance_type, spot=offer.spot, num_nodes=lease.num_nodes)
 
     def limit(self, record: Record, lease: Lease, seconds: float) -> None:
-        """End the lease's nodes `seconds` from now unless called again.
+        """Terminate the lease's nodes `seconds` from now unless called again.
 
         Raises:
-            BackendError: Not all of them are armed.
+            BackendError: Not every node has its limit.
         """
         living = [instance for instance in self.instances(record, lease) if instance.state in ("pending", "running")]
-        self.limits.arm(region_of(record, lease), living, seconds)
+        self.limits.arm(lease_region(record, lease), living, seconds)
 
     def usd_per_hour(self, record: Record, lease: Lease) -> Decimal | None:
-        """What one spot node costs now; None where AWS does not say, or for on-demand, whose price does not change."""
+        """What one spot node costs now; None if AWS does not tell, and for on-demand, whose price does not change."""
         if not lease.offer.spot:
             return None
-        region = region_of(record, lease)
+        region = lease_region(record, lease)
         zone = record.get("zone") or lease.offer.zone
         kind = record.get("instance_type") or lease.offer.instance_type
         if not zone or not kind:
@@ -75,12 +75,12 @@ class AwsSupport:
             try:
                 price = self.market.spot_usd_per_hour(*key)
             except ProviderRefused:
-                return None  # not read is not confirmed: it is charged at its bound
+                return None  # an unconfirmed price is charged at its bound
             self._prices[key] = (self._clock(), price)
         return price
 
     def why_gone(self, record: Record, lease: Lease) -> str:
-        """What AWS says became of the nodes; empty where it no longer says."""
+        """Why AWS ended the nodes; empty where it no longer tells."""
         try:
             ended = [
                 instance
@@ -89,29 +89,29 @@ class AwsSupport:
             ]
         except BackendError:
             return ""
-        return "; ".join(f"{instance.instance_id} {reason_of(instance)}" for instance in ended)
+        return "; ".join(f"{instance.instance_id} {end_reason(instance)}" for instance in ended)
 
     def release(self, record: Record, lease: Lease) -> None:
-        """Delete the schedules of nodes that are gone; what cannot be deleted deletes itself once it has acted."""
+        """Delete the schedules of nodes that are gone; one that cannot be deleted deletes itself after it has run."""
         with contextlib.suppress(BackendError):
-            ids = [instance.instance_id for instance in self.instances(record, lease)] or ids_of(record)
-            self.limits.release(region_of(record, lease), ids)
+            ids = [instance.instance_id for instance in self.instances(record, lease)] or recorded_ids(record)
+            self.limits.release(lease_region(record, lease), ids)
 
     def instances(self, record: Record, lease: Lease) -> list[Ec2Instance]:
-        """Of a lease, in whatever state; by their ids where the record has all, else by our labels."""
-        region, ids = region_of(record, lease), ids_of(record)
+        """The lease's instances in any state: by id where the record has all ids, else by our labels."""
+        region, ids = lease_region(record, lease), recorded_ids(record)
         if len(ids) >= lease.num_nodes:
             return list(self.account.describe(region, ids).values())
-        names = {lease.lease_id, label_of(lease.lease_id), record.get("name_on_cloud") or lease.lease_id}
+        names = {lease.lease_id, label(lease.lease_id), record.get("name_on_cloud") or lease.lease_id}
         return self.account.cluster_instances(region, *names)
 
 
 class AwsInstances:
-    """Every instance of ours in the account, as a backend that lists and ends and rents nothing.
+    """Every instance of ours in the account, as a backend that lists and terminates, and rents nothing.
 
-    `known_leases`: of the ledger, asked after AWS was; a label is no whole name, so they tell which lease is meant.
-    `is_expected`: something was rented here, so that not being able to look is a problem; otherwise credentials that
-    are not for EC2 have nothing of ours to show.
+    `known_leases`: of the ledger, read after the list; a label may be a shortened name, so they tell the whole one.
+    `is_expected`: whether anything was rented here, so that a list that is refused is an error; otherwise the
+    credentials are simply not meant for EC2.
     """
 
     name = "aws"
@@ -135,18 +135,18 @@ class AwsInstances:
         raise BackendError(f"{lease.lease_id}: machines on AWS are rented through --backend sky.")
 
     def extend(self, lease: Lease, seconds: float) -> None:
-        """Nothing: who rents moves the limit."""
+        """Nothing: the backend that rents moves the limit."""
 
     def poll(self, lease: Lease) -> LeaseState:
-        alive = self._of(lease.lease_id)
+        alive = self._lease_instances(lease.lease_id)
         if not alive:
             return LeaseState(LeasePhase.GONE)
         phase = LeasePhase.RUNNING if all(instance.state == "running" for instance in alive) else LeasePhase.STARTING
         return LeaseState(phase, tuple(range(len(alive))))
 
     def list_alive(self) -> Sequence[Instance]:
-        alive = self._found()  # before the ledger is read, so that a lease written meanwhile is known
-        leases = {label_of(lease): lease for lease in self._known_leases()}
+        alive = self._billed_instances()  # before the ledger is read, so that a lease written meanwhile is known
+        leases = {label(known): known for known in self._known_leases()}
         by_name: dict[str, list[Ec2Instance]] = {}
         for found in alive:
             by_name.setdefault(leases.get(found.lease, found.lease), []).append(found)
@@ -164,7 +164,7 @@ class AwsInstances:
         ]
 
     def stop(self, lease: Lease) -> None:
-        alive = self._of(lease.lease_id)
+        alive = self._lease_instances(lease.lease_id)
         left: list[str] = []
         for region in sorted({instance.region for instance in alive}):
             ids = [instance.instance_id for instance in alive if instance.region == region]
@@ -174,11 +174,11 @@ class AwsInstances:
         if left:
             raise BackendError(f"{lease.lease_id}: AWS still shows {', '.join(left)}.")
 
-    def _found(self) -> list[Ec2Instance]:
-        """All that costs money and is ours.
+    def _billed_instances(self) -> list[Ec2Instance]:
+        """All instances of ours that cost money.
 
         Raises:
-            ProviderRefused: AWS could not be looked at, and something of ours may be there.
+            ProviderRefused: AWS did not list them, and there may be some.
         """
         try:
             return [instance for instance in self._account.instances() if instance.state != "shutting-down"]
@@ -187,12 +187,12 @@ class AwsInstances:
                 raise
             return []
 
-    def _of(self, lease_id: str) -> list[Ec2Instance]:
-        names = {lease_id, label_of(lease_id)}
-        return [item for item in self._found() if item.lease in names]
+    def _lease_instances(self, lease_id: str) -> list[Ec2Instance]:
+        names = {lease_id, label(lease_id)}
+        return [found for found in self._billed_instances() if found.lease in names]
 
     def _usd_per_hour(self, instance: Ec2Instance) -> Decimal:
-        """As it is now; 0 where AWS does not say, since what must end is not decided by it."""
+        """The price now; 0 where AWS does not tell, since what to terminate does not depend on it."""
         if not instance.is_spot:
             return Decimal(0)
         try:
@@ -203,27 +203,25 @@ class AwsInstances:
             return Decimal(0)
 
 
-def reason_of(instance: Ec2Instance) -> str:
+def end_reason(instance: Ec2Instance) -> str:
     """Why an instance ended, in words."""
-    if instance.state_reason in TAKEN_BACK:
-        return f"was taken back by AWS ({instance.state_reason})"
+    if was_preempted(instance):
+        return f"was preempted by AWS ({instance.state_reason})"
     if instance.state_reason == "Client.InstanceInitiatedShutdown":
         return f"was powered off from inside ({instance.state_reason})"
     return f"was terminated ({instance.state_reason or 'AWS gives no reason'})"
 
 
-def was_taken_back(instance: Ec2Instance) -> bool:
+def was_preempted(instance: Ec2Instance) -> bool:
     """Whether AWS interrupted it."""
-    return instance.state_reason in TAKEN_BACK
+    return instance.state_reason in PREEMPTED
 
 
-def region_of(record: Record, lease: Lease) -> str:
+def lease_region(record: Record, lease: Lease) -> str:
+    """Where the lease's nodes are, or were asked for."""
     return str(record.get("region") or lease.offer.region)
 
 
-def ids_of(record: Record) -> list[str]:
+def recorded_ids(record: Record) -> list[str]:
     """Instance ids that the record has."""
     return [str(entry[0]) for entry in record.get("instances") or () if str(entry[0]).startswith("i-")]
-
-
-__all__ = ["AwsInstances", "AwsSupport", "label_of", "was_taken_back"]

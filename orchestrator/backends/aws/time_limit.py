@@ -1,9 +1,9 @@
-"""EC2's own time limit: a one-time schedule that terminates an instance, and a power-off that ends it for good.
+"""EC2's own time limit: a one-time schedule that terminates an instance, and a power-off that terminates it.
 
-EventBridge Scheduler calls TerminateInstances at a moment that may be moved, with the guest hung and all of us gone.
-One schedule per instance, since TerminateInstances refuses all when it does not know one. SkyPilot's template sets no
-InstanceInitiatedShutdownBehavior, whose default is to stop, and a stopped machine's disk goes on being billed; it is
-read, set and read again here.
+EventBridge Scheduler calls TerminateInstances at a time that can be moved; it works while the guest hangs and no
+supervisor is left. There is one schedule per instance, since TerminateInstances refuses a call that names one unknown
+id. SkyPilot's template sets no InstanceInitiatedShutdownBehavior, whose default is to stop, and a stopped machine's
+disk is still billed; it is read, set and read again here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from orchestrator.backends.base import BackendError
 from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 
 ROLE_NAME = "slm-end-nodes"
-"""What the scheduler acts as; made at the first rent, the same for all runs of an account."""
+"""The role that the scheduler acts as; made when a node is first rented, one for all runs of an account."""
 SCHEDULE_PREFIX = "slm-end-"
 TARGET_ARN = "arn:aws:scheduler:::aws-sdk:ec2:terminateInstances"
 MOST_ATTEMPTS = 185
 OLDEST_SECONDS = 86_400
-"""The scheduler repeats a call that failed for a passing reason so often, and for a day (its own limits)."""
+"""How often and how long the scheduler repeats a call that failed temporarily (its own limits)."""
 ROLE_TRIES = 10
 ROLE_PAUSE_SECONDS = 3.0
 """A role that was just made is not known everywhere at once."""
@@ -39,24 +39,24 @@ class Ec2Limit:
         self._sleep = sleep
         self._role_arn = ""
         self._powers_off: set[str] = set()
-        """Instances that were read to end, not stop, when their guest powers off."""
+        """Instances that are known to terminate, not stop, when their guest powers off."""
 
     def arm(self, region: str, instances: Iterable[Ec2Instance], seconds: float) -> None:
-        """End them `seconds` from now unless this is called again; and let a power-off end them at once.
+        """Terminate them `seconds` from now unless called again; a power-off from inside terminates them at once.
 
         Raises:
-            BackendError: Some may not be armed; the message names what is missing.
+            BackendError: Some could not be armed; the message names what is missing.
         """
-        there = list(instances)
-        for candidate in there:
-            self.schedule(region, candidate.instance_id, seconds)
-        for candidate in there:
-            self.end_on_shutdown(region, candidate)
+        nodes = list(instances)
+        for node in nodes:
+            self.schedule(region, node.instance_id, seconds)
+        for node in nodes:
+            self.terminate_on_shutdown(region, node)
 
     # -- the schedule ------------------------------------------------------------------------------
 
     def schedule(self, region: str, instance_id: str, seconds: float) -> None:
-        """Make the schedule, or move the one that stands. It deletes itself once it has acted."""
+        """Make the schedule, or move the existing one. It deletes itself after it has run."""
         for attempt in range(ROLE_TRIES):
             wanted = self.request(instance_id, seconds)
             try:
@@ -76,12 +76,12 @@ class Ec2Limit:
             self._account.ask("scheduler", region, "create_schedule", **wanted)
 
     def request(self, instance_id: str, seconds: float) -> dict[str, Any]:
-        """What create and update are asked with; an update replaces everything, so both say it all."""
+        """The arguments of create and update; an update replaces everything, so both are complete."""
         role = self.role_arn()
         at = self._account.now() + timedelta(seconds=seconds)
         return {
             "Name": SCHEDULE_PREFIX + instance_id,
-            "Description": "ends a node that nobody has paid for any longer",
+            "Description": "terminates a node whose paid time is over",
             "ScheduleExpression": f"at({at.astimezone(UTC):%Y-%m-%dT%H:%M:%S})",
             "ScheduleExpressionTimezone": "UTC",
             "FlexibleTimeWindow": {"Mode": "OFF"},
@@ -96,7 +96,7 @@ class Ec2Limit:
         }
 
     def ends_at(self, region: str, instance_id: str) -> datetime | None:
-        """When the schedule acts, as AWS has it; None where there is none."""
+        """When the schedule runs, as AWS shows it; None where there is none."""
         try:
             found = self._account.ask("scheduler", region, "get_schedule", Name=SCHEDULE_PREFIX + instance_id)
         except ProviderRefused as refused:
@@ -108,15 +108,15 @@ class Ec2Limit:
 
     def release(self, region: str, instance_ids: Sequence[str]) -> None:
         """Delete the schedules of instances that are gone; quiet where there are none."""
-        for item in instance_ids:
+        for instance_id in instance_ids:
             try:
-                self._account.ask("scheduler", region, "delete_schedule", Name=SCHEDULE_PREFIX + item)
+                self._account.ask("scheduler", region, "delete_schedule", Name=SCHEDULE_PREFIX + instance_id)
             except ProviderRefused as refused:
                 if refused.reason is not RefusalReason.MISSING:
                     raise
 
     def role_arn(self) -> str:
-        """The role that the scheduler acts as; made, with its only permission, where it is not there."""
+        """The role that the scheduler acts as; made, with its only permission, where it is missing."""
         if not self._role_arn:
             try:
                 found = self._account.ask("iam", "us-east-1", "get_role", RoleName=ROLE_NAME)
@@ -137,11 +137,11 @@ class Ec2Limit:
 
     # -- power-off ---------------------------------------------------------------------------------
 
-    def end_on_shutdown(self, region: str, instance: Ec2Instance) -> None:
+    def terminate_on_shutdown(self, region: str, instance: Ec2Instance) -> None:
         """Let a power-off of the guest terminate the instance.
 
         Raises:
-            BackendError: AWS still says that it would only stop.
+            BackendError: It would still only stop.
         """
         if instance.instance_id in self._powers_off:
             return
@@ -160,17 +160,16 @@ class Ec2Limit:
                 if not (instance.is_spot and refused.reason is RefusalReason.UNSUPPORTED):
                     raise
             else:
-                said = self.shutdown_behaviour(region, instance.instance_id)
-                if said != TERMINATE:
+                behaviour = self.shutdown_behaviour(region, instance.instance_id)
+                if behaviour != TERMINATE:
                     raise BackendError(
-                        f"{instance.instance_id} in {region} would {said} when it powers off, and "
-                        "keep being billed for "
-                        "its disk; it is ended by its schedule, or now with: slm stop"
+                        f"{instance.instance_id} in {region} would {behaviour} when it powers off, and its disk would "
+                        "still be billed; its schedule terminates it, or terminate it now with: slm stop"
                     )
         self._powers_off.add(instance.instance_id)
 
     def shutdown_behaviour(self, region: str, instance_id: str) -> str:
-        """What AWS says that it does when the guest powers off: stop or terminate."""
+        """What AWS does when the guest powers off: stop or terminate."""
         found = self._account.ask(
             "ec2",
             region,

@@ -1,8 +1,9 @@
-"""What a lease on GCP needs beside SkyPilot: a time limit that is not the machine's own, quotas, and why it is gone.
+"""What a lease on GCP needs beside SkyPilot: a time limit, quotas, and why a machine is gone.
 
 A machine's maxRunDuration cannot be set here: SkyPilot's template has none, and instances.setScheduling wants a stopped
-machine. So Cloud Scheduler deletes it: one job per machine, which calls instances.delete at a minute that may be moved,
-with the guest hung and all of us gone. It acts as the machine's own service account, which SkyPilot gives the right to.
+machine. So Cloud Scheduler deletes the machine: one job per machine calls instances.delete at a minute that can be
+moved; it works while the guest hangs and no supervisor is left. The job acts as the machine's own service account,
+which SkyPilot gives the permission to.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from orchestrator.backends.provider_account import ProviderRefused, RefusalReaso
 from orchestrator.backends.sky.task import label
 
 LOCATION = "us-central1"
-"""Where the jobs lie: not every region has Cloud Scheduler, and which it is does not matter to what they end."""
+"""Where the jobs are: not every region has Cloud Scheduler, and a job can delete machines of any region."""
 JOB_PREFIX = "slm-end-"
 COMPUTE = "https://compute.googleapis.com/compute/v1"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 SECONDS_PER_MINUTE = 60
 LEAST_SECONDS = 60.0
-"""A job for a minute that has begun would act a year later, so a limit nearer than this is set so far ahead."""
+"""The shortest limit: a job for a minute that has begun would run a year later."""
 LATE = timedelta(minutes=1)
 MOST_RETRIES = 5
-"""As many as Cloud Scheduler allows; the call is done once it has been taken."""
+"""As many as Cloud Scheduler allows."""
 QUOTAS: Mapping[str, str] = {
     "T4": "NVIDIA_T4_GPUS",
     "V100": "NVIDIA_V100_GPUS",
@@ -46,7 +47,7 @@ Record = Mapping[str, Any]
 
 
 class GcpSupport:
-    """One project's interface for a lease at a time."""
+    """The `CloudSupport` of one GCP project."""
 
     terminators = frozenset({"cloud-scheduler-delete"})
     reads_prices = False
@@ -69,31 +70,31 @@ class GcpSupport:
         return self._quota_refusal(lease)
 
     def limit(self, record: Record, lease: Lease, seconds: float) -> None:
-        """End the lease's nodes `seconds` from now, to the next minute, unless called again.
+        """Delete the lease's nodes `seconds` from now, at the next full minute, unless called again.
 
         Raises:
-            BackendError: Not all of them are armed.
+            BackendError: Not every node has its limit.
         """
         project = self._project(record)
         for instance in self.instances(record, lease):
             self.schedule(project, instance, seconds)
 
     def usd_per_hour(self, record: Record, lease: Lease) -> Decimal | None:  # noqa: ARG002
-        """None: Compute Engine does not say what a machine costs."""
+        """None: Compute Engine does not tell what a machine costs."""
         return None
 
     def why_gone(self, record: Record, lease: Lease) -> str:
-        """Which of the nodes GCP says that it took back; empty where it says nothing."""
+        """Which of the nodes GCP preempted; empty where it does not tell."""
         try:
             project = self._project(record)
-            there = self.instances(record, lease)
-            taken = [candidate.name for candidate in there if self._was_taken_back(project, candidate)]
+            nodes = self.instances(record, lease)
+            preempted = [node.name for node in nodes if self._was_preempted(project, node)]
         except BackendError:
             return ""
-        return "; ".join(f"{name} was taken back by GCP (compute.instances.preempted)" for name in taken)
+        return "; ".join(f"{name} was preempted by GCP (compute.instances.preempted)" for name in preempted)
 
     def release(self, record: Record, lease: Lease) -> None:
-        """Delete the jobs of nodes that are gone; what cannot be deleted would find nothing to end."""
+        """Delete the jobs of nodes that are gone; one that cannot be deleted would find no machine."""
         with contextlib.suppress(BackendError):
             parent = self._parent(self._project(record))
             mine = f"{JOB_PREFIX}{label(lease.lease_id)}-"
@@ -102,38 +103,38 @@ class GcpSupport:
                     self._jobs("delete", lambda jobs, name=name: jobs.delete(name=name))
 
     def instances(self, record: Record, lease: Lease) -> list[GcpInstance]:
-        """Of a lease, in whatever zone and state, by our label."""
+        """The lease's machines in any zone and state, by our label."""
         return self.account.lease_instances(label(lease.lease_id), self._project(record))
 
     # -- the job -----------------------------------------------------------------------------------
 
     def schedule(self, project: str, instance: GcpInstance, seconds: float) -> None:
-        """Make the job, or move the one that stands, and read when it will act.
+        """Make the job, or move the existing one, and read when it will run.
 
         Raises:
-            BackendError: The machine has no service account, or the job would not act in time.
+            BackendError: The machine has no service account, or the job would not run in time.
         """
         if not instance.service_account:
             raise BackendError(
                 f"{instance.name} in {instance.zone} has no service account that could end it; end it: slm stop"
             )
         at = ends_at(self.account.now(), seconds)
-        job = job_of(project, instance, self._name(project, instance), at)
+        job = scheduler_job(project, instance, self._name(project, instance), at)
         fields = ",".join(item for item in job if item != "name")
         try:
-            said = self._jobs("patch", lambda jobs: jobs.patch(name=job["name"], updateMask=fields, body=job))
+            reply = self._jobs("patch", lambda jobs: jobs.patch(name=job["name"], updateMask=fields, body=job))
         except ProviderRefused as refused:
             if refused.reason is not RefusalReason.MISSING:
                 raise
-            said = self._jobs("create", lambda jobs: jobs.create(parent=self._parent(project), body=job))
-        if said.get("state") == "PAUSED":  # by somebody's hand; an update does not wake it
-            said = self._jobs("resume", lambda jobs: jobs.resume(name=job["name"], body={}))
-        acts = said.get("scheduleTime")
-        if said.get("state") != "ENABLED" or not acts or datetime.fromisoformat(acts) > at + LATE:
-            told = f"{said.get('state')}, acts at {acts or 'no time'}"
+            reply = self._jobs("create", lambda jobs: jobs.create(parent=self._parent(project), body=job))
+        if reply.get("state") == "PAUSED":  # a user paused it; an update does not resume it
+            reply = self._jobs("resume", lambda jobs: jobs.resume(name=job["name"], body={}))
+        runs_at = reply.get("scheduleTime")
+        if reply.get("state") != "ENABLED" or not runs_at or datetime.fromisoformat(runs_at) > at + LATE:
+            shown = f"{reply.get('state')}, runs at {runs_at or 'no time'}"
             raise BackendError(
                 f"{instance.name} in {instance.zone}: Cloud Scheduler does not end it at {at:%H:%M} UTC "
-                f"as asked ({told})"
+                f"as asked ({shown})"
             )
 
     def _name(self, project: str, instance: GcpInstance) -> str:
@@ -154,7 +155,7 @@ class GcpSupport:
     def _parent(self, project: str) -> str:
         return f"projects/{project}/locations/{LOCATION}"
 
-    # -- what the project says -----------------------------------------------------------------------
+    # -- the project -----------------------------------------------------------------------
 
     def _project(self, record: Record) -> str:
         """Where SkyPilot rented, else the environment's."""
@@ -180,7 +181,7 @@ class GcpSupport:
                 )
         return None
 
-    def _was_taken_back(self, project: str, instance: GcpInstance) -> bool:
+    def _was_preempted(self, project: str, instance: GcpInstance) -> bool:
         wanted = f'(operationType="compute.instances.preempted") AND (targetId={instance.number})'
         found = self.account.ask(
             "compute.zoneOperations.list",
@@ -190,16 +191,16 @@ class GcpSupport:
 
 
 def ends_at(now: datetime, seconds: float) -> datetime:
-    """The full minute at which a job acts that is to end something `seconds` from now: never before that."""
+    """The full minute at which a job runs that is due `seconds` from now; never earlier."""
     wanted = now.timestamp() + max(seconds, LEAST_SECONDS)
     return datetime.fromtimestamp(math.ceil(wanted / SECONDS_PER_MINUTE) * SECONDS_PER_MINUTE, UTC)
 
 
-def job_of(project: str, instance: GcpInstance, name: str, at: datetime) -> dict[str, Any]:
-    """The job as Cloud Scheduler takes it (cloudscheduler v1, Job). It would act again a year later, on nothing."""
+def scheduler_job(project: str, instance: GcpInstance, name: str, at: datetime) -> dict[str, Any]:
+    """The job as Cloud Scheduler takes it (cloudscheduler v1, Job). It would run again a year later, without effect."""
     return {
         "name": name,
-        "description": "deletes a node that nobody has paid for any longer",
+        "description": "deletes a node whose paid time is over",
         "schedule": f"{at.minute} {at.hour} {at.day} {at.month} *",
         "timeZone": "Etc/UTC",
         "attemptDeadline": "60s",

@@ -18,11 +18,12 @@ from cost.ledger.leases import Lease
 from orchestrator import cli
 from orchestrator.backends.aws.account import AwsAccount, refusal_reason
 from orchestrator.backends.aws.spot_market import Ec2Market, quota_code
-from orchestrator.backends.aws.support import AwsInstances, AwsSupport, label_of, was_taken_back
+from orchestrator.backends.aws.support import AwsInstances, AwsSupport, was_preempted
 from orchestrator.backends.aws.time_limit import ROLE_NAME, Ec2Limit
 from orchestrator.backends.base import BackendError
 from orchestrator.backends.provider_account import ProviderRefused, RefusalReason
 from orchestrator.backends.registry import every_backend
+from orchestrator.backends.sky.task import label
 from orchestrator.settings import Home
 from orchestrator.upkeep.inventory import Outcome, Verdict, reconcile
 from tests.orchestrator.upkeep.test_inventory import a_run, in_the_ledger
@@ -171,7 +172,7 @@ def test_an_instance_that_would_only_stop_is_told_until_it_would_end(aws: AwsClo
     limit = Ec2Limit(an_account())
     assert limit.shutdown_behaviour(REGION, node) == "stop"  # what SkyPilot's template leaves it at
     (found,) = an_account().describe(REGION, [node]).values()
-    limit.end_on_shutdown(REGION, found)
+    limit.terminate_on_shutdown(REGION, found)
     asked = ec2.describe_instance_attribute(InstanceId=node, Attribute="instanceInitiatedShutdownBehavior")
     assert asked["InstanceInitiatedShutdownBehavior"]["Value"] == "terminate"
 
@@ -191,10 +192,10 @@ def test_an_interruption_is_told_from_an_end_that_somebody_asked_for(aws: AwsClo
     boto3.client("ec2").terminate_instances(InstanceIds=[ended])
     support, record = AwsSupport(an_account()), record_of(taken, ended, lives)
     told = support.why_gone(record, a_lease(num_nodes=3))
-    assert f"{taken} was taken back by AWS (Server.SpotInstanceTermination)" in told
+    assert f"{taken} was preempted by AWS (Server.SpotInstanceTermination)" in told
     assert f"{ended} was terminated (Client.UserInitiatedShutdown)" in told
     assert lives not in told
-    assert {instance.instance_id for instance in support.instances(record, a_lease()) if was_taken_back(instance)} == {
+    assert {instance.instance_id for instance in support.instances(record, a_lease()) if was_preempted(instance)} == {
         taken
     }
 
@@ -316,7 +317,7 @@ def test_a_lease_is_known_by_its_label_which_is_not_its_whole_name(aws: AwsCloud
     run_id = a_run(home)
     lease_id = f"slm-{home.owner_id()}-{run_id}.5B-1"
     in_the_ledger(home, run_id, lease_id)
-    living = aws.start(tags={"slm-lease": label_of(lease_id)})
+    living = aws.start(tags={"slm-lease": label(lease_id)})
     account = AwsInstances(an_account(), known_leases=lambda: [lease_id])
     found = reconcile(home, [account], now_ms=lambda *_: 0)
     assert [(cluster.name, cluster.verdict, cluster.outcome) for cluster in found.clusters] == [

@@ -115,7 +115,7 @@ def test_a_preempted_machine_is_told_from_one_that_ended(gcp: GcpCloud) -> None:
     support = GcpSupport(gcp.account())
     assert support.why_gone(RECORD, a_lease()) == ""
     gcp.preempt(head)
-    assert "head was taken back by GCP" in support.why_gone(RECORD, a_lease())
+    assert "head was preempted by GCP" in support.why_gone(RECORD, a_lease())
     gcp.refuse[COMPUTE] = (400, refused(400, "bad"))
     assert support.why_gone(RECORD, a_lease()) == ""
 
