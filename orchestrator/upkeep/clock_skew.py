@@ -1,4 +1,4 @@
-"""How far this machine's clock is off: against the store that the run uses, and against a time server."""
+"""How far this machine's clock is off, compared with the run store and with a time server."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Skew:
     uncertain_seconds: float
 
 
-def of_store(store: Store, folder: Path | None) -> Skew | str:
-    """Against a file's time in a directory store, or the Date of an S3 answer; or why there is nothing to compare."""
+def store_skew(store: Store, folder: Path | None) -> Skew | str:
+    """From a file's time in a directory store, or the Date of an S3 reply; or why it is unknown."""
     if folder is not None:
-        return of_folder(store, folder)
-    return of_http(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or S3)
+        return folder_skew(store, folder)
+    return http_skew(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or S3)
 
 
-def of_folder(store: Store, folder: Path) -> Skew | str:
+def folder_skew(store: Store, folder: Path) -> Skew | str:
     """A network file system stamps files with its server's clock."""
     key = f"{PROBE_KEY}{secrets.token_hex(8)}"
     try:
@@ -64,8 +64,8 @@ def of_folder(store: Store, folder: Path) -> Skew | str:
     return Skew("the store's files", stamped - (before + after) / 2, (after - before) / 2)
 
 
-def of_http(url: str) -> Skew | str:
-    """Any answer carries the server's Date, to the second; also one that refuses."""
+def http_skew(url: str) -> Skew | str:
+    """From the Date, to the second, that every reply carries, also a refusal."""
     before = time.time()
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_SECONDS) as answer:
@@ -81,8 +81,8 @@ def of_http(url: str) -> Skew | str:
     return Skew(f"the store at {urlsplit(url).netloc}", stamped - (before + after) / 2, 0.5 + (after - before) / 2)
 
 
-def of_time_server(host: str, port: int, *, seconds: float = ANSWER_SECONDS) -> Skew | str:
-    """One question to an NTP server; in a thread, since looking up its name may take longer than any answer."""
+def time_server_skew(host: str, port: int, *, seconds: float = ANSWER_SECONDS) -> Skew | str:
+    """From one request to an NTP server; in a thread, since looking up its name may take longer than the reply."""
     found: list[Skew] = []
     asking = threading.Thread(target=_ask, args=(host, port, seconds, found), daemon=True)
     asking.start()

@@ -1,7 +1,7 @@
-"""`slm doctor`: whether everything is as it must be before money is spent; each finding with the way out.
+"""`slm doctor`: checks everything that must be right before money is spent; each finding comes with its fix.
 
-Looks, and writes only under a name of its own into the store, which it deletes again. Nothing is ended: that is
-`slm reconcile`. Whatever may hang runs in a process or thread of its own and has a time limit.
+The checks change nothing, except for one key that is written into the store and deleted again. Orphans are only
+reported: `slm reconcile` terminates them. Whatever may hang runs in its own process or thread with a time limit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fact, and where it is not well, what to do."""
+    """The result of one check, and its fix if it is not OK."""
 
     name: str
     level: Level
@@ -89,7 +89,7 @@ def examine(
 
 
 def packages() -> Iterator[Finding]:
-    """Python and what training here, or renting elsewhere, needs."""
+    """Python, and the packages that training on this machine needs."""
     running = f"Python {platform.python_version()} on {platform.system()}, {plural(os.cpu_count() or 1, 'core')}"
     yield Finding("python", Level.OK, f"{running}, {DISTRIBUTION} {installed(DISTRIBUTION) or 'from a checkout'}")
     training = {name: installed(name) for name in ("torch", "lightning", "ray")}
@@ -131,27 +131,29 @@ def disk(name: str, folder: Path) -> Finding:
 
 
 def space(name: str, folder: Path, free: float) -> Finding:
-    """Whether so many GiB are enough."""
+    """Whether this many free GiB are enough."""
     detail = f"{free:.1f} GiB free at {folder}"
     if free >= WARN_BELOW_GIB:
         return Finding(name, Level.OK, detail)
     level = Level.FAIL if free < FAIL_BELOW_GIB else Level.WARN
-    return Finding(name, level, detail, "free some, or set SLM_HOME to a larger disk; full, no grant can be written")
+    return Finding(
+        name, level, detail, "free some space, or set SLM_HOME to a larger disk; on a full disk no grant can be written"
+    )
 
 
 # ---------------------------------------------------------------- the ledger
 
 
 def ledgers(home: Home) -> Iterator[Finding]:
-    """Whether the file is whole, and whether its entries add up to what its leases say."""
+    """Whether the database is intact, and whether its entries add up to the totals of its leases."""
     if not home.database.exists():
-        yield Finding("ledger", Level.OK, "nothing was launched yet")
+        yield Finding("ledger", Level.OK, "no run was launched yet")
         return
     try:
         with open_runs(home) as runs:
-            said = [row[0] for row in runs.db.execute("PRAGMA integrity_check")]
-            if said != ["ok"]:
-                yield Finding("ledger", Level.FAIL, f"{home.database} is damaged: {said[0]}", RESTORE)
+            errors = [row[0] for row in runs.db.execute("PRAGMA integrity_check")]
+            if errors != ["ok"]:
+                yield Finding("ledger", Level.FAIL, f"{home.database} is damaged: {errors[0]}", RESTORE)
                 return
             all_runs = runs.all()
             wrong = [
@@ -163,20 +165,20 @@ def ledgers(home: Home) -> Iterator[Finding]:
         yield Finding("ledger", Level.FAIL, str(error), RESTORE)
         return
     for text in wrong:
-        yield Finding("ledger", Level.FAIL, text, "launch nothing; keep a copy of the file, and report this as a bug")
+        yield Finding("ledger", Level.FAIL, text, "do not launch; keep a copy of the file, and report this as a bug")
     if not wrong:
         yield Finding(
-            "ledger", Level.OK, f"{plural(len(all_runs), 'run')}, whole, every balance is the sum of its entries"
+            "ledger", Level.OK, f"{plural(len(all_runs), 'run')}, intact, every balance is the sum of its entries"
         )
 
 
 RESTORE = (
-    "launch nothing; nodes end by themselves. Bring back a copy of the file, or move it away and run: slm reconcile"
+    "do not launch; nodes terminate themselves. Restore a copy of the file, or move it away and run: slm reconcile"
 )
 
 
 def discrepancy(ledger: Ledger) -> str:
-    """Where the sum of the entries, line by line, is not what leases and other lines say; empty where it is."""
+    """How the sum of the entries differs from the totals of leases and other lines; empty if it does not."""
     spent, held = replay(ledger.entries())
     leases, lines = ledger.accounts(), ledger.lines()
     spent_there = sum(lease.spent_micro_usd for lease in leases) + sum(line.spent_micro_usd for line in lines)
@@ -193,8 +195,8 @@ def discrepancy(ledger: Ledger) -> str:
 
 
 def clouds(ask_skypilot: Callable[[], Enabled]) -> Iterator[Finding]:
-    """What can be rented from, and what ends a node there when nobody is left to."""
-    yield terminator_finding("local", "this machine plays a spot market: slm launch demo")
+    """The clouds that can be rented from, and their terminators."""
+    yield terminator_finding("local", "this machine simulates a spot market: slm launch demo")
     found = installed("skypilot")
     if found is None:
         yield Finding(
@@ -216,20 +218,20 @@ def clouds(ask_skypilot: Callable[[], Enabled]) -> Iterator[Finding]:
 
 
 def terminator_finding(name: str, about: str) -> Finding:
-    """What ends a node of this cloud without us."""
+    """The terminators of this cloud that count."""
     profile = provider(name)
     counted = [terminator for terminator in profile.terminators if terminator.kind is not TerminatorKind.SKY]
     detail = ", ".join(
         f"{terminator.name} ({terminator.kind}, {duration(terminator.latency_seconds)})" for terminator in counted
     )
-    detail = f"ends a node without us: {detail}" + (f"; {about}" if about else "")
+    detail = f"terminators: {detail}" + (f"; {about}" if about else "")
     armed = profile if name == "local" else armed_provider(profile, cloud_supports())
     refused = refusal(armed, allow_unguarded=False)
     if refused is not None:
-        return Finding(f"cloud {name}", Level.WARN, refused, "slm plan leaves its offers out; rent elsewhere")
+        return Finding(f"cloud {name}", Level.WARN, refused, "slm plan skips its offers; rent elsewhere")
     if profile.balance_only:
-        way_out = "keep no more on the prepaid account than a run may cost, with automatic payment off"
-        return Finding(f"cloud {name}", Level.WARN, detail, way_out)
+        fix = "keep no more on the prepaid account than a run may cost, with automatic payment off"
+        return Finding(f"cloud {name}", Level.WARN, detail, fix)
     if profile.arm_seconds:
         detail += f"; the provider's limit is armed up to {duration(profile.arm_seconds)} after the start"
     return Finding(f"cloud {name}", Level.OK, detail)
@@ -239,13 +241,13 @@ def terminator_finding(name: str, about: str) -> Finding:
 
 
 def storage(home: Home, uri: str | None) -> Iterator[Finding | Store]:
-    """Each permission that a run needs, and last the store itself where it can be opened."""
+    """The checks of the run store, and last the store itself if it can be opened."""
     try:
         store = open_store(uri or str(home.root / "store"))
     except (SlmError, OSError) as error:
         yield Finding("store", Level.FAIL, str(error), "give --store a folder or bucket that this user may write to")
         return
-    folder = folder_of(store)
+    folder = store_folder(store)
     if folder is not None:
         yield disk("store disk", folder)
     yield from probe(store)
@@ -259,15 +261,15 @@ def probe(store: Store) -> Iterator[Finding]:
     if not wrong:
         names = ", ".join(finding.name for finding in asked)
         yield Finding("store", Level.OK, f"{store.uri}: {names}: as they should be")
-    for schedule in wrong:
-        way_out = "allow this user to read, write, list and delete there, or use another store"
-        if schedule.name == "conditional writes":
-            way_out = "use another store, or launch with --single-supervisor and run only one"
-        yield Finding("store", Level.FAIL, f"{store.uri}: {schedule.name}: {schedule.detail}", way_out)
+    for check in wrong:
+        fix = "allow this user to read, write, list and delete there, or use another store"
+        if check.name == "conditional writes":
+            fix = "use another store, or launch with --single-supervisor and run only one"
+        yield Finding("store", Level.FAIL, f"{store.uri}: {check.name}: {check.detail}", fix)
 
 
-def folder_of(store: Store) -> Path | None:
-    """Where a directory store lies."""
+def store_folder(store: Store) -> Path | None:
+    """The folder of a directory store; None for other stores."""
     parts = urlsplit(store.uri)
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
@@ -276,17 +278,17 @@ def folder_of(store: Store) -> Path | None:
 
 
 def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
-    """Against the store's clock and a time server's."""
+    """This machine's clock, compared with the store's and a time server's."""
     asked: list[clock_skew.Skew | str] = []
     if store is not None:
-        asked.append(clock_skew.of_store(store, folder_of(store)))
+        asked.append(clock_skew.store_skew(store, store_folder(store)))
     if time_server is not None:
-        asked.append(clock_skew.of_time_server(*time_server))
+        asked.append(clock_skew.time_server_skew(*time_server))
     seen = [finding for finding in asked if isinstance(finding, clock_skew.Skew)]
     missing = [finding for finding in asked if isinstance(finding, str)]
     detail = "; ".join([*(f"{entry.seconds:+.1f} s against {entry.source}" for entry in seen), *missing])
     if not seen:
-        return Finding("clock", Level.WARN, f"cannot be compared: {detail}", "look at it yourself")
+        return Finding("clock", Level.WARN, f"cannot be compared: {detail}", "compare it with another clock")
     worst = max(abs(entry.seconds) - entry.uncertain_seconds for entry in seen)
     if worst >= clock_skew.FAIL_SECONDS:
         return Finding("clock", Level.FAIL, f"{detail}: stores refuse requests that are 15 min off", SYNCHRONIZE)
@@ -296,15 +298,15 @@ def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
     return Finding("clock", Level.OK, detail)
 
 
-SYNCHRONIZE = "switch time synchronization on: timedatectl set-ntp true"
+SYNCHRONIZE = "enable time synchronization: timedatectl set-ntp true"
 
 
 def leaks(home: Home, backends: Sequence[Backend]) -> Iterator[Finding]:
-    """What lives and should not; nothing is ended."""
+    """Orphans: instances that nobody pays for. They are only reported."""
     try:
         found = reconcile(home, backends, dry_run=True)
     except SlmError as error:
-        yield Finding("leaks", Level.FAIL, f"what lives cannot be compared with the ledger: {error}", RESTORE)
+        yield Finding("leaks", Level.FAIL, f"running instances cannot be compared with the ledger: {error}", RESTORE)
         return
     for problem in found.problems:
         yield Finding("leaks", Level.WARN, problem, "slm reconcile")

@@ -1,7 +1,7 @@
-"""What of ours lives anywhere, whether the ledger still pays for it, and the end of what it does not.
+"""All our instances at every backend, whether the ledger still pays for them, and the termination of orphans.
 
-Ours is what carries the name `slm-OWNER-`; nothing else is ever touched. Instances are listed before the ledger is
-read: a lease stands in the ledger before anything is rented for it, so whatever is listed and paid for is found there.
+An instance is ours if its name begins with `slm-OWNER-`; nothing else is ever touched. Instances are listed before the
+ledger is read: a lease is in the ledger before anything is rented for it, so whatever is listed and paid for is found.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from tasks.recipe.schema import Recipe
 
 TRIES = 3
 PAUSE_SECONDS = 2.0
-"""Between two tries to end what is still listed."""
+"""Between two attempts to terminate what is still listed."""
 
 
 class Verdict(StrEnum):
-    """What the ledger says of a cluster that lives."""
+    """Whether the ledger pays for a running cluster."""
 
     SUPERVISED = "supervised"
     PAID = "paid"
-    """Nobody supervises it, but its paid time is not over: the next supervisor of its run takes it over."""
+    """Not supervised, but its paid time is not over: the next supervisor of its run takes it over."""
     ELSEWHERE = "elsewhere"
-    """Its paid time is over in this ledger, but another machine has taken the run over and pays by its own."""
+    """Its paid time is over in this ledger, but another machine has taken over the run and pays from its own."""
     EXPIRED = "expired"
     SETTLED = "settled"
     UNKNOWN = "unknown"
     FOREIGN = "foreign"
-    """It is on a list of ours and does not carry our name."""
+    """It was listed, but its name is not ours."""
 
 
 MUST_END = frozenset({Verdict.EXPIRED, Verdict.SETTLED, Verdict.UNKNOWN})
 
 
 class Outcome(StrEnum):
-    """What was done with it."""
+    """The result for one cluster."""
 
     KEPT = "kept"
     WOULD_END = "would end"
@@ -63,7 +63,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """All nodes of one name at one backend."""
+    """All nodes of one cluster name at one backend."""
 
     name: str
     backend: str
@@ -79,7 +79,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Everything that was found. `problems` are places that could not be looked at."""
+    """All clusters that were found. `problems` are backends that could not be listed."""
 
     owner: str
     dry_run: bool
@@ -88,20 +88,20 @@ class Inventory:
 
     @property
     def leaked(self) -> tuple[Cluster, ...]:
-        """What should not live and does."""
+        """Orphans that still run."""
         return tuple(cluster for cluster in self.clusters if cluster.outcome in (Outcome.WOULD_END, Outcome.LEFT))
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the ledger knows: a verdict on each lease, and under which names a run's nodes were ever rented."""
+    """From the ledger: a verdict on each lease, and every owner that a run's nodes were ever named after."""
 
     owner: str
     verdicts: Mapping[str, Verdict]
     former_owners: Mapping[str, Sequence[str]]
 
     def verdict(self, name: str) -> Verdict:
-        """On a cluster that lives."""
+        """On a running cluster."""
         ours = is_ours(name, owner=self.owner) or any(
             is_ours(name, owner=self.owner, run_id=run_id, owners=owners)
             for run_id, owners in self.former_owners.items()
@@ -117,28 +117,27 @@ def reconcile(
     sleep: Callable[[float], None] = time.sleep,
     now_ms: Callable[[Run, Ledger], int] | None = None,
 ) -> Inventory:
-    """List everything that is ours, end what has expired or is unknown, and look again whether it is gone.
+    """List all our instances, terminate the orphans, and confirm that they are gone.
 
-    `now_ms` tells a run's billed time; by default its clock does.
+    `now_ms` returns a run's billed time; by default its clock's.
 
     Raises:
-        DatabaseError: The ledger is there and cannot be read: nothing is ended then.
+        DatabaseError: The ledger exists and cannot be read: nothing is terminated then.
     """
     listed: list[tuple[Backend, list[Instance]]] = []
     problems = []
     seen: set[tuple[str, str]] = set()
     for backend in backends:
         try:
-            alive = [item for item in backend.list_alive() if (item.lease_id, item.instance_id) not in seen]
+            # A cloud and SkyPilot may both list an instance.
+            alive = [found for found in backend.list_alive() if (found.lease_id, found.instance_id) not in seen]
             listed.append((backend, alive))
-            seen |= {
-                (instance.lease_id, instance.instance_id) for instance in alive
-            }  # a cloud and SkyPilot may both show it
+            seen |= {(found.lease_id, found.instance_id) for found in alive}
         except BackendError as error:
             problems.append(f"{backend.name}: cannot list what is alive: {error}")
     known = read_ledger(home, now_ms or billed_now_ms)
     found = [
-        (backend, cluster_of(backend, nodes, known)) for backend, instances in listed for nodes in by_name(instances)
+        (backend, found_cluster(backend, nodes, known)) for backend, instances in listed for nodes in by_name(instances)
     ]
     clusters = [
         entry if entry.verdict not in MUST_END else _end(backend, entry, dry_run=dry_run, sleep=sleep)
@@ -153,7 +152,7 @@ def by_name(instances: Sequence[Instance]) -> list[list[Instance]]:
     return [[instance for instance in instances if instance.lease_id == name] for name in names]
 
 
-def cluster_of(backend: Backend, nodes: Sequence[Instance], known: Known) -> Cluster:
+def found_cluster(backend: Backend, nodes: Sequence[Instance], known: Known) -> Cluster:
     name = nodes[0].lease_id
     return Cluster(
         name=name,
@@ -167,32 +166,32 @@ def cluster_of(backend: Backend, nodes: Sequence[Instance], known: Known) -> Clu
 
 
 def read_ledger(home: Home, now_ms: Callable[[Run, Ledger], int]) -> Known:
-    """What they know of every lease; nothing where there are none yet."""
+    """The verdict on every lease; empty where there is no ledger yet."""
     owner = home.owner_id()
     if not home.database.exists():
         return Known(owner, {}, {})
     try:
         with open_runs(home) as runs:
             verdicts = {
-                account.lease.lease_id: verdict_of(account, run, runs, home, now_ms)
+                account.lease.lease_id: lease_verdict(account, run, runs, home, now_ms)
                 for run in runs.all()
                 for account in Ledger(runs.db, run.run_id, fencing_token=run.fencing_token).accounts()
             }
             return Known(owner, verdicts, {run.run_id: run.options.owners for run in runs.all()})
     except sqlite3.Error as error:
         raise DatabaseError(
-            f"the ledger at {home.database} cannot be read, so nothing is ended: {error}; bring back a copy of the "
-            "file, or move it away, and then everything that carries our name is ended."
+            f"the ledger at {home.database} cannot be read, so nothing is terminated: {error}; restore a copy "
+            "of the file, or move it away, and then everything with our name is terminated."
         ) from error
 
 
-def verdict_of(
+def lease_verdict(
     account: LeaseAccount, run: Run, runs: Runs, home: Home, now_ms: Callable[[Run, Ledger], int]
 ) -> Verdict:
     if not account.is_open:
         return Verdict.SETTLED
     if is_supervised(lock_path(home, run.run_id)):
-        return Verdict.SUPERVISED  # its supervisor looks every second, and ends what has expired itself
+        return Verdict.SUPERVISED  # its supervisor terminates it in time
     now = now_ms(run, Ledger(runs.db, run.run_id, fencing_token=run.fencing_token))
     if now <= account.expires_ms + account.latency_ms:
         return Verdict.PAID
@@ -202,7 +201,7 @@ def verdict_of(
 def is_elsewhere(run: Run, runs: Runs, home: Home) -> bool:
     """Whether the run store holds a record of a supervisor that this ledger does not know.
 
-    A store that cannot be read is no reason to keep what is not paid for: then nobody can grant either.
+    A store that cannot be read is no reason to keep an orphan: without the store nobody can grant either.
     """
     try:
         journal = StoreJournal(store_of(run, runs, home))
@@ -228,7 +227,7 @@ def billed_now_ms(run: Run, ledger: Ledger) -> int:
 
 
 def _end(backend: Backend, cluster: Cluster, *, dry_run: bool, sleep: Callable[[float], None]) -> Cluster:
-    """End it and look again; a few times, since a provider may refuse or lie for a moment."""
+    """Terminate it and list again; a few times, since a provider may refuse or answer wrongly for a moment."""
     if dry_run:
         return replace(cluster, outcome=Outcome.WOULD_END)
     detail = ""

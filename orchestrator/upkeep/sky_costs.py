@@ -1,7 +1,7 @@
 """Our ledger next to SkyPilot's own cost report, lease by lease; neither corrects the other.
 
 SkyPilot multiplies the catalog's price by the time that it believes a cluster was up, on the machine that launched it.
-Ours charges from the order to the confirmed end at the price that was read, so ours is expected to be the higher one.
+Ours charges from the order to the confirmed end at the price that was read, so ours is expected to be higher.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from orchestrator.backends.base import BackendError
 from orchestrator.backends.sky.names import cluster_name
 
 SECONDS = 60.0
-"""Longest wait for SkyPilot."""
+"""Longest wait for SkyPilot's report."""
 OLDEST_DAYS = 365
 
 
-class Asks(Protocol):
+class CallSkyPilot(Protocol):
     """As `SkyClient.call`."""
 
     def call(self, name: str, *, seconds: float, **arguments: Any) -> Any: ...
@@ -29,7 +29,7 @@ class Asks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LeaseCost:
-    """`skypilot_usd` is None where SkyPilot on this machine knows nothing of the cluster."""
+    """`skypilot_usd` is None where SkyPilot on this machine does not know the cluster."""
 
     lease_id: str
     cluster: str
@@ -44,7 +44,7 @@ class LeaseCost:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`problem`: why SkyPilot was not heard; its side is then empty."""
+    """`problem`: why SkyPilot did not answer; its amounts are then missing."""
 
     leases: tuple[LeaseCost, ...]
     problem: str = ""
@@ -57,7 +57,7 @@ class Comparison:
         return sum((entry.charged_usd for entry in known), Decimal(0)), theirs
 
 
-def compare(accounts: Sequence[LeaseAccount], client: Asks) -> Comparison:
+def compare(accounts: Sequence[LeaseAccount], client: CallSkyPilot) -> Comparison:
     """Every lease of a run; one cluster may have been up several times."""
     names = {account.lease.lease_id: cluster_name(account.lease.lease_id) for account in accounts}
     problem, theirs = "", dict[str, Decimal]()
@@ -66,8 +66,8 @@ def compare(accounts: Sequence[LeaseAccount], client: Asks) -> Comparison:
     except BackendError as error:
         problem = str(error)
     else:
-        for item in reply["costs"]:
-            theirs[item["cluster"]] = theirs.get(item["cluster"], Decimal(0)) + Decimal(str(item["usd"]))
+        for cost in reply["costs"]:
+            theirs[cost["cluster"]] = theirs.get(cost["cluster"], Decimal(0)) + Decimal(str(cost["usd"]))
     leases = [
         LeaseCost(lease_id, names[lease_id], usd(account.spent_micro_usd), theirs.get(names[lease_id]))
         for account in accounts

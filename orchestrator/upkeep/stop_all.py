@@ -1,7 +1,7 @@
-"""`slm stop --all`: every unfinished run gets a checkpoint and its end, then whatever should not live is ended.
+"""`slm stop --all`: checkpoint and stop every unfinished run, then terminate the orphans.
 
-The requests stand in the ledger before anything is waited for, so that Ctrl-C, or a kill, stops only the waiting: a
-supervised run goes on stopping, and the same command again does the rest.
+The requests are in the ledger before anything is waited for, so that Ctrl-C, or a kill, ends only the wait: a
+supervised run continues to stop, and the same command again does the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchestrator.settings import Home
 from orchestrator.upkeep.inventory import Inventory, Outcome, Verdict, reconcile
 
 
-class StopOne(Protocol):
+class StopRun(Protocol):
     """As `orchestrator.supervisor.requests.stop`."""
 
     def __call__(self, run_id: str | None, *, home: Home, on_event: Emit) -> RunStatus: ...
@@ -27,7 +27,7 @@ class StopOne(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What became of every run that was unfinished, and of everything that lived."""
+    """The result for every unfinished run, and all clusters that were found."""
 
     runs: tuple[RunStatus, ...]
     failures: tuple[str, ...]
@@ -37,34 +37,34 @@ class Ending:
 
     @property
     def is_left(self) -> bool:
-        """Whether anything of ours may still live or cost money."""
+        """Whether anything of ours may still run or cost money."""
         alive = [cluster for cluster in self.inventory.clusters if cluster.outcome is not Outcome.ENDED]
         paid = any(instance.verdict is not Verdict.FOREIGN for instance in alive)
         return bool(self.failures or self.inventory.problems or paid or self.interrupted)
 
 
 def stop_all(
-    stop_one: StopOne, home: Home, on_event: Emit, *, take_stock: Callable[[Home], Inventory] | None = None
+    stop_run: StopRun, home: Home, on_event: Emit, *, take_stock: Callable[[Home], Inventory] | None = None
 ) -> Ending:
-    """Stop every unfinished run, one after the other, and end what is left; a Ctrl-C only ends the waiting."""
+    """Stop every unfinished run, one after the other, and terminate orphans; Ctrl-C ends only the wait."""
     unfinished = request_stops(home)
     failures, interrupted = [], False
     for run_id in unfinished:
         on_event(Event("stop", f"stopping {run_id}", datetime.now(UTC), {"run_id": run_id}))
         try:
-            stop_one(run_id, home=home, on_event=on_event)
+            stop_run(run_id, home=home, on_event=on_event)
         except SlmError as error:
             failures.append(f"{run_id}: {error}")
         except KeyboardInterrupt:
             interrupted = True
             break
     inventory = take_stock(home) if take_stock is not None else reconcile(home, every_backend(home))
-    known = {statu.run_id: statu for statu in status(None, home=home)}
+    known = {run.run_id: run for run in status(None, home=home)}
     return Ending(tuple(known[run_id] for run_id in unfinished), tuple(failures), interrupted, inventory)
 
 
 def request_stops(home: Home) -> list[str]:
-    """Write down that every unfinished run is to stop; their names."""
+    """Record that every unfinished run is to stop; their ids."""
     with open_runs(home) as runs:
         unfinished = [run.run_id for run in runs.all() if not run.is_finished]
         for run_id in unfinished:

@@ -22,20 +22,20 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 
 
 class SkyRefusal(NoCapacity):
-    """Waiting does not help: a quota, credentials or a setting. The message says which, and the way out."""
+    """Waiting does not help: a quota, credentials or a setting. The message names it and the fix."""
 
     for_good = True
 
 
-WAYS_OUT: Mapping[Trouble, str] = {
+FIXES: Mapping[Trouble, str] = {
     Trouble.QUOTA: "ask the provider for a higher quota of this machine, or leave it out with --clouds or --gpus",
-    Trouble.CREDENTIALS: "see what is missing with: sky check",
-    Trouble.SETTING: "look at the settings of SkyPilot for this cloud (~/.sky/config.yaml), or leave it out",
+    Trouble.CREDENTIALS: "find what is missing with: sky check",
+    Trouble.SETTING: "check SkyPilot's settings of this cloud (~/.sky/config.yaml), or leave it out with --clouds",
 }
 
 
 class SkyClient:
-    """Starts the worker when it is needed, and another one in the place of one that hangs or died."""
+    """Starts the worker when it is needed, and replaces one that hangs or died."""
 
     def __init__(self, log: Path, command: Sequence[str] = COMMAND, environment: Mapping[str, str] | None = None):
         self._log = log
@@ -49,7 +49,7 @@ class SkyClient:
 
         Raises:
             NoCapacity, SkyRefusal: Nothing was rented.
-            BackendError: SkyPilot failed, or did not answer in time; what was asked for may have happened.
+            BackendError: SkyPilot failed, or did not answer in time; the request may have been executed.
         """
         process = self._started()
         assert process.stdin is not None
@@ -69,12 +69,12 @@ class SkyClient:
             if "event" in reply:
                 on_event(reply)
             elif "failure" in reply:
-                raise error_of(Trouble(reply["failure"]["trouble"]), reply["failure"]["message"])
+                raise backend_error(Trouble(reply["failure"]["trouble"]), reply["failure"]["message"])
             else:
                 return reply["result"]
 
     def close(self) -> None:
-        """End the worker; SkyPilot's API server is not ours to end."""
+        """End the worker; SkyPilot's API server keeps running, since others may use it."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -93,7 +93,7 @@ class SkyClient:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,  # Ctrl-C is the supervisor's to judge
+                start_new_session=True,  # the supervisor decides what Ctrl-C does
                 env={**os.environ, **self._environment},
             )
         self._lines = queue.Queue()
@@ -112,12 +112,12 @@ class SkyClient:
         return ""
 
 
-def error_of(trouble: Trouble, message: str) -> BackendError:
-    """The error of the contract for what SkyPilot said."""
+def backend_error(trouble: Trouble, message: str) -> BackendError:
+    """The error of the backend contract for a failure of SkyPilot."""
     if trouble is Trouble.CAPACITY:
         return NoCapacity(message)
-    if trouble in WAYS_OUT:
-        return SkyRefusal(f"{trouble.value}: {message}; {WAYS_OUT[trouble]}.")
+    if trouble in FIXES:
+        return SkyRefusal(f"{trouble.value}: {message}; {FIXES[trouble]}.")
     if trouble is Trouble.SERVER:
         return BackendError(f"SkyPilot's API server failed: {message}; see: sky api status")
     return BackendError(message)

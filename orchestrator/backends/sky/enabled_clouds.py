@@ -19,14 +19,14 @@ COMMAND = own_module("orchestrator.backends.sky.enabled_clouds_process")
 
 @dataclass(frozen=True, slots=True)
 class Enabled:
-    """Clouds that SkyPilot has credentials for; empty where it says none, or why it said nothing."""
+    """The clouds that SkyPilot has credentials for, or why they are unknown."""
 
     enabled: tuple[str, ...] = ()
     problem: str | None = None
 
 
 def enabled_clouds(command: Sequence[str] = COMMAND, *, seconds: float = LONGEST_SECONDS) -> Enabled:
-    """What `sky check` last found; asks no cloud, and waits no longer than `seconds`."""
+    """The newest result of `sky check`; calls no cloud, and waits no longer than `seconds`."""
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -41,7 +41,7 @@ def enabled_clouds(command: Sequence[str] = COMMAND, *, seconds: float = LONGEST
         last = (errors.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         return Enabled(problem=f"cannot say which clouds it has credentials for: {last[:LONGEST_REASON]}")
     try:
-        said = json.loads(output.decode().strip().splitlines()[-1])
-        return Enabled(tuple(said["enabled"] or ()))
+        reply = json.loads(output.decode().strip().splitlines()[-1])
+        return Enabled(tuple(reply["enabled"] or ()))
     except (ValueError, LookupError, TypeError):
         return Enabled(problem=f"answered {output[:LONGEST_REASON]!r} when asked for its clouds")

@@ -1,4 +1,4 @@
-"""Says which clouds `sky check` has found credentials for, as one line of JSON; a process of its own.
+"""Prints which clouds `sky check` has found credentials for, as one line of JSON; a process of its own.
 
     python -m orchestrator.backends.sky.enabled_clouds_process
 

@@ -1,7 +1,7 @@
-"""What went wrong at SkyPilot, told apart by the names of its exceptions and by the words of the clouds.
+"""Kinds of failures of SkyPilot, from the names of its exceptions and the messages of the clouds.
 
-A lack of capacity passes, and the next offer is tried. A quota of zero, missing credentials or a wrong setting do not
-pass by waiting: they are told, and the offer is left out.
+A lack of capacity is temporary, and the next offer is tried. Waiting does not help with a quota of zero, missing
+credentials or a wrong setting: they are reported, and the offer is skipped.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ LONGEST = 400
 
 
 def classify(name: str, message: str, history: Sequence[str] = ()) -> Failure:
-    """What an exception of that class name and text means; `history`: what SkyPilot's tries failed with."""
+    """The kind of failure of an exception with that class name and text; `history`: errors of SkyPilot's attempts."""
     text = " ".join(" ".join([*history, message]).split())
     short = _plain(" ".join(history) or message)[:LONGEST]
     if name in _SERVER_NAMES:
@@ -88,5 +88,5 @@ def classify(name: str, message: str, history: Sequence[str] = ()) -> Failure:
 
 
 def _plain(text: str) -> str:
-    """Without colours and line breaks."""
+    """The text without colours and line breaks."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())

@@ -2,10 +2,10 @@
 
     python -m orchestrator.backends.sky.worker
 
-`import sky` takes seconds and hundreds of megabytes, prints, and may hang; here it can do all three. A request is
+`import sky` takes seconds and hundreds of megabytes, prints, and may hang, which does no harm here. A request is
 {"call": NAME, ...}; replies are {"event": ..., ...} while it runs, and at its end {"result": ...} or {"failure": ...}.
-Creating goes through SkyPilot's API server. Looking and ending also work without it and without SkyPilot's database,
-by the same functions of SkyPilot that know each cloud, from what a record says: so another machine can do both.
+Creating goes through SkyPilot's API server. Querying and terminating also work without it and without SkyPilot's
+database, by SkyPilot's functions for each cloud and a lease's record: so another machine can do both.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TICK_SECONDS = 1.0
 SLURM_LOOK_SECONDS = 4.0
 HEALTH_SECONDS = 10.0
 VERIFY_TRIES = 15
-"""Looks at the provider after an end, two seconds apart, before it counts as not confirmed."""
+"""Queries of the provider after a termination, two seconds apart, before it counts as not confirmed."""
 MEMORY_GB, CPUS = "6", "2"
-"""What SkyPilot's API server may size itself for, where the user has not said: it starts workers for all of both."""
+"""The size of SkyPilot's API server unless the user has set it: it starts workers for all of both."""
 
 Tell = Callable[..., None]
 
@@ -47,9 +47,9 @@ class Refused(Exception):
 
 
 def launch(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-    """Rent and start; tells what is needed to find the cluster as soon as it is known.
+    """Rent and start; sends the cluster's record as soon as it is known.
 
-    Past `seconds`, or past `capacity_seconds` in a queue, the request is cancelled and the cluster ended.
+    After `limit_seconds`, or `capacity_seconds` in a queue, the request is cancelled and the cluster terminated.
     """
     import sky
     from sky.client import sdk
@@ -58,13 +58,13 @@ def launch(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     began = time.monotonic()
     request_id = sdk.launch(task, cluster_name=name, _need_confirmation=False)
     done = _in_thread(lambda: sdk.stream_and_get(request_id, output_stream=sys.stderr))
-    told: dict[str, Any] = {}
+    sent: dict[str, Any] = {}
     last_look = began
     while not done.wait(TICK_SECONDS):
         now = time.monotonic()
         found = _record(name)
-        if found and found != told:
-            told = found
+        if found and found != sent:
+            sent = found
             tell(event="record", record=found)
         if now - began > request["limit_seconds"]:
             _abandon(request_id, name, found)
@@ -93,7 +93,7 @@ class _Done:
     def run(self, work: Callable[[], Any]) -> None:
         try:
             self._value = work()
-        except BaseException as error:  # whatever it is, it is the caller's to tell
+        except BaseException as error:  # raised again in the caller's thread
             self._error = error
         self._event.set()
 
@@ -113,7 +113,7 @@ def _in_thread(work: Callable[[], Any]) -> _Done:
 
 
 def _abandon(request_id: Any, name: str, record: Mapping[str, Any]) -> None:
-    """Cancel a create and end what it made; what cannot be ended now is ended by whoever settles the lease."""
+    """Cancel a create and terminate what it made; if that fails, settling the lease terminates it."""
     from sky.client import sdk
 
     with contextlib.suppress(Exception):
@@ -123,7 +123,7 @@ def _abandon(request_id: Any, name: str, record: Mapping[str, Any]) -> None:
 
 
 def _record(name: str) -> dict[str, Any]:
-    """What SkyPilot's database knows of a cluster that another machine needs to find and end it."""
+    """What another machine needs to find and terminate a cluster, from SkyPilot's database."""
     from sky import global_user_state
 
     try:
@@ -154,7 +154,7 @@ def _record(name: str) -> dict[str, Any]:
 
 
 def _waits_in_queue(record: Mapping[str, Any]) -> str:
-    """Why a Slurm job has no nodes yet; empty when it has them, or is not there."""
+    """Why a Slurm job has no nodes yet; empty if it has them, or does not exist."""
     with contextlib.suppress(Exception):
         seen = _query(record)
         if seen and all(entry["status"] == "INIT" for entry in seen.values()):
@@ -162,11 +162,11 @@ def _waits_in_queue(record: Mapping[str, Any]) -> str:
     return ""
 
 
-# -- looking ---------------------------------------------------------------------------------------------
+# -- querying ---------------------------------------------------------------------------------------------
 
 
 def query(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-    """What exists of a cluster at its provider: {instance: {status, reason}}."""
+    """The instances of a cluster at its provider: {instance: {status, reason}}."""
     healthy = _keep_server(tell)
     record = _with_config(request)
     if record.get("provider_config"):
@@ -175,7 +175,7 @@ def query(request: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _with_config(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The record that was given, completed by SkyPilot's database, and by what lies at the provider."""
+    """The record of the request, completed from SkyPilot's database and from Slurm's queues."""
     record = dict(request.get("record") or {})
     if record.get("provider_config"):
         return _localised(record)
@@ -206,7 +206,7 @@ def _query(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _by_status(name: str) -> dict[str, dict[str, str]]:
-    """By SkyPilot's own refreshed status, where nothing else is known."""
+    """From SkyPilot's own refreshed status, where there is no record."""
     from sky.client import sdk
     from sky.utils import common
 
@@ -219,7 +219,7 @@ def _by_status(name: str) -> dict[str, dict[str, str]]:
 
 
 def listed(_: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-    """Every cluster of our prefix: what SkyPilot's database knows, and what Slurm's queues hold whoever made it."""
+    """Every cluster with our prefix: in SkyPilot's database, and in Slurm's queues whoever made it."""
     from sky import global_user_state
 
     found: dict[str, dict[str, Any]] = {}
@@ -245,7 +245,7 @@ def listed(_: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
 
 
 def _slurm_jobs() -> list[dict[str, Any]]:
-    """Jobs of our prefix in the queues of every Slurm cluster that this machine can log in to."""
+    """Jobs with our prefix in the queues of every Slurm cluster that this machine can log in to."""
     found: list[dict[str, Any]] = []
     if not Path("~/.slurm/config").expanduser().exists():
         return found
@@ -301,7 +301,7 @@ def _slurm_config(cluster: str) -> dict[str, Any]:
 
 
 def _localised(record: dict[str, Any]) -> dict[str, Any]:
-    """With this machine's own way to a Slurm login node, where the record was made on another."""
+    """The record with this machine's own ssh settings for a Slurm login node, if another machine made it."""
     config = record["provider_config"]
     key = (config.get("ssh") or {}).get("private_key")
     if record.get("provider") != "slurm" or key is None or Path(key).expanduser().exists():
@@ -311,13 +311,13 @@ def _localised(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-# -- ending ----------------------------------------------------------------------------------------------
+# -- terminating ----------------------------------------------------------------------------------------------
 
 
 def end(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-    """End a cluster and look until the provider shows nothing of it; quiet where there is nothing.
+    """Terminate a cluster and query until the provider shows no instance of it; quiet where there is none.
 
-    SkyPilot's own `down` takes up to a minute, most of it after the nodes are gone: it follows, and is not waited for.
+    SkyPilot's own `down` takes up to a minute, most of it after the nodes are gone: it follows without a wait.
     """
     name = request["cluster"]
     record = _with_config(request)
@@ -339,13 +339,13 @@ def end(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
 
 
 def _down(name: str, *, wait: bool) -> str:
-    """SkyPilot's own end, which also cleans its database; what went wrong, if that was waited for."""
+    """SkyPilot's own termination, which also cleans its database; the error, if it was waited for."""
     from sky.client import sdk
 
     if not _record(name):
         return ""
     if not wait:
-        _in_thread(lambda: sdk.down(name))  # its API server may have to be started for it
+        _in_thread(lambda: sdk.down(name))  # this may have to start its API server
         return ""
     try:
         sdk.get(sdk.down(name))
@@ -355,10 +355,10 @@ def _down(name: str, *, wait: bool) -> str:
 
 
 def _terminate(record: Mapping[str, Any]) -> None:
-    """By SkyPilot's functions for that cloud, without its database."""
+    """With SkyPilot's functions for that cloud, without its database."""
     from sky import provision
 
-    with contextlib.suppress(Exception):  # what is left is seen by the look that follows
+    with contextlib.suppress(Exception):  # the query that follows shows what is left
         provision.terminate_instances(record["provider"], record["name_on_cloud"], dict(record["provider_config"]))
 
 
@@ -369,7 +369,7 @@ _health = {"at": -HEALTH_SECONDS}
 
 
 def _keep_server(tell: Tell) -> bool:
-    """Start SkyPilot's API server where it died; in the background, since looking does not need it."""
+    """Start SkyPilot's API server if it died; in the background, since queries do not need it."""
     from sky.server import common as server_common
 
     if time.monotonic() - _health["at"] < HEALTH_SECONDS:
@@ -380,7 +380,7 @@ def _keep_server(tell: Tell) -> bool:
         with socket.create_connection((url.hostname or "127.0.0.1", url.port or 80), timeout=3.0):
             return True
     except OSError:
-        tell(event="server", message="SkyPilot's API server does not answer; it is being started")
+        tell(event="server", message="SkyPilot's API server does not answer; starting it")
     _in_thread(_start_server)
     return False
 
@@ -393,7 +393,7 @@ def _start_server() -> None:
 
 
 def check(_: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-    """Start the API server, and which clouds SkyPilot has credentials for."""
+    """Start the API server; the clouds that SkyPilot has credentials for."""
     from sky.client import sdk
 
     sdk.api_start()
@@ -402,7 +402,7 @@ def check(_: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
 
 
 def autodown(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-    """Set SkyPilot's own timer anew."""
+    """Reset SkyPilot's own timer."""
     from sky.client import sdk
     from sky.skylet import autostop_lib
 
@@ -412,7 +412,7 @@ def autodown(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
 
 
 def costs(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
-    """What SkyPilot's own report says of these clusters, those that were ended too: dollars and node seconds."""
+    """Dollars and node seconds in SkyPilot's own report on these clusters, terminated ones included."""
     from sky import core
 
     wanted = set(request["clusters"])
@@ -440,8 +440,8 @@ CALLS: Mapping[str, Callable[[Mapping[str, Any], Tell], dict[str, Any]]] = {
 }
 
 
-def failure_of(error: BaseException) -> Failure:
-    """What a person is told of an exception of SkyPilot's."""
+def failure_from(error: BaseException) -> Failure:
+    """The failure to report for an exception of SkyPilot."""
     if isinstance(error, Refused):
         return error.failure
     history = [f"{type(item).__name__}: {item}" for item in getattr(error, "failover_history", ())]
@@ -454,8 +454,8 @@ def serve(lines: Iterator[str], say: Callable[[dict[str, Any]], None]) -> None:
         request = json.loads(line)
         try:
             result = CALLS[request["call"]](request, lambda **facts: say(facts))
-        except BaseException as error:  # SkyPilot raises whatever its libraries raise; the process goes on
-            failure = failure_of(error)
+        except BaseException as error:  # SkyPilot raises whatever its libraries raise; the process continues
+            failure = failure_from(error)
             say({"failure": {"trouble": failure.trouble.value, "message": failure.message}})
         else:
             say({"result": result})
@@ -466,7 +466,7 @@ def main() -> None:
     os.environ.setdefault("SKYPILOT_POD_MEMORY_GB_LIMIT", MEMORY_GB)
     os.environ.setdefault("SKYPILOT_POD_CPU_CORE_LIMIT", CPUS)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever SkyPilot prints is no reply
+    os.dup2(2, 1)  # what SkyPilot prints is not a reply
     serve(iter(sys.stdin.readline, ""), lambda reply: print(json.dumps(reply), file=replies, flush=True))
 
 

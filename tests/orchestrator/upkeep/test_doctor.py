@@ -84,7 +84,7 @@ def test_a_ledger_that_adds_up_is_well(home: Home) -> None:
     in_the_ledger(home, run_id, f"slm-{home.owner_id()}-{run_id}-1")
     found = examined(home)["ledger"]
     assert found.level is Level.OK, found
-    assert found.detail == "1 run, whole, every balance is the sum of its entries"
+    assert found.detail == "1 run, intact, every balance is the sum of its entries"
 
 
 def test_an_entry_that_was_changed_behind_the_ledger_is_found(home: Home) -> None:
@@ -256,15 +256,15 @@ def web_server(date: str | None, status: int) -> Iterator[str]:
 @pytest.mark.parametrize("status", [200, 403])
 def test_the_date_of_any_answer_tells_the_skew(status: int) -> None:
     with web_server(formatdate(time.time() - 3600, usegmt=True), status) as url:
-        found = clock_skew.of_http(url)
+        found = clock_skew.http_skew(url)
     assert isinstance(found, clock_skew.Skew)
     assert found.seconds == pytest.approx(-3600, abs=1.5)
 
 
 def test_a_server_without_a_date_or_an_answer_is_said() -> None:
     with web_server(None, 200) as url:
-        assert "does not say its time" in str(clock_skew.of_http(url))
-    assert "does not answer" in str(clock_skew.of_http(url))
+        assert "does not say its time" in str(clock_skew.http_skew(url))
+    assert "does not answer" in str(clock_skew.http_skew(url))
 
 
 # ---------------------------------------------------------------- the command

@@ -9,7 +9,7 @@ import pytest
 
 from cost.market.providers import TerminatorKind, provider, providers, refusal
 from orchestrator.backends.aws.support import AwsSupport
-from orchestrator.backends.sky.client import SkyRefusal, error_of
+from orchestrator.backends.sky.client import SkyRefusal, backend_error
 from orchestrator.backends.sky.errors import Trouble, classify
 from orchestrator.backends.sky.names import LONGEST, cluster_name, lease_names, name_without_user
 from orchestrator.backends.sky.task import NodeTerms, facts_of, head_port, infra_of, sky_accelerator, task_of
@@ -190,7 +190,7 @@ def test_messages_lose_their_colours_and_keep_the_cloud_s_words() -> None:
 
 
 def test_a_server_that_fails_leaves_the_outcome_open() -> None:
-    error = error_of(Trouble.SERVER, "connection refused")
+    error = backend_error(Trouble.SERVER, "connection refused")
     assert not isinstance(error, SkyRefusal)
     assert "sky api status" in str(error)
 
