@@ -182,8 +182,8 @@ def test_a_worker_that_hangs_is_ended_and_the_next_call_gets_another(
     ("trouble", "words"),
     [
         ("quota", "quota: none of these; ask the provider for a higher quota"),
-        ("credentials", "credentials: none of these; see what is missing with: sky check"),
-        ("setting", "setting: none of these; look at the settings of SkyPilot"),
+        ("credentials", "credentials: none of these; find what is missing with: sky check"),
+        ("setting", "setting: none of these; check SkyPilot's settings"),
     ],
 )
 def test_what_no_waiting_helps_against_is_refused_for_good(rig: SkyRig, trouble: str, words: str) -> None:
