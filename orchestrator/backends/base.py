@@ -19,7 +19,7 @@ from cost.market.offers import Offer
 
 
 class BackendError(SlmError):
-    """The provider's interface did not do what it was asked; the instance may or may not exist."""
+    """A call to the provider failed; the instance may or may not exist."""
 
 
 class NoCapacity(BackendError):
@@ -30,7 +30,7 @@ class NoCapacity(BackendError):
 
 
 class LeasePhase(StrEnum):
-    """STARTING: asked for, not all seen yet. GONE: nothing of the lease is left at the provider."""
+    """STARTING: requested, not all nodes seen yet. GONE: no node of the lease is left at the provider."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -40,7 +40,7 @@ class LeasePhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """What the provider says of one lease now.
+    """One lease at the provider now.
 
     ENDED means that node 0's command has ended with `exit_code` while nodes still exist and cost money.
     """
@@ -49,7 +49,7 @@ class LeaseState:
     alive_ranks: tuple[int, ...] = ()
     exit_code: int | None = None
     usd_per_hour: Decimal | None = None
-    """Price of one node as the provider now bills it, or would if there were one, where it says."""
+    """Price of one node as the provider bills it now; None where it does not tell."""
     detail: str = ""
 
 
@@ -66,7 +66,7 @@ class Instance:
 
 
 class Backend(Protocol):
-    """Where nodes come from."""
+    """A place that rents out nodes."""
 
     name: str
 
@@ -94,7 +94,7 @@ class Backend(Protocol):
         ...
 
     def stop(self, lease: Lease) -> None:
-        """End every node of the lease and wait, bounded, until the provider says so; quiet if already gone."""
+        """Terminate every node of the lease and wait, bounded, for the provider to confirm; quiet if already gone."""
         ...
 
     def list_alive(self) -> Sequence[Instance]:

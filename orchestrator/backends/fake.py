@@ -30,7 +30,7 @@ class FakeNode:
 
 @dataclass(slots=True)
 class FakeBackend:
-    """Rents from nobody. `on_start` is called after each start, so that a test can script what follows."""
+    """Rents nothing. `on_start` is called after each start, so that a test can script what follows."""
 
     clock: Clock
     quotes: Sequence[Offer] = ()
@@ -62,7 +62,7 @@ class FakeBackend:
             return
         alive = sum(1 for node in self._nodes if node.ended_ms is None)
         if alive + len(missing) > self.capacity:
-            raise NoCapacity(f"{lease.offer.offer_id}: {self.capacity - alive} nodes free, {len(missing)} asked for")
+            raise NoCapacity(f"{lease.offer.offer_id}: {self.capacity - alive} nodes free, {len(missing)} requested")
         deadline = self.clock.real_seconds() + (lease.ttl_seconds or lease.first_grant_seconds)
         self._nodes += [FakeNode(lease, rank, self.clock.now_ms(), deadline) for rank in missing]
         self._exit_codes.pop(lease.lease_id, None)
@@ -116,7 +116,7 @@ class FakeBackend:
                 node.ended_ms = self.clock.now_ms()
 
     def end_command(self, lease_id: str, exit_code: int) -> None:
-        """Node 0's command ends; the nodes go on costing money."""
+        """Node 0's command ends; the nodes still cost money."""
         self._exit_codes[lease_id] = exit_code
 
     def true_bill_usd(self) -> Decimal:

@@ -1,6 +1,6 @@
-"""Every place where something of ours may live, also what no run row speaks of any more.
+"""Every backend where instances of ours may run, also of runs that the ledger no longer has.
 
-Whatever else can rent is added to `every_backend`; listing and ending need no run, no recipe and no plan.
+A new backend is added to `every_backend`; listing and terminating need no run, no recipe and no plan.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SKY_FOLDER = "sky"
 
 
 def every_backend(home: Home) -> Sequence[Backend]:
-    """One for each place; each lists and ends what is there."""
+    """One for each place; each lists and terminates our instances there."""
     return [*local_markets(home), *aws_accounts(home), *skypilot(home)]
 
 
@@ -41,9 +41,9 @@ def cloud_supports() -> Mapping[str, CloudSupport]:
 
 
 def aws_accounts(home: Home) -> list[Backend]:
-    """The AWS account that this machine has credentials for, whether or not SkyPilot knows anything of it.
+    """The AWS account that this machine has credentials for, whether or not SkyPilot knows it.
 
-    Without credentials it is looked at all the same, and that it cannot be is told, while something there is unsettled.
+    While a lease there is unsettled it is listed even without credentials, so that the failure is reported.
     """
     account = AwsAccount()
     unsettled = [account for account in leases_on(home, "aws") if account.is_open]
@@ -59,7 +59,7 @@ def aws_accounts(home: Home) -> list[Backend]:
 
 
 def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
-    """All that the ledger ever had there; none where it cannot be read, which whoever ends anything is told."""
+    """Every lease that the ledger ever had there; none where it cannot be read, which `reconcile` reports."""
     if not home.database.exists():
         return []
     try:
@@ -75,14 +75,14 @@ def leases_on(home: Home, cloud: str) -> list[LeaseAccount]:
 
 
 def local_markets(home: Home) -> list[Backend]:
-    """The market of every run that ever had one below this home, whether or not the ledger knows the run."""
+    """The market of every run that ever had one in this home, whether or not the ledger knows the run."""
     folders = sorted(path.parent for path in (home.root / "runs").glob(f"*/{MARKET_FOLDER}/{STATE_FILE}"))
     return [
         LocalBackend(
             folder,
             folder.parent.name,
             store_uri=str(home.store_dir(folder.parent.name)),
-            market="calm",  # what is played is in the market's own state; listing and ending need only the folder
+            market="calm",  # the real market is in its own state; listing and terminating need only the folder
             time_scale=1.0,
             seed=0,
             offers=(),
@@ -92,14 +92,14 @@ def local_markets(home: Home) -> list[Backend]:
 
 
 def skypilot(home: Home) -> list[Backend]:
-    """All that SkyPilot and the queues of its Slurm clusters show of our name, where a run of this home rents there."""
+    """SkyPilot and the queues of its Slurm clusters, where a run of this home rents there."""
     if not any((home.root / "runs").glob(f"*/{SKY_FOLDER}")) and not rents_through_skypilot(home):
         return []
     return [SkyBackend(home.root / SKY_FOLDER, None, known_leases=lambda: known_leases(home))]
 
 
 def rents_through_skypilot(home: Home) -> bool:
-    """Whether the ledger knows such a run: one that was brought here from another machine has no folder yet."""
+    """Whether the ledger knows such a run: one that another machine began has no folder here yet."""
     with suppress(DatabaseError, sqlite3.Error):
         if home.database.exists():
             with open_runs(home) as runs:
@@ -108,7 +108,7 @@ def rents_through_skypilot(home: Home) -> bool:
 
 
 def known_leases(home: Home) -> list[str]:
-    """Every lease that the ledger ever wrote down; none from a ledger that cannot be read."""
+    """Every lease that was ever in the ledger; none from a ledger that cannot be read."""
     if not home.database.exists():
         return []
     with suppress(DatabaseError, sqlite3.Error), open_runs(home) as runs:

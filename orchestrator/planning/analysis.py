@@ -1,4 +1,4 @@
-"""What `slm estimate`, `slm frontier` and `slm simulate` compute: from what a person said to the arithmetic of cost."""
+"""What `slm estimate`, `slm frontier` and `slm simulate` compute: from options to the arithmetic of cost."""
 
 from __future__ import annotations
 

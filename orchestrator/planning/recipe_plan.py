@@ -1,7 +1,7 @@
-"""From a recipe to a plan: which prices, which constraints, and what this machine stands for.
+"""From a recipe to a plan: prices, constraints, and the speed of this machine for the local cloud.
 
-The arithmetic is `cost.plan.planner`; this module brings it what a person said and what a recipe says. Torch-free, and
-it reads no network: prices come from a table on disk that knows its own dates.
+The arithmetic is in `cost.plan.planner`; this module passes it the options of the command and the recipe. It is
+torch-free and makes no network calls: prices come from a dated table on disk.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ of the demo recipe on two cores made at best 15 of the 31 thousand tokens/s that
 
 @dataclass(frozen=True, slots=True)
 class Belief:
-    """What a person says about the data: its corpus, where one of the known ones, and how many tokens it has."""
+    """What the options say about the data: its corpus, if it is a known one, and how many tokens it has."""
 
     corpus: str | None = None
     unique_tokens: int | None = None
@@ -88,14 +88,14 @@ def planned_for(
     measured_tokens_per_second: float | None = None,
     history: History | None = None,
 ) -> Planned:
-    """Rank the offers for a recipe; what is None here is as the recipe says.
+    """Rank the offers for a recipe; an option that is None is taken from the recipe.
 
     `measured_tokens_per_second`: the speed of this machine for a recipe of this shape; `history`: what earlier runs on
     clouds measured, which says nothing about the local cloud. Offers of clouds where nothing would end a hung node are
     rejected unless `allow_unguarded`; the local cloud has limits of its own.
 
     Raises:
-        UserError: A cloud or a GPU that no offer has, or a market that cannot be played.
+        UserError: A cloud or a GPU that no offer has, or a market that cannot be simulated.
     """
     emulation = local_emulation(recipe, measured_tokens_per_second)
     known = History() if history is None or emulation is not None else history
@@ -126,12 +126,12 @@ def planned_for(
 
     if emulation is None:
         return planned(Hazards(known.sightings))
-    played = schedule.load(recipe.local.market, seed=recipe.local.seed, time_scale=recipe.local.time_scale)
-    if isinstance(played, schedule.Hazard):
-        return planned(Hazards(fixed_per_node_hour=played.per_hour))
-    if isinstance(played, schedule.Script):
+    market = schedule.load(recipe.local.market, seed=recipe.local.seed, time_scale=recipe.local.time_scale)
+    if isinstance(market, schedule.Hazard):
+        return planned(Hazards(fixed_per_node_hour=market.per_hour))
+    if isinstance(market, schedule.Script):
         undisturbed = planned(Hazards(fixed_per_node_hour=0.0)).plan
-        return planned(Hazards(fixed_per_node_hour=scripted_rate(played, undisturbed, recipe.local.time_scale)))
+        return planned(Hazards(fixed_per_node_hour=scripted_rate(market, undisturbed, recipe.local.time_scale)))
     return planned(Hazards())
 
 
@@ -238,7 +238,7 @@ def offers_for(offers: Sequence[Offer], options: dict[str, Any]) -> tuple[Offer,
 
 
 def data_belief(corpus: str | None, unique_tokens: float | None) -> Belief:
-    """What a person said about the data.
+    """What the options say about the data.
 
     Raises:
         UserError: No loss law knows this corpus; names those that are known.
@@ -265,7 +265,7 @@ def explained(planned: Planned, best: Estimate) -> tuple[Explanation, ...]:
 
 
 def usable(prices: Prices, *, everywhere: bool) -> tuple[tuple[Offer, ...], tuple[Rejected, ...]]:
-    """Offers of clouds that SkyPilot has credentials for, and the others with the reason; all where it said nothing."""
+    """Offers of clouds that SkyPilot has credentials for, and the others with the reason; all where it is unknown."""
     enabled = prices.enabled
     if everywhere or not enabled:
         return prices.offers, ()
@@ -339,7 +339,7 @@ def scripted_rate(script: schedule.Script, undisturbed: Plan, time_scale: float)
 
 
 def local_emulation(recipe: Recipe, measured_tokens_per_second: float | None = None) -> Emulation | None:
-    """What this machine plays for a recipe of the local backend; None for real clouds."""
+    """What the local cloud simulates for a recipe of the local backend; None for real clouds."""
     if recipe.backend != "local":
         return None
     cores = float(usable_cores())

@@ -151,7 +151,7 @@ class BackendContract:
 
     def test_without_capacity_nothing_is_rented(self, rig: Rig) -> None:
         rig.limit(1)
-        with pytest.raises(NoCapacity, match="2 asked for"):
+        with pytest.raises(NoCapacity, match="2 requested"):
             rig.backend.start(lease_of(), rig.command)
         assert list(rig.backend.list_alive()) == []
         self.started(rig, lease_of(num_nodes=1))

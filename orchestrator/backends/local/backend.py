@@ -74,7 +74,7 @@ class LocalBackend:
         self._client.call("start", **self._order(lease, command))
 
     def _order(self, lease: Lease, command: Sequence[str]) -> dict[str, Any]:
-        """What the market is asked for, field by field as its `Order` has them."""
+        """The request to the market: the fields of its `Order`."""
         ttl_seconds = lease.first_grant_seconds + TTL_SHARE_OF_LATENCY * lease.kill_latency_seconds
         if lease.ttl_seconds:
             ttl_seconds = lease.ttl_seconds
@@ -99,9 +99,9 @@ class LocalBackend:
 
     def poll(self, lease: Lease) -> LeaseState:
         written = self._client.written()
-        if not written.there():  # nothing lives: no market has to be started to say so
-            return _state_of(written.describe(lease.lease_id))
-        return _state_of(self._client.call("poll", lease_id=lease.lease_id)["nodes"])
+        if not written.there():  # nothing runs, so no market has to be started
+            return _lease_state(written.describe(lease.lease_id))
+        return _lease_state(self._client.call("poll", lease_id=lease.lease_id)["nodes"])
 
     def extend(self, lease: Lease, seconds: float) -> None:
         if self._ttl == "renewable" and self._client.written().there():
@@ -130,8 +130,8 @@ class LocalBackend:
         ]
 
 
-def _state_of(nodes: Sequence[dict[str, Any]]) -> LeaseState:
-    """A lease's state out of the newest node of each rank."""
+def _lease_state(nodes: Sequence[dict[str, Any]]) -> LeaseState:
+    """A lease's state from the newest node of each rank."""
     there = {node["rank"]: node for node in nodes if node["is_there"]}
     head = next((node for node in nodes if node["rank"] == 0), None)
     exit_code = head["exit_code"] if head is not None else None

@@ -1,4 +1,4 @@
-"""Talking to the market's process, and starting it when it is not there."""
+"""Sends requests to the market's process, and starts it when it does not run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MarketClient:
         self._process: subprocess.Popen[bytes] | None = None
 
     def call(self, name: str, **request: object) -> dict[str, Any]:
-        """Ask; a market that is not there is started first.
+        """The reply to one request; a market that does not run is started first.
 
         Raises:
             NoCapacity: It has no nodes to rent.
@@ -49,7 +49,7 @@ class MarketClient:
             self._launch()
 
     def written(self) -> State:
-        """What the market last wrote down; it does not have to run for that, nor to start.
+        """The market's state as last written, whether or not it runs.
 
         Raises:
             BackendError: It cannot be read.
@@ -60,7 +60,7 @@ class MarketClient:
             raise BackendError(str(error)) from error
 
     def _ask(self, name: str, request: dict[str, object]) -> dict[str, Any] | None:
-        """The answer, or None when there is no market to ask."""
+        """The reply, or None when no market runs."""
         address = read_json(str(self.folder / ADDRESS_FILE))
         if not address or not alive((address["pid"], address["start"])):
             return None
@@ -99,7 +99,7 @@ class MarketClient:
     def _log_tail(self) -> str:
         path = self.folder / LOG_FILE
         lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-        return f"{lines[-1] if lines else 'it said nothing'} (see {path})"
+        return f"{lines[-1] if lines else 'its log is empty'} (see {path})"
 
 
 def _unwrapped(status: int, answer: dict[str, Any]) -> dict[str, Any] | None:

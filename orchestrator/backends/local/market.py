@@ -1,7 +1,7 @@
-"""Rents, watches, takes and ends nodes on this machine: the provider's side of the local cloud.
+"""Rents, watches, preempts and terminates nodes on this machine: the provider's side of the local cloud.
 
-Invariants: a node is written down before its first process exists, and is billed until no process of it is left, as
-found by its mark and never by a pid alone; `turn` never blocks, so that no node holds up the end of another.
+Invariants: a node is recorded before its first process exists, and is billed until none of its processes is left, as
+found by its mark and never by a pid alone; `turn` never blocks, so that no node delays the end of another.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FAMILY_SECONDS = 5.0
 
 
 class Refused(SlmError):
-    """The market does not do what it was asked; nothing was rented. `kind` is what the client raises it as."""
+    """The market refused a request; nothing was rented. `kind` decides which error the client raises."""
 
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
@@ -58,7 +58,7 @@ class Cloud:
         return self._state.port
 
     def listen(self, port: int) -> None:
-        """Where guards ask for a notice."""
+        """Set the port where guards ask for a preemption notice."""
         self.metadata_url = f"http://127.0.0.1:{port}/metadata"
         self._state.port = port
         self._save()
@@ -72,7 +72,7 @@ class Cloud:
     def is_ending(self) -> bool:
         return any(node.state in ("stopping", "ending") for node in self._state.there())
 
-    # -- what clients ask for --------------------------------------------------------------------
+    # -- requests of clients --------------------------------------------------------------------
 
     def start(self, order: Order) -> list[str]:
         """Rent what is missing of a lease; the new instances' names."""
@@ -100,7 +100,7 @@ class Cloud:
         self._save()
 
     def stop(self, lease_id: str) -> None:
-        """Begin to end a lease: its commands are told, then killed by `turn`."""
+        """Begin to end a lease: its commands get SIGTERM, then `turn` kills them."""
         for node in self._state.there(lease_id):
             if node.state in ("starting", "alive"):
                 node.state, node.stop_at, node.reason = "stopping", self._clock() + STOP_SECONDS, "stopped"
@@ -112,27 +112,27 @@ class Cloud:
         return self._state.there(lease_id)
 
     def notice_seconds(self, instance_id: str) -> float | None:
-        """What the metadata service says: seconds until this node is taken, None while nothing is planned."""
+        """For the metadata service: seconds until this node is preempted, None while that is not planned."""
         for node in self._state.there():
             if node.instance_id == instance_id and node.kill_at is not None:
                 return max(0.0, node.kill_at - self._clock())
         return None
 
-    # -- what happens by itself ------------------------------------------------------------------
+    # -- turns ------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Look at every node once, and do what is due."""
+        """Check every node once, and do what is due."""
         self._processes = [process for process in self._processes if process.poll() is None]
         now = self._clock()
         for node in self._state.there():
-            self._look_at(node, now)
+            self._check_node(node, now)
         self._strike()
         for node in self._state.there():
             if node.state == "ending":
                 self._kill(node)
         self._flush()
 
-    def _look_at(self, node: Node, now: float) -> None:
+    def _check_node(self, node: Node, now: float) -> None:
         self._read_exit(node)
         if node.state == "ending":
             return
@@ -146,7 +146,7 @@ class Cloud:
             self._end(node, "", node.reason)
 
     def _ask_to_end(self, node: Node) -> bool:
-        """SIGTERM to the node's command, once; False when it has ended. One not yet written down may just begin."""
+        """SIGTERM to the node's command, once; False when it has ended. Without a record it may just begin."""
         command = recorded(str(node.path("command.json")))
         if command is None:
             return True
@@ -200,7 +200,7 @@ class Cloud:
         self._unsaved = True
 
     def _end(self, node: Node, event: str, reason: str) -> None:
-        """From now on the node is killed until nothing of it is left."""
+        """From now on the node is killed until none of its processes is left."""
         node.state, node.reason = "ending", reason
         if event:
             self._tell(event, node)
@@ -208,7 +208,7 @@ class Cloud:
         self._kill(node)
 
     def _kill(self, node: Node) -> None:
-        """One pass; ended when two passes in a row found nobody."""
+        """One pass; the node has ended when two passes in a row found no process."""
         found = kill_family(node.instance_id, self._known.get(node.instance_id, ()))
         self._quiet[node.instance_id] = 0 if found else self._quiet.get(node.instance_id, 0) + 1
         if self._quiet[node.instance_id] < 2:
@@ -241,16 +241,16 @@ class Cloud:
         capacity, alive = self._spot.capacity(now), len(self._state.there())
         blocked = [rank for rank in missing if self._state.outages.get(str(rank), 0.0) > now.real]
         if capacity is not None and alive + len(missing) > capacity:
-            fact = f"{max(0, capacity - alive)} more nodes to be had, {len(missing)} asked for"
+            fact = f"{max(0, capacity - alive)} more nodes available, {len(missing)} requested"
         elif blocked:
-            fact = f"node {blocked[0]} was taken and is not back yet"
+            fact = f"node {blocked[0]} was preempted and is not available again yet"
         else:
             return
         self._events.add(event="no_capacity", real_seconds=now.real, lease_id=order.lease_id, detail=fact)
         raise Refused("no_capacity", f"the local spot market has no capacity: {fact}")
 
     def _rent(self, order: Order, rank: int, store: Path, now: Moment) -> Node:
-        """Write the node down, then start it."""
+        """Record the node, then start it."""
         name = f"{order.lease_id}-{rank}-{secrets.token_hex(4)}"
         key = str(rank)
         self._state.ordinals[key] = self._state.ordinals.get(key, 0) + 1
@@ -286,20 +286,20 @@ class Cloud:
         self._save()
         return node
 
-    # -- ledger -----------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------
 
     def _adopt(self) -> None:
-        """Go on with what a market before this one left: its nodes live on, or are found to have ended."""
+        """Continue from the state of an earlier market: its nodes still run, or are found to have ended."""
         state, anchor = self._state, self._state.anchor
         if anchor is None:
             return
-        if anchor.boot_id != boot_id():  # after a reboot nothing lives, and the clocks go on where they stood
+        if anchor.boot_id != boot_id():  # after a reboot nothing runs, and the clocks continue where they stopped
             last = max((node.started for node in state.nodes), default=(anchor.real, anchor.billed))
             last = max(last, *(node.ended for node in state.nodes if node.ended), (anchor.real, anchor.billed))
             state.anchor = Anchor(boot_id(), self._clock(), last[0], last[1], anchor.scale)
         try:
             self._spot = load(state.market, seed=state.seed, time_scale=anchor.scale)
-        except SlmError as error:  # its trace is gone: the nodes are looked after all the same
+        except SlmError as error:  # its trace is gone: the nodes are still watched
             self._events.add(event="market_is_calm", detail=str(error))
         billed = {(line["event"], line["instance_id"]) for line in self._bill.lines()}
         for node in state.nodes:
@@ -308,7 +308,7 @@ class Cloud:
             if node.ended is not None and ("end", node.instance_id) not in billed:
                 self._bill.add(event="end", instance_id=node.instance_id, billed_seconds=node.ended[1])
             if node.state == "starting":
-                node.state = "alive"  # if it never came to be, the first look finds nobody and ends it
+                node.state = "alive"  # if it was never started, the first check finds no process and ends it
         if state.there():
             self._events.add(event="market_restarted", real_seconds=self._now().real, nodes=len(state.there()))
         self._save()
@@ -338,9 +338,9 @@ class Cloud:
         self._flush()
 
     def _flush(self) -> None:
-        """Write everything down; what a full disk refuses is tried again at the next turn."""
+        """Write everything; what a full disk refuses is written at the next turn."""
         with suppress(OSError):
-            self._bill.flush()  # before the state: who reads there that a node has ended finds it billed
+            self._bill.flush()  # before the state, so that a node that has ended is always billed
             self._events.flush()
             if self._unsaved:
                 save_state(self.folder, self._state)

@@ -1,7 +1,7 @@
-"""What the market writes down, in a folder of its own: its state, its bill and what it did.
+"""The market's files, in a folder of its own: its state, its bill and its events.
 
-The state is replaced in one step; a node stands in it before it is started. Bill and events are lines that are only
-appended: an end is billed before the state says so, and what a kill kept from being billed is made up for at the next
+The state is replaced in one step; a node is in it before it is started. Bill and events are lines that are only
+appended: the end of a node is billed before the state shows it, and a line that a kill prevented is added at the next
 start. Of two lines for one end the first counts.
 """
 
@@ -33,7 +33,7 @@ class MarketBroken(SlmError):
 class Node:
     """One instance. `ttl_at`, `kill_at` and `stop_at` are boottimes; `guard` is the pid and start time of its guard.
 
-    state: starting (written down, maybe not yet there), alive, stopping (its command was told), ending (being killed,
+    state: starting (recorded, may not exist yet), alive, stopping (its command got SIGTERM), ending (being killed,
     not yet confirmed), ended.
     """
 
@@ -68,7 +68,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A moment of the market's clocks at a boottime; the clocks go on from it at `scale`."""
+    """A moment of the market's clocks at a boottime; the clocks run on from it at `scale`."""
 
     boot_id: str
     boottime: float
@@ -101,7 +101,7 @@ class State:
         return [node for node in self.nodes if node.is_there and lease_id in (None, node.lease_id)]
 
     def describe(self, lease_id: str) -> list[dict[str, Any]]:
-        """What a client is told of the newest node of each rank, ended or not."""
+        """The newest node of each rank, ended or not, as clients get it."""
         newest = {node.rank: node for node in self.nodes if node.lease_id == lease_id}
         return [
             {
@@ -128,7 +128,7 @@ def load_state(folder: Path) -> State:
         return State(anchor=None if anchor is None else Anchor(**anchor), nodes=nodes, **content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MarketBroken(
-            f"the local cloud's state {path} cannot be read: {error}; nodes that live end by themselves when their "
+            f"the local cloud's state {path} cannot be read: {error}; running nodes end by themselves when their "
             f"grant expires, then delete {folder}."
         ) from error
 

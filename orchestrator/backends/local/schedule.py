@@ -1,4 +1,4 @@
-"""When the spot market takes nodes back, and how many it has: pure, so that a replay agrees.
+"""When the spot market preempts nodes, and how many it has: pure, so that a replay gives the same.
 
 A market is named by a string: `calm`, `hazard:PER_HOUR` or `trace:FILE`, each with options behind commas:
 - `notice=P`: share of the preemptions that are announced before, `notice_seconds=S`: how long before;
@@ -38,7 +38,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """What the market looks at when it chooses; `ordinal` counts the nodes that had this rank, from 1."""
+    """A node as the market sees it; `ordinal` counts the nodes that had this rank, from 1."""
 
     instance_id: str
     rank: int
@@ -48,7 +48,7 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """Take this node `notice_seconds` from now, announced if that is more than zero.
+    """Preempt this node `notice_seconds` from now, announced if that is more than zero.
 
     No key strikes twice. The rank cannot be rented for `back_seconds` after.
     """
@@ -65,9 +65,9 @@ class Spot(Protocol):
         ...
 
     def strikes(self, now: Moment, nodes: Sequence[NodeView]) -> list[Strike]:
-        """What to take now out of `nodes`, which holds only those that are not being taken yet.
+        """The nodes to preempt now out of `nodes`, which holds only those that are not being preempted yet.
 
-        It may say the same again: whoever calls it lets every key strike once.
+        The same strike may be returned again: the caller executes every key once.
         """
         ...
 
@@ -105,7 +105,7 @@ class Hazard:
 class CapacityTrace:
     """How many nodes there are changes at `starts` (billed seconds); begins again when it is over.
 
-    What no longer fits is taken, chosen by seed.
+    Nodes that no longer fit are preempted, chosen by seed.
     """
 
     starts: tuple[float, ...]

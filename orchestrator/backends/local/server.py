@@ -1,7 +1,7 @@
 """The market's process: HTTP on the loop-back interface with a token, and the turns of the cloud in between.
 
 It holds a lock for as long as it lives, so that a run has one market; it ends by itself when it has had no node for a
-while. Killed with SIGKILL, the next one goes on from its folder.
+while. After a SIGKILL, the next market continues from its folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ADDRESS_FILE = "address.json"
 LOCK_FILE = "market.lock"
 IDLE_SECONDS = 3.0
 GIVE_UP_SECONDS = 30.0
-"""An idle market whose folder cannot be written to ends after this time all the same."""
+"""An idle market whose folder cannot be written to ends after this time anyway."""
 TURN_SECONDS = 0.2
 BUSY_TURN_SECONDS = 0.05
 LOCK_SECONDS = 3.0
@@ -77,7 +77,7 @@ class Server(ThreadingHTTPServer):
             return {}
 
     def _wait_for_end(self, lease_id: str, *, ending_only: bool) -> None:
-        """Until nothing of a lease is left, or nothing that is ending; turns go on meanwhile."""
+        """Until nothing of a lease is left, or nothing that is ending; turns continue meanwhile."""
         states = ("stopping", "ending") if ending_only else ("starting", "alive", "stopping", "ending")
         self.changed.wait_for(
             lambda: not any(node.state in states for node in self.cloud.there(lease_id)), timeout=END_SECONDS
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
-        with suppress(OSError):  # whoever asked was killed meanwhile
+        with suppress(OSError):  # the client was killed meanwhile
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

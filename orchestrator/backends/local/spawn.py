@@ -38,9 +38,9 @@ NODE_VARIABLES = (
     "SLM_TERM_SECONDS",
 )
 STOP_SECONDS = 2.0
-"""How long a node's command has to end by itself when its lease is stopped."""
+"""How long a node's command has to exit when its lease is stopped."""
 NOT_INHERITED = (*NODE_VARIABLES, "RAY_ADDRESS", "RAY_TMPDIR", "RAY_JOB_ID")
-"""What must not leak into a node or a market from whoever starts it: another node's identity, another Ray cluster."""
+"""Must not be inherited by a node or a market: another node's identity, another Ray cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +91,12 @@ def spawn(order: Order, node: Node, store: Path, head_port: int, metadata_url: s
             stderr=output,
             start_new_session=True,
             cwd=node.node_dir,
-            env=environment_of(order, node, store, head_port),
+            env=node_environment(order, node, store, head_port),
         )
 
 
-def environment_of(order: Order, node: Node, store: Path, head_port: int) -> dict[str, str]:
-    """The market's own environment, what the order adds, and what every node is told."""
+def node_environment(order: Order, node: Node, store: Path, head_port: int) -> dict[str, str]:
+    """The market's own environment, the order's, and the variables of every node."""
     return {
         "OMP_NUM_THREADS": "1",
         **clean_environment(),

@@ -1,8 +1,8 @@
 """Rents through SkyPilot: one of its clusters per lease, on any cloud that it serves.
 
-SkyPilot creates; what it did is written to the run store at once (`clusters/LEASE.json`), so that another machine,
-whose SkyPilot knows nothing, finds and ends it. That a node's command has ended is read from its guard's word in the
-run store. Money, grants and progress are other people's business.
+SkyPilot creates instances. A record of them is written to the run store at once (`clusters/LEASE.json`), so that
+another machine, whose SkyPilot does not know them, finds and terminates them. Whether a node's command has ended is
+read from what its guard writes into the run store. The ledger, grants and progress belong to the supervisor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orchestrator.backends.base import BackendError, Instance, LeasePhase, Lease
 from orchestrator.backends.cloud_support import CloudSupport
 from orchestrator.backends.sky.client import SkyClient, SkyRefusal
 from orchestrator.backends.sky.names import cluster_name, lease_names
-from orchestrator.backends.sky.task import CREDENTIALS_FILE, FACTS_FILE, NodeTerms, facts_of, task_of
+from orchestrator.backends.sky.task import CREDENTIALS_FILE, FACTS_FILE, NodeTerms, lease_task, node_facts
 from orchestrator.backends.sky.terminators import armed_provider, autodown_minutes
 from tasks import run_store_keys as keys
 from tasks.node.bootstrap import node_ranks
@@ -35,13 +35,13 @@ from tasks.node.guard_archive import write_guard_archive
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
 
 CALL_SECONDS = 120.0
-"""Longest wait for a look."""
+"""Longest wait for a query."""
 SERVER_TRIES = 3
-"""How often SkyPilot's API server is started before an offer is given up."""
+"""How often SkyPilot's API server is started before an offer is skipped."""
 END_SECONDS = 300.0
-"""Longest wait for an end; the caller tries again."""
+"""Longest wait for a termination; the caller tries again."""
 LAUNCH_SLACK_SECONDS = 120.0
-"""Beyond a create's own limit, for giving it up."""
+"""Beyond a create's own limit, to cancel it."""
 """As the guard itself ends where it refuses to start."""
 LIVE = ("UP", "INIT")
 CODE = ("tasks", "trainer", "cost")
@@ -55,9 +55,9 @@ class SkySettings:
     """How this run rents. Real seconds."""
 
     launch_seconds: float = 600.0
-    """A create that takes longer is given up: a guard's first grant counts from its start."""
+    """A create that takes longer is cancelled: a guard's first grant counts from its start."""
     capacity_seconds: float = 120.0
-    """How long a node that is not to be had is waited for in a provider's queue."""
+    """How long a node may wait in a provider's queue."""
     guard_seconds: float = 180.0
     """After a create, within which the first node's guard must have reached the run store."""
     server_pause_seconds: float = 10.0
@@ -65,9 +65,9 @@ class SkySettings:
 
 
 class SkyBackend:
-    """Nodes of one run; `store` is the run's. `folder`: what only this machine needs.
+    """Nodes of one run; `store` is the run's. `folder`: files that only this machine needs.
 
-    Without a store it lists and ends what anybody of this name has rented, and rents nothing.
+    Without a store it lists and terminates every cluster with our prefix, and rents nothing.
     """
 
     name = "sky"
@@ -108,7 +108,7 @@ class SkyBackend:
         return self._offers
 
     def start(self, lease: Lease, command: Sequence[str]) -> None:  # noqa: ARG002
-        """`command` is the node's own affair here: its Python lies where the node has put it."""
+        """`command` is ignored: the node itself makes it, with the Python that it has installed."""
         if self._store is None:
             raise BackendError("a backend without a run store rents nothing.")
         self._refuse_unguarded(lease)
@@ -122,7 +122,7 @@ class SkyBackend:
         before = self._record(lease) if alive else {}
         ranks = {ip: rank for rank, (item, ip) in enumerate(before.get("instances") or ()) if item in alive}
         if alive and 0 not in ranks.values():
-            raise NoCapacity(f"{lease.lease_id}: its first node is gone or unknown, so it does not grow back.")
+            raise NoCapacity(f"{lease.lease_id}: its first node is gone or unknown, so no node is added.")
         self._remember(lease, {**before, "cluster": cluster_name(lease.lease_id), "state": "asked"})
         terms = NodeTerms(
             store_uri=self._store.uri,
@@ -131,8 +131,8 @@ class SkyBackend:
             region=self._region,
             has_credentials=(keys := self._credentials()) is not None,
         )
-        with staged(self._folder / lease.lease_id, facts_of(lease, terms, ranks), keys) as workdir:
-            task = task_of(lease, terms, workdir=str(workdir), environment={})
+        with staged(self._folder / lease.lease_id, node_facts(lease, terms, ranks), keys) as workdir:
+            task = lease_task(lease, terms, workdir=str(workdir), environment={})
             began = time.monotonic()
             result = self._client.call(
                 "launch",
@@ -159,17 +159,17 @@ class SkyBackend:
         if not live:
             support = self._supports.get(lease.offer.cloud)
             why = "" if support is None else support.why_gone(record, lease)
-            return LeaseState(LeasePhase.GONE, detail=why or "nothing of it is left at the provider")
-        ranks = ranks_of(live, record.get("instances") or (), lease.num_nodes)
+            return LeaseState(LeasePhase.GONE, detail=why or "none of its nodes is left at the provider")
+        ranks = alive_ranks(live, record.get("instances") or (), lease.num_nodes)
         price = self._price(lease, record)
         try:
             request = self._word(keys.guard_request(lease.lease_id, 0))
-        except StoreError:  # its silence is the store's: nothing is concluded from it
+        except StoreError:  # the store is away, so nothing follows for the node
             return LeaseState(LeasePhase.RUNNING, ranks, None, price, "the run store is away")
         if request is None:
             silent = time.time() - float(record.get("started_at") or time.time())
             if silent > self._settings.guard_seconds:
-                detail = f"its guard has said nothing for {silent:.0f} s"
+                detail = f"its guard has not written for {silent:.0f} s"
                 return LeaseState(LeasePhase.ENDED, ranks, keys.EXIT_UNGUARDED, price, detail)
             return LeaseState(LeasePhase.STARTING, ranks, None, price)
         self._tell_ready(lease, record)
@@ -192,7 +192,7 @@ class SkyBackend:
         result = self._client.call("end", seconds=END_SECONDS, cluster=name, record=record)
         if result["left"]:
             trouble = f" ({result['trouble']})" if result.get("trouble") else ""
-            raise BackendError(f"{lease.lease_id} has {len(result['left'])} instances left at the provider{trouble}.")
+            raise BackendError(f"{lease.lease_id} still has {len(result['left'])} instances at the provider{trouble}.")
         support = self._supports.get(lease.offer.cloud)
         if support is not None and record:
             support.release(record, lease)
@@ -219,7 +219,7 @@ class SkyBackend:
     # -- helpers ---------------------------------------------------------------------------------
 
     def _refuse_unguarded(self, lease: Lease) -> None:
-        """What cannot be armed by this version is not rented.
+        """Refuse a cloud whose terminators this version cannot arm.
 
         Raises:
             SkyRefusal: Nothing that we can arm would end a hung node there.
@@ -230,7 +230,7 @@ class SkyBackend:
             raise SkyRefusal(reason)
 
     def _require_skypilot(self, lease: Lease) -> None:
-        """SkyPilot answers and may rent there: asked before the intent is written, so that a refusal costs no wait.
+        """SkyPilot answers and may rent there: checked before the record is written, so that a refusal costs no wait.
 
         Raises:
             SkyRefusal: It cannot be started, or has no credentials for that cloud.
@@ -247,12 +247,12 @@ class SkyBackend:
             raise SkyRefusal(f"SkyPilot could not be started, so nothing was rented: {failed}") from failed
         if enabled and lease.offer.cloud not in enabled:  # one that was never asked looks for itself at the launch
             raise SkyRefusal(
-                f"SkyPilot has no credentials for {lease.offer.cloud} (it has them for {', '.join(enabled)}); see what "
-                f"is missing with: sky check {lease.offer.cloud}"
+                f"SkyPilot has no credentials for {lease.offer.cloud} (it has them for {', '.join(enabled)}); find "
+                f"what is missing with: sky check {lease.offer.cloud}"
             )
 
     def _alive(self, lease: Lease) -> list[str]:
-        """Instances of a lease that was asked for before; nobody is asked about one that never was."""
+        """Instances of a lease that was requested before; a lease that never was has none."""
         if not self._record(lease):
             return []
         seen = self._client.call(
@@ -262,13 +262,14 @@ class SkyBackend:
 
     def _on_event(self, lease: Lease, event: Mapping[str, Any]) -> None:
         if event["event"] == "record":
-            order = {"instances": self._record(lease).get("instances") or []}  # SkyPilot's own is not that of the ranks
+            # SkyPilot's order is not that of the ranks.
+            order = {"instances": self._record(lease).get("instances") or []}
             self._remember(lease, {**self._record(lease), **event["record"], **order, "state": "asked"})
         elif event["event"] == "server":
             self._tell(str(event["message"]))
 
     def _remember(self, lease: Lease, record: dict[str, Any]) -> None:
-        """Here and in the run store; a store that is away must not hide what was rented from us."""
+        """Keep the record here and in the run store; it must not be lost while the store is away."""
         record = {**record, "lease_id": lease.lease_id, "run_id": lease.run_id}
         self._records[lease.lease_id] = record
         if self._store is None:
@@ -302,7 +303,7 @@ class SkyBackend:
         return content if isinstance(content, dict) else None
 
     def _tell_ready(self, lease: Lease, record: Mapping[str, Any]) -> None:
-        """Once for each lease that was created here: where the time went until its first node was set up."""
+        """Once for each lease that was created here: the times until its first node was set up."""
         if lease.lease_id in self._ready or "seconds" not in record:
             return
         setup = self._read(keys.set_up(lease.lease_id, 0))
@@ -317,7 +318,7 @@ class SkyBackend:
         self._on_ready(lease, {"seconds": total, **parts})
 
     def _price(self, lease: Lease, record: Mapping[str, Any]) -> Decimal | None:
-        """As the provider bills it where it says so, None while it does not; elsewhere as it was at the rent."""
+        """As billed now, where that can be read, and None while it cannot; elsewhere the price when it was rented."""
         support = self._supports.get(lease.offer.cloud)
         if support is not None and support.reads_prices and lease.offer.spot:
             return support.usd_per_hour(record, lease)
@@ -326,8 +327,8 @@ class SkyBackend:
         return Decimal(record["usd_per_hour"]) if record.get("usd_per_hour") else None
 
 
-def ranks_of(live: set[str], instances: Sequence[Sequence[str]], num_nodes: int) -> tuple[int, ...]:
-    """Ranks of the living instances; by their number alone while SkyPilot has not said which is which."""
+def alive_ranks(live: set[str], instances: Sequence[Sequence[str]], num_nodes: int) -> tuple[int, ...]:
+    """Ranks of the running instances; from their number alone while SkyPilot has not told the order."""
     order = [instance for instance, _ in instances]
     if set(order) >= live and len(order) == num_nodes:
         return tuple(rank for rank, item in enumerate(order) if item in live)
@@ -335,7 +336,7 @@ def ranks_of(live: set[str], instances: Sequence[Sequence[str]], num_nodes: int)
 
 
 def in_order(record: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, Any]:
-    """The record with its instances by rank, as the nodes themselves work it out."""
+    """The record with its instances by rank, in the order that the nodes themselves compute."""
     instances = record.get("instances") or ()
     ranks = node_ranks([ip for _, ip in instances], known)
     return {**record, "instances": sorted(instances, key=lambda instance: ranks[instance[1]])}
@@ -343,7 +344,7 @@ def in_order(record: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, A
 
 @contextlib.contextmanager
 def staged(folder: Path, facts: Mapping[str, Any], credentials: str | None) -> Any:
-    """A folder with our code, the lock file and what nodes are told, for as long as SkyPilot copies it."""
+    """A folder with our code, the lock file and the nodes' facts, for as long as SkyPilot copies it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
     try:

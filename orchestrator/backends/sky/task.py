@@ -1,7 +1,7 @@
-"""What SkyPilot is asked for: one task of n nodes in one place, as its YAML has it; and what its nodes are told.
+"""A lease as SkyPilot's task of n nodes in one place, in the form of its YAML; and the facts that its nodes read.
 
-Nothing secret is in either. Credentials lie in a file of their own beside the code, which SkyPilot copies to the
-nodes' disks; the environment of the task holds places only.
+Neither holds a secret. Credentials are in a file of their own beside the code, which SkyPilot copies to the nodes'
+disks; the environment of the task holds no credentials.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.backends.sky.terminators import autodown_minutes, node_termina
 FACTS_FILE = "node.json"
 CREDENTIALS_FILE = "credentials"
 FIRST_PORT, NUM_PORTS = 21_000, 9_000
-"""Below the ports that systems give out by themselves, and where no service has its home."""
+"""Below the ephemeral ports of systems, and where no well-known service listens."""
 RUN = "exec python3 -I -u tasks/node/bootstrap.py start --facts node.json"
 GUARD_PERIOD_SECONDS = 3.0
 DISK_GB = 100
@@ -26,7 +26,7 @@ DISK_GB = 100
 
 @dataclass(frozen=True, slots=True)
 class NodeTerms:
-    """What nodes are told beside the lease."""
+    """What nodes need to know beside the lease."""
 
     store_uri: str
     limit_seconds: float
@@ -38,7 +38,7 @@ class NodeTerms:
     guard_period_seconds: float = GUARD_PERIOD_SECONDS
 
 
-def infra_of(offer: Offer) -> str:
+def infra(offer: Offer) -> str:
     """`cloud/region/zone` as SkyPilot writes it."""
     places = [offer.cloud]
     if offer.region and offer.region != ANY_REGION:
@@ -48,9 +48,9 @@ def infra_of(offer: Offer) -> str:
     return "/".join(places)
 
 
-def resources_of(offer: Offer, lease_id: str, run_id: str) -> dict[str, Any]:
+def node_resources(offer: Offer, lease_id: str, run_id: str) -> dict[str, Any]:
     """One node. Without an instance type the accelerator is asked for by SkyPilot's name, which ours begin with."""
-    resources: dict[str, Any] = {"infra": infra_of(offer)}
+    resources: dict[str, Any] = {"infra": infra(offer)}
     if offer.instance_type:
         resources["instance_type"] = offer.instance_type
     else:
@@ -80,14 +80,14 @@ def sky_accelerator(name: str) -> str:
 
 
 def label(text: str) -> str:
-    """As the strictest cloud (GCP) takes values: small letters, digits, - and _, at most 63."""
+    """A label's value in the form of the strictest cloud (GCP): small letters, digits, - and _, at most 63."""
     return "".join(character if character.isalnum() or character in "-_" else "-" for character in text.lower())[:63]
 
 
-def task_of(lease: Lease, terms: NodeTerms, *, workdir: str, environment: Mapping[str, str]) -> dict[str, Any]:
+def lease_task(lease: Lease, terms: NodeTerms, *, workdir: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """The task as SkyPilot's YAML has it."""
     cloud = lease.offer.cloud
-    resources = resources_of(lease.offer, lease.lease_id, lease.run_id)
+    resources = node_resources(lease.offer, lease.lease_id, lease.run_id)
     minutes = autodown_minutes(cloud, terms.limit_seconds)
     if minutes is not None:
         resources["autostop"] = {"idle_minutes": minutes, "down": True, "wait_for": "none"}
@@ -103,8 +103,8 @@ def task_of(lease: Lease, terms: NodeTerms, *, workdir: str, environment: Mappin
     return {**task, "config": config} if config else task
 
 
-def facts_of(lease: Lease, terms: NodeTerms, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """What `tasks.node.bootstrap` reads on every node; `ranks`: of the nodes that live already, by address."""
+def node_facts(lease: Lease, terms: NodeTerms, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What `tasks.node.bootstrap` reads on every node; `ranks`: of the nodes that run already, by address."""
     terminators = node_terminators(lease.offer.cloud)
     return {
         "lease_id": lease.lease_id,

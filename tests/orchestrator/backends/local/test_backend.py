@@ -334,7 +334,7 @@ def test_the_market_takes_a_node_with_notice_and_gives_it_back_later(
     rig.start(lease)
     rig.until(lambda: rig.backend.poll(lease).alive_ranks == (0,))
     assert rig.backend.poll(lease).detail == "node 1: preempted"
-    with pytest.raises(BackendError, match="node 1 was taken and is not back yet"):
+    with pytest.raises(BackendError, match="node 1 was preempted and is not available again yet"):
         rig.backend.start(lease, rig.command)
     rig.until(lambda: told.exists() and told.read_text())
     assert told.read_text() in ("0 2\n", "0 3\n")
@@ -385,7 +385,7 @@ def test_a_state_that_cannot_be_read_is_told(rig: LocalRig) -> None:
 def test_a_market_that_cannot_start_says_why(rig: LocalRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "START_SECONDS", 1.0)
     broken = rig.another(python="/bin/false")
-    with pytest.raises(BackendError, match=r"the local cloud does not start: it said nothing \(see .*market.log\)"):
+    with pytest.raises(BackendError, match=r"the local cloud does not start: its log is empty \(see .*market.log\)"):
         broken.start(lease_of(), rig.command)
 
 

@@ -17,7 +17,7 @@ import pytest
 from cost.ledger.leases import Lease
 from orchestrator.backends.base import Backend, BackendError, LeasePhase, NoCapacity
 from orchestrator.backends.sky import backend as sky
-from orchestrator.backends.sky.backend import SkyBackend, SkySettings, ranks_of, staged
+from orchestrator.backends.sky.backend import SkyBackend, SkySettings, alive_ranks, staged
 from orchestrator.backends.sky.client import SkyClient, SkyRefusal
 from tests.support.backend_contract import OFFER, BackendContract, lease_of
 from trainer.run_store.base import DirectoryStore
@@ -260,7 +260,7 @@ def test_a_run_store_that_is_away_ends_no_lease(tmp_path: Path) -> None:
 def test_what_is_left_after_an_end_is_told(rig: SkyRig) -> None:
     rig.backend.start(lease_of(), rig.command)
     rig.set(left=["i-1"])
-    with pytest.raises(BackendError, match="has 1 instances left at the provider"):
+    with pytest.raises(BackendError, match="still has 1 instances at the provider"):
         rig.backend.stop(lease_of())
 
 
@@ -271,7 +271,7 @@ def test_a_guard_that_never_speaks_ends_the_lease(tmp_path: Path) -> None:
     state = rig.backend.poll(lease_of())
     rig.client.close()
     assert (state.phase, state.exit_code) == (LeasePhase.ENDED, 3)
-    assert "its guard has said nothing for" in state.detail
+    assert "its guard has not written for" in state.detail
 
 
 def test_no_secret_is_in_the_task_the_facts_or_the_run_store(rig: SkyRig) -> None:
@@ -306,7 +306,7 @@ def test_clusters_of_other_people_s_leases_are_listed_under_their_own_names(rig:
 
 def test_ranks_are_counted_while_skypilot_has_not_named_the_instances() -> None:
     named = [["i-b", "10.0.0.1"], ["i-a", "10.0.0.2"]]
-    assert ranks_of({"i-a"}, named, 2) == (1,)
-    assert ranks_of({"i-a", "i-b"}, named, 2) == (0, 1)
-    assert ranks_of({"i-a"}, (), 2) == (0,)
-    assert ranks_of({"j-1", "j-2"}, named, 2) == (0, 1)
+    assert alive_ranks({"i-a"}, named, 2) == (1,)
+    assert alive_ranks({"i-a", "i-b"}, named, 2) == (0, 1)
+    assert alive_ranks({"i-a"}, (), 2) == (0,)
+    assert alive_ranks({"j-1", "j-2"}, named, 2) == (0, 1)

@@ -12,7 +12,7 @@ from orchestrator.backends.aws.support import AwsSupport
 from orchestrator.backends.sky.client import SkyRefusal, backend_error
 from orchestrator.backends.sky.errors import Trouble, classify
 from orchestrator.backends.sky.names import LONGEST, cluster_name, lease_names, name_without_user
-from orchestrator.backends.sky.task import NodeTerms, facts_of, head_port, infra_of, sky_accelerator, task_of
+from orchestrator.backends.sky.task import NodeTerms, head_port, infra, lease_task, node_facts, sky_accelerator
 from orchestrator.backends.sky.terminators import (
     NO_AUTOSTOP,
     armed_provider,
@@ -113,7 +113,7 @@ def test_skypilot_s_own_timer_stands_behind_what_is_paid() -> None:
 
 
 def test_a_slurm_partition_is_the_zone_and_is_not_asked_for_as_spot() -> None:
-    task = task_of(replace(lease_of(), offer=H100), TERMS, workdir="/w", environment={})
+    task = lease_task(replace(lease_of(), offer=H100), TERMS, workdir="/w", environment={})
     assert task["resources"] == {"infra": "slurm/lab/spot", "instance_type": "8CPU--64GB--H100:1"}
     assert task["num_nodes"] == 2
     assert task["config"]["slurm"]["sbatch_options"]["time"] == "00:10:00"
@@ -121,7 +121,7 @@ def test_a_slurm_partition_is_the_zone_and_is_not_asked_for_as_spot() -> None:
 
 def test_a_cloud_s_spot_node_is_labelled_and_has_skypilot_s_timer() -> None:
     offer = replace(OFFER, cloud="gcp", region="us-east5", zone="us-east5-a", instance_type="a3-highgpu-1g")
-    resources = task_of(replace(lease_of(), offer=offer), TERMS, workdir="/w", environment={})["resources"]
+    resources = lease_task(replace(lease_of(), offer=offer), TERMS, workdir="/w", environment={})["resources"]
     assert resources["infra"] == "gcp/us-east5/us-east5-a"
     assert resources["use_spot"] is True
     assert resources["labels"] == {"slm-lease": "slm-test-1", "slm-run": "test"}
@@ -129,8 +129,8 @@ def test_a_cloud_s_spot_node_is_labelled_and_has_skypilot_s_timer() -> None:
 
 
 def test_a_place_that_is_not_known_is_left_to_skypilot() -> None:
-    assert infra_of(replace(OFFER, cloud="vast", region="any", zone=None)) == "vast"
-    assert infra_of(replace(OFFER, cloud="lambda", region="us-west-1", zone=None)) == "lambda/us-west-1"
+    assert infra(replace(OFFER, cloud="vast", region="any", zone=None)) == "vast"
+    assert infra(replace(OFFER, cloud="lambda", region="us-west-1", zone=None)) == "lambda/us-west-1"
 
 
 def test_accelerators_without_an_instance_type_have_skypilot_s_names() -> None:
@@ -143,7 +143,7 @@ def test_accelerators_without_an_instance_type_have_skypilot_s_names() -> None:
 
 
 def test_nodes_are_told_the_first_grant_and_one_port_for_all() -> None:
-    facts = facts_of(lease_of(first_grant_seconds=61.5), TERMS)
+    facts = node_facts(lease_of(first_grant_seconds=61.5), TERMS)
     assert facts["first_grant_seconds"] == 61.5
     assert facts["store_uri"] == TERMS.store_uri
     assert facts["head_port"] == head_port("slm-test-1")
