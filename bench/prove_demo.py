@@ -1,6 +1,6 @@
 """The demo keeps its promises: a node killed, a node drained, learning, a budget, and nothing left running.
 
-`python bench/prove_demo.py [--json]` runs `make demo` in an SLM_HOME of its own and checks what came of it.
+`python bench/prove_demo.py [--json]` runs `make demo` in an SLM_HOME of its own and checks the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One schedule: a run that would use its whole cap, some faults, and what came of it."""
+"""One schedule: a run that would use its whole cap, some faults, and its result."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def reconcile(
         print_json(inventory_facts(found))
     else:
         render_upkeep.inventory(found, render.console_on(sys.stdout))
-    if found.problems or (found.leaked and not dry_run):
+    if found.problems or (found.orphans and not dry_run):
         raise typer.Exit(WRONG_EXIT_CODE)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def provider_profile(plan: Plan, estimate: Estimate) -> Provider:
-    """The local cloud's for a plan that it plays, else that of the offer's cloud."""
+    """The local cloud's for a simulated plan, else that of the offer's cloud."""
     return provider(estimate.offer.cloud if plan.emulation is None else "local")
 
 

@@ -58,7 +58,7 @@ class Finding:
     name: str
     level: Level
     detail: str
-    way_out: str = ""
+    fix: str = ""
 
 
 def examine(
@@ -82,7 +82,7 @@ def examine(
         else:
             store = finding
     yield clock(store, time_server)
-    yield from leaks(home, backends)
+    yield from orphans(home, backends)
 
 
 # ---------------------------------------------------------------- this machine
@@ -274,7 +274,7 @@ def store_folder(store: Store) -> Path | None:
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
-# ---------------------------------------------------------------- clock and leaks
+# ---------------------------------------------------------------- clock and orphans
 
 
 def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
@@ -301,21 +301,21 @@ def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
 SYNCHRONIZE = "enable time synchronization: timedatectl set-ntp true"
 
 
-def leaks(home: Home, backends: Sequence[Backend]) -> Iterator[Finding]:
+def orphans(home: Home, backends: Sequence[Backend]) -> Iterator[Finding]:
     """Orphans: instances that nobody pays for. They are only reported."""
     try:
         found = reconcile(home, backends, dry_run=True)
     except SlmError as error:
-        yield Finding("leaks", Level.FAIL, f"running instances cannot be compared with the ledger: {error}", RESTORE)
+        yield Finding("orphans", Level.FAIL, f"running instances cannot be compared with the ledger: {error}", RESTORE)
         return
     for problem in found.problems:
-        yield Finding("leaks", Level.WARN, problem, "slm reconcile")
-    for item in found.leaked:
-        nodes = f"{plural(item.num_nodes, 'node')} of {item.name} at {item.backend}"
-        detail = f"{nodes}, {item.verdict}: ${item.usd_per_hour:.2f}/h"
-        yield Finding("leaks", Level.FAIL, detail, "slm reconcile")
-    if not found.problems and not found.leaked:
+        yield Finding("orphans", Level.WARN, problem, "slm reconcile")
+    for orphan in found.orphans:
+        nodes = f"{plural(orphan.num_nodes, 'node')} of {orphan.name} at {orphan.backend}"
+        detail = f"{nodes}, {orphan.verdict}: ${orphan.usd_per_hour:.2f}/h"
+        yield Finding("orphans", Level.FAIL, detail, "slm reconcile")
+    if not found.problems and not found.orphans:
         alive = [cluster for cluster in found.clusters if cluster.name.startswith(f"slm-{found.owner}-")]
         yield Finding(
-            "leaks", Level.OK, f"none; {plural(len(alive), 'cluster')} of ours, all paid for" if alive else "none"
+            "orphans", Level.OK, f"none; {plural(len(alive), 'cluster')} of ours, all paid for" if alive else "none"
         )

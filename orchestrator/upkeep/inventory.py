@@ -87,7 +87,7 @@ class Inventory:
     problems: tuple[str, ...] = ()
 
     @property
-    def leaked(self) -> tuple[Cluster, ...]:
+    def orphans(self) -> tuple[Cluster, ...]:
         """Orphans that still run."""
         return tuple(cluster for cluster in self.clusters if cluster.outcome in (Outcome.WOULD_END, Outcome.LEFT))
 

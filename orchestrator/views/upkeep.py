@@ -52,7 +52,7 @@ def inventory(found: Inventory, console: Console) -> None:
     if found.problems:
         say(console, "")
         bullets(console, found.problems)
-    if found.leaked:
+    if found.orphans:
         following(console, "slm reconcile")
 
 
@@ -71,7 +71,7 @@ def answer(found: Inventory) -> str:
 
 
 def ending(done: Ending, console: Console) -> None:
-    """Whether anything is left, what became of every run, and of everything that lived."""
+    """Whether anything is left, and the result for every run and every cluster that was found."""
     tell(console, "Something may still be running." if done.is_left else "Nothing is running any more.")
     if done.runs:
         shown = table("run", "state", "checkpoint", "spent $", "cap $", right=("checkpoint", "spent $", "cap $"))
@@ -87,7 +87,7 @@ def ending(done: Ending, console: Console) -> None:
         bullets(console, lines)
     say(console, "")
     inventory(done.inventory, console)
-    if done.is_left and not done.inventory.leaked:
+    if done.is_left and not done.inventory.orphans:
         following(console, "slm stop --all")
 
 
@@ -121,8 +121,8 @@ def finding(finding: Finding, console: Console) -> None:
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=len(Level.WARN))
     grid.add_row(finding.level.value, f"{finding.name}: {finding.detail}")
-    if finding.way_out:
-        grid.add_row("", f"-> {finding.way_out}")
+    if finding.fix:
+        grid.add_row("", f"-> {finding.fix}")
     say(console, grid)
 
 

@@ -238,11 +238,11 @@ def _check_splits(data: Data, writers: dict[tuple[str, str], SplitWriter]) -> No
         other = writers["heldout" if split == "train" else "train", source]
         if not other.num_documents:
             raise UserError(f"the corpus has no text of source {source!r}; add files, or leave it out of data.weights.")
-        way_out = "raise" if split == "heldout" else "lower"
+        direction = "raise" if split == "heldout" else "lower"
         raise UserError(
             f"source {source!r} has {other.num_documents} documents, and with "
             f"data.heldout_fraction={data.heldout_fraction:g} none of them is {_PART[split]}; "
-            f"{way_out} data.heldout_fraction, or add text."
+            f"{direction} data.heldout_fraction, or add text."
         )
 
 

@@ -59,8 +59,8 @@ def check_model(model: ModelConfig, data: Data) -> Iterator[Problem]:
         yield Problem("model.logit_softcap", "should be 0 for no bound, or greater")
     if model.head_size is None and model.width % model.num_heads:
         heads = [h for h in range(1, model.width + 1) if model.width % (2 * h) == 0]
-        way_out = f"; {min(heads, key=lambda h: abs(h - model.num_heads))} does" if heads else ""
-        yield Problem("model.num_heads", f"does not divide model.width={model.width}{way_out}")
+        fix = f"; {min(heads, key=lambda h: abs(h - model.num_heads))} does" if heads else ""
+        yield Problem("model.num_heads", f"does not divide model.width={model.width}{fix}")
     elif model.positions == "rotary" and model.size_of_heads % 2:
         name, size = "num_heads" if model.head_size is None else "head_size", model.size_of_heads
         yield Problem(f"model.{name}", f"makes heads of size {size}; rotary positions need an even size")

@@ -346,8 +346,8 @@ class S3Store:
     def _message(self, action: str, key: str, error: BaseException, refusal: Refusal, failures: int) -> str:
         what = f"{action} {key} in" if key else action
         tries = f" {failures} times" if failures > 1 else ""
-        fact, way_out = refusal.value
-        return f"cannot {what} the run store {self.uri}{tries}: {fact} ({_said(error)}); {way_out}"
+        fact, fix = refusal.value
+        return f"cannot {what} the run store {self.uri}{tries}: {fact} ({_said(error)}); {fix}"
 
 
 class _Taken(Exception):

@@ -59,5 +59,5 @@ def make_client(endpoint_url: str | None, patience: Patience) -> Any:
     try:
         return boto3.session.Session().client("s3", endpoint_url=endpoint_url, config=config)
     except (BotoCoreError, ValueError) as error:
-        fact, way_out = refusal_of(error).value
-        raise StoreError(f"cannot open a run store on S3: {fact} ({error}); {way_out}") from error
+        fact, fix = refusal_of(error).value
+        raise StoreError(f"cannot open a run store on S3: {fact} ({error}); {fix}") from error

@@ -61,7 +61,7 @@ class Cloud:
         running = sum(len(self.alive(item)) for item in self.state["clusters"])
         if running + missing > self.state["capacity"]:
             free = self.state["capacity"] - running
-            return {"failure": {"trouble": "capacity", "message": f"{free} nodes free, {missing} asked for"}}
+            return {"failure": {"trouble": "capacity", "message": f"{free} nodes free, {missing} requested"}}
         nodes = self.state["clusters"].setdefault(name, {})
         until = time.time() + facts["first_grant_seconds"] if facts["first_grant_seconds"] < 10 else None
         for _ in range(missing):

@@ -23,7 +23,7 @@ def inventory_facts(found: Inventory) -> dict[str, Any]:
         "dry_run": found.dry_run,
         "clusters": [cluster_facts(cluster) for cluster in found.clusters],
         "problems": found.problems,
-        "num_orphans": len(found.leaked),
+        "num_orphans": len(found.orphans),
     }
 
 
@@ -72,7 +72,7 @@ def examination_facts(found: Sequence[Finding]) -> dict[str, Any]:
     """What `slm doctor --json` prints."""
     return {
         "findings": [
-            {"name": entry.name, "level": entry.level.value, "detail": entry.detail, "fix": entry.way_out or None}
+            {"name": entry.name, "level": entry.level.value, "detail": entry.detail, "fix": entry.fix or None}
             for entry in found
         ],
         "num_failed": sum(entry.level is Level.FAIL for entry in found),

@@ -79,7 +79,7 @@ def test_these_clouds_may_be_rented_from() -> None:
     } == GUARDED
 
 
-def test_a_cloud_where_nothing_ends_a_hung_node_is_refused_with_the_way_out() -> None:
+def test_a_cloud_where_nothing_ends_a_hung_node_is_refused_with_the_fix() -> None:
     reason = refusal(provider("lambda"), allow_unguarded=False)
     assert reason is not None
     assert "lambda" in reason
@@ -105,11 +105,11 @@ def test_skypilots_daemon_never_counts() -> None:
 
 
 def test_a_cloud_that_nobody_wrote_a_profile_for_has_no_terminator_of_the_providers() -> None:
-    stranger = provider("brand-new-cloud")
-    assert stranger.name == "brand-new-cloud"
-    assert stranger.ttl is Ttl.NONE
-    assert stranger.price_bound is PriceBound.UNKNOWN
-    assert "brand-new-cloud" in str(refusal(stranger, allow_unguarded=False))
+    unknown = provider("brand-new-cloud")
+    assert unknown.name == "brand-new-cloud"
+    assert unknown.ttl is Ttl.NONE
+    assert unknown.price_bound is PriceBound.UNKNOWN
+    assert "brand-new-cloud" in str(refusal(unknown, allow_unguarded=False))
 
 
 @pytest.mark.parametrize(

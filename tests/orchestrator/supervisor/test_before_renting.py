@@ -124,7 +124,7 @@ def test_doctor_says_the_same_of_clouds_and_of_the_store(
     aws: AwsCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (found,) = [cloud for cloud in clouds(lambda: Enabled()) if cloud.name == "skypilot"]
-    assert (found.level, found.detail, found.way_out) == (Level.WARN, "has credentials for no cloud", "sky check")
+    assert (found.level, found.detail, found.fix) == (Level.WARN, "has credentials for no cloud", "sky check")
     home = Home(tmp_path / "home").create()
     (store,) = storage(home, "s3://no-such-bucket/runs")
     assert getattr(store, "level", None) is Level.FAIL

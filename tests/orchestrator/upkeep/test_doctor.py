@@ -45,13 +45,13 @@ def examined(home: Home, *names: str) -> dict[str, Finding]:
 
 def test_a_new_home_is_well(home: Home) -> None:
     found = examined(home)
-    for name in ("home", "ledger", "cloud local", "store", "clock", "leaks"):
+    for name in ("home", "ledger", "cloud local", "store", "clock", "orphans"):
         assert found[name].level is Level.OK, found[name]
     assert not home.database.exists(), "looking makes no ledger"
     assert not [path for path in (home.root / "store").rglob("*") if path.is_file()], "nothing is left in the store"
 
 
-def test_every_finding_that_is_not_well_has_a_way_out(home: Home) -> None:
+def test_every_finding_that_is_not_well_has_a_fix(home: Home) -> None:
     found = by_name(
         doctor.examine(
             home,
@@ -62,13 +62,13 @@ def test_every_finding_that_is_not_well_has_a_way_out(home: Home) -> None:
         )
     )
     unwell = [entry for entry in found.values() if entry.level is not Level.OK]
-    assert {"leaks", "store", "clock", "cloud lambda", "cloud runpod"} <= {item.name for item in unwell}
-    assert all(item.way_out for item in unwell)
+    assert {"orphans", "store", "clock", "cloud lambda", "cloud runpod"} <= {item.name for item in unwell}
+    assert all(item.fix for item in unwell)
 
 
 def test_a_home_that_others_can_read_is_told(home: Home) -> None:
     home.root.chmod(0o755)
-    assert examined(home)["home"].way_out == f"chmod 700 {home.root}"
+    assert examined(home)["home"].fix == f"chmod 700 {home.root}"
 
 
 @pytest.mark.parametrize(("free", "level"), [(10.0, Level.OK), (9.9, Level.WARN), (1.0, Level.WARN), (0.9, Level.FAIL)])
@@ -108,7 +108,7 @@ def test_a_damaged_file_is_found_and_hides_no_other_finding(home: Home) -> None:
         leftover.unlink()
     found = examined(home)
     assert found["ledger"].level is Level.FAIL
-    assert "leaks" in found
+    assert "orphans" in found
 
 
 # ---------------------------------------------------------------- clouds
@@ -121,13 +121,13 @@ def test_each_enabled_cloud_says_what_ends_a_node_there(home: Home) -> None:
     assert "armed up to 5 min 00 s after the start" in found["cloud aws"].detail
     assert found["cloud lambda"].level is Level.WARN
     assert "nothing ends a node whose guest hangs" in found["cloud lambda"].detail
-    assert "automatic payment off" in found["cloud vast"].way_out
+    assert "automatic payment off" in found["cloud vast"].fix
 
 
 def test_what_skypilot_cannot_say_is_a_finding() -> None:
     found = by_name(doctor.clouds(lambda: Enabled(problem="cannot say which clouds it has credentials for: broken")))
     assert found["skypilot"].level is Level.FAIL
-    assert by_name(doctor.clouds(no_clouds))["skypilot"].way_out == "sky check"
+    assert by_name(doctor.clouds(no_clouds))["skypilot"].fix == "sky check"
 
 
 def test_a_child_that_answers_is_believed() -> None:
@@ -177,7 +177,7 @@ def only(findings: Iterator[Finding]) -> Finding:
 def test_a_store_without_conditional_writes_fails(tmp_path: Path) -> None:
     found = only(doctor.probe(Lax(tmp_path)))
     assert found.level is Level.FAIL
-    assert "a second create of one key is not refused" in found.detail and "--single-supervisor" in found.way_out
+    assert "a second create of one key is not refused" in found.detail and "--single-supervisor" in found.fix
     assert not list(tmp_path.glob("doctor/*"))
 
 

@@ -154,7 +154,7 @@ def test_a_dry_run_ends_nothing(home: Home) -> None:
     backend = a_cloud(f"slm-{home.owner_id()}-demo-1-1")
     found = reconcile(home, [backend], dry_run=True)
     assert [cluster.outcome for cluster in found.clusters] == [Outcome.WOULD_END]
-    assert found.leaked == found.clusters
+    assert found.orphans == found.clusters
     assert len(backend.list_alive()) == 2
 
 

@@ -210,7 +210,7 @@ def test_a_value_that_was_changed_in_the_bucket_is_not_returned(server: str) -> 
         store.read("k")
 
 
-def test_a_server_that_fails_for_long_is_said_with_the_way_out(proxy: FaultProxy) -> None:
+def test_a_server_that_fails_for_long_is_reported_with_the_fix(proxy: FaultProxy) -> None:
     store = s3(proxy.url, patience=replace(QUICK, attempts=4))
     proxy.decide = lambda asked: "error"
     fact = (
@@ -265,7 +265,7 @@ def test_missing_credentials_are_said(server: str, monkeypatch: pytest.MonkeyPat
         (400, "InvalidRequest", "it refused .* run the command again"),
     ],
 )
-def test_what_s3_refuses_is_said_with_the_way_out(proxy: FaultProxy, status: int, code: str, message: str) -> None:
+def test_a_refusal_of_s3_names_the_fix(proxy: FaultProxy, status: int, code: str, message: str) -> None:
     store = s3(proxy.url)
     proxy.answers["PUT"] = (status, f"<Error><Code>{code}</Code><Message>said so</Message></Error>".encode())
     with pytest.raises(StoreError, match=f"cannot write k in the run store .*{message}"):

@@ -152,7 +152,7 @@ def test_opening_without_create_wants_an_existing_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("operation", ["write", "create", "upload"])
-def test_a_full_disk_names_the_folder_the_space_and_the_way_out(
+def test_a_full_disk_names_the_folder_the_space_and_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     store = DirectoryStore(tmp_path / "store")

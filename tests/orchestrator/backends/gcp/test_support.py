@@ -144,7 +144,7 @@ def test_a_quota_that_is_too_small_is_said_with_both_numbers(gcp: GcpCloud) -> N
         ((400, refused(400, "bad")), RefusalReason.OTHER, "GCP refused"),
     ],
 )
-def test_what_gcp_refuses_is_said_with_the_way_out(
+def test_a_refusal_of_gcp_names_the_fix(
     gcp: GcpCloud, reply: tuple[int, dict[str, Any]], reason: RefusalReason, said: str
 ) -> None:
     gcp.start("head")

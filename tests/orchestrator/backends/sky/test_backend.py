@@ -293,8 +293,8 @@ def test_only_the_owner_reads_the_credentials_beside_the_code(tmp_path: Path) ->
 
 def test_clusters_of_other_people_s_leases_are_listed_under_their_own_names(rig: SkyRig) -> None:
     rig.backend.start(replace(lease_of("slm-123456-a-very-long-recipe-name-1-7"), num_nodes=1), rig.command)
-    stranger = SkyBackend(rig.folder, None, client=rig.client)
-    names = [node.lease_id for node in stranger.list_alive()]
+    other = SkyBackend(rig.folder, None, client=rig.client)
+    names = [node.lease_id for node in other.list_alive()]
     assert len(names) == 1
     assert names[0].startswith("slm-123456-")
     assert names[0].endswith("-7")
