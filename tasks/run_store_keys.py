@@ -12,6 +12,7 @@ from trainer.run_store.keys import CHECKPOINTS as CHECKPOINTS
 from trainer.run_store.keys import INCARNATIONS as INCARNATIONS
 from trainer.run_store.keys import MANIFEST as MANIFEST
 from trainer.run_store.keys import METRICS as METRICS
+from trainer.run_store.keys import OLD_PREFIXES as OLD_PREFIXES
 from trainer.run_store.keys import PROGRESS as PROGRESS
 from trainer.run_store.keys import RESULT as RESULT
 from trainer.run_store.keys import checkpoint_file as checkpoint_file

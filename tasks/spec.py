@@ -17,6 +17,7 @@ from tasks.recipe.schema import AnyStage, Recipe
 from tasks.recipe.stages import PretrainOptions
 from tasks.run_store_keys import SPEC
 from trainer.config import InterruptionConfig, TrainConfig
+from trainer.run_store.envelope import RecordError, Writer, unwrap, wrap
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -80,7 +81,7 @@ class RunSpec(BaseModel):
 
     def to_bytes(self) -> bytes:
         """JSON as it stands in the run store."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        return wrap(self.model_dump(mode="json"), Writer.SUPERVISOR, indent=1) + b"\n"
 
     @classmethod
     def from_bytes(cls, content: bytes, *, origin: str = SPEC) -> RunSpec:
@@ -90,7 +91,12 @@ class RunSpec(BaseModel):
             SpecError: It is damaged, or was written by another version.
         """
         try:
-            return cls.model_validate_json(content)
+            return cls.model_validate(unwrap(content, origin))
+        except RecordError as error:
+            raise SpecError(
+                f"{origin} is no spec that this version can run (the whole text: it {error.reason}); "
+                "start the run again with the version of slm that began it."
+            ) from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole text"

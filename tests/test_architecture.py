@@ -32,6 +32,7 @@ TORCH_FREE = (
     "tasks.own_module",
     "trainer.config",
     "trainer.run_store.base",
+    "trainer.run_store.envelope",
     "trainer.run_store.keys",
 )
 TRAINER_NEEDS = {"torch", "lightning", "numpy"}

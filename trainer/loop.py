@@ -8,7 +8,6 @@ leaves a step with the same decision, since all of them come from one small all-
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -39,6 +38,7 @@ from trainer.parallel import set_up_model
 from trainer.profile import profiler
 from trainer.run_store import keys
 from trainer.run_store.base import Store
+from trainer.run_store.envelope import Writer, wrap
 from trainer.schedule import learning_rate_factor
 
 log = logging.getLogger(__name__)
@@ -337,7 +337,7 @@ class _Run:
                 "first_heldout_loss": self.at.first_heldout_loss,
                 "unigram_entropy": self.index.heldout_unigram_entropy,
             }
-            self.store.write(keys.RESULT, json.dumps(facts).encode())
+            self.store.write(keys.RESULT, wrap(facts, Writer.TRAINER))
         self.reporter.flush()
         self.reporter.progress(self._progress())
         return result

@@ -19,6 +19,7 @@ from cost.market.hardware import accelerator, canonical_name
 from trainer.config import ModelConfig, TrainConfig
 from trainer.run_store import keys
 from trainer.run_store.base import Store
+from trainer.run_store.envelope import Writer, wrap
 
 PROGRESS_INTERVAL_SECONDS = 1.0
 METRICS_INTERVAL_SECONDS = 10.0
@@ -100,7 +101,7 @@ class Reporter:
     def progress(self, progress: Progress) -> None:
         """Write where the run stands, due or not."""
         if self._writes:
-            self._store.write(keys.PROGRESS, json.dumps(asdict(progress)).encode())
+            self._store.write(keys.PROGRESS, wrap(asdict(progress), Writer.TRAINER))
             self._progress_due_at = time.monotonic() + PROGRESS_INTERVAL_SECONDS
 
     def flush(self) -> None:

@@ -24,6 +24,14 @@ class JournalDamaged(SlmError):
     """A record that cannot be read: the ledger after it is unknown, so nothing more may be spent."""
 
 
+def damaged(number: int, error: Exception) -> JournalDamaged:
+    """The error for a record of the run store that is none."""
+    return JournalDamaged(
+        f"record {number} of the ledger in the run store cannot be read ({error}); restore it from a backup of "
+        "the store, or check the provider's console for running nodes."
+    )
+
+
 class Journal(Protocol):
     """Where records are kept. Both methods raise the store's own error when it cannot be reached."""
 
@@ -58,10 +66,7 @@ def records_from(journal: Journal, number: int) -> Iterator[Found]:
             content = json.loads(data)
             yield Found(number, int(content["fencing_token"]), content)
         except (ValueError, KeyError, TypeError) as error:
-            raise JournalDamaged(
-                f"record {number} of the ledger in the run store cannot be read ({error}); restore it from a backup of "
-                "the store, or check the provider's console for running nodes."
-            ) from error
+            raise damaged(number, error) from error
         number += 1
 
 

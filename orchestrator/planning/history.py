@@ -36,6 +36,7 @@ from orchestrator.runs.records import TERMINAL
 from orchestrator.settings import Home
 from tasks import run_store_keys as keys
 from tasks.recipe.schema import AUTO, PRECISIONS, ConcretePrecision, Recipe
+from trainer.run_store.envelope import unwrap
 
 LOCAL = "local"
 SETTLED_STEPS = 20
@@ -239,7 +240,7 @@ def settled_speed(read: Read) -> SettledSpeed | None:
     Raises:
         UNREADABLE: The progress is missing, damaged or of another version.
     """
-    newest: Any = json.loads(read(keys.PROGRESS))
+    newest = unwrap(read(keys.PROGRESS), keys.PROGRESS)
     tokens_per_second, world_size = newest["tokens_per_second"], int(newest["world_size"])
     if newest["step"] < SETTLED_STEPS or tokens_per_second is None or not (0 < tokens_per_second < math.inf):
         return None
@@ -254,7 +255,8 @@ def training_lease(read: Read, speed: SettledSpeed) -> str:
     """
     if speed.incarnation is None:
         raise KeyError("incarnation")
-    return str(json.loads(read(keys.incarnation(speed.incarnation)))["lease_id"])
+    key = keys.incarnation(speed.incarnation)
+    return str(unwrap(read(key), key)["lease_id"])
 
 
 def measured_tokens_per_second(home: Home, recipe: Recipe) -> float | None:
@@ -264,7 +266,7 @@ def measured_tokens_per_second(home: Home, recipe: Recipe) -> float | None:
         read = reader(progress.parents[1])
         try:
             speed = settled_speed(read)
-            trained = json.loads(read(keys.SPEC))["recipe"]
+            trained = unwrap(read(keys.SPEC), keys.SPEC)["recipe"]
             same = _shape(trained) == _shape(recipe.model_dump(mode="json"))
             written = progress.stat().st_mtime
         except UNREADABLE:

@@ -6,6 +6,7 @@ with the run elsewhere: recipe, options, cap and the name under which its nodes 
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,13 +14,14 @@ from typing import Any
 
 from cost.errors import UserError
 from cost.ledger.database import transaction
-from cost.ledger.journal import JournalDamaged, records_from
+from cost.ledger.journal import JournalDamaged, damaged, records_from
 from cost.ledger.ledger import take_over
 from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import Run, Runs, RunState
 from orchestrator.settings import Home
 from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+from trainer.run_store.envelope import RecordError, Writer, require_current_layout, unwrap, wrap
 
 
 class StoreJournal:
@@ -31,6 +33,7 @@ class StoreJournal:
     def append(self, number: int, record: bytes) -> bool:
         """See `cost.ledger.journal.Journal`."""
         key = keys.ledger_record(number)
+        record = wrap(json.loads(record), Writer.SUPERVISOR)
         self._store.create(key, record)
         try:
             stored = self._store.read(key)
@@ -44,10 +47,13 @@ class StoreJournal:
 
     def read(self, number: int) -> bytes | None:
         """See `cost.ledger.journal.Journal`."""
+        key = keys.ledger_record(number)
         try:
-            return self._store.read(keys.ledger_record(number))
+            return json.dumps(unwrap(self._store.read(key), key)).encode()
         except StoreKeyMissing:
             return None
+        except RecordError as error:
+            raise damaged(number, error) from error
 
 
 def store_uri(run: Run, home: Home) -> str:
@@ -66,6 +72,7 @@ def run_id_in(store: Store) -> str:
 
 def facts_in(store: Store) -> Mapping[str, Any]:
     """The newest that the records say of the run itself."""
+    require_current_layout(store)
     facts: Mapping[str, Any] | None = None
     for found in records_from(StoreJournal(store), 0):
         facts = found.content.get("run", facts)
@@ -83,8 +90,10 @@ def enter(runs: Runs, run_id: str, store: Store, *, owner: str) -> tuple[Run, St
     The caller holds the run's `SupervisorLock`.
 
     Raises:
+        OldRunStore: An earlier version wrote it.
         StoreError: The run store cannot be reached; nobody knows whether another machine has the run.
     """
+    require_current_layout(store)
     journal = StoreJournal(store)
     run = runs.get(run_id)
     take_over(runs.db, run_id, journal, facts_of(run, owner=owner))

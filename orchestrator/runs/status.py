@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from tasks import run_store_keys as keys
 from tasks.recipe.schema import Recipe
 from tasks.stores.opening import open_store
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+from trainer.run_store.envelope import RecordError, unwrap
 
 FOLLOW_SECONDS = 0.5
 
@@ -203,7 +203,6 @@ def lock_path(home: Home, run_id: str) -> Path:
 def read_json(run: Run, home: Home, key: str) -> dict[str, Any] | None:
     store = stored(run, home)
     try:
-        content = None if store is None else json.loads(store.read(key))
-    except (StoreKeyMissing, StoreError, ValueError):
+        return None if store is None else unwrap(store.read(key), key)
+    except (StoreKeyMissing, StoreError, RecordError):
         return None
-    return content if isinstance(content, dict) else None

@@ -6,7 +6,6 @@ moment, so neither clock skew nor a late reader can stretch it. What the ledger 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -18,6 +17,7 @@ from orchestrator.clock import Clock
 from orchestrator.supervisor.lease_policy import Terms
 from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreKeyMissing
+from trainer.run_store.envelope import Writer, unwrap, wrap
 
 
 def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
@@ -29,7 +29,8 @@ def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
     for account in accounts:
         for rank in range(account.num_nodes):
             with suppress(StoreKeyMissing, ValueError, KeyError, TypeError):
-                newest = max(newest, int(json.loads(store.read(keys.grant(account.lease.lease_id, rank)))["at_ms"]))
+                key = keys.grant(account.lease.lease_id, rank)
+                newest = max(newest, int(unwrap(store.read(key), key)["at_ms"]))
     return newest
 
 
@@ -153,7 +154,7 @@ class Grants:
                 "duration_seconds": duration,
                 "at_ms": self._clock.now_ms(),  # for `heard_ms`: another machine knows by it how late it was
             }
-            self._store.write(keys.grant(lease_id, rank), json.dumps(grant).encode())
+            self._store.write(keys.grant(lease_id, rank), wrap(grant, Writer.SUPERVISOR))
             self._answered[(lease_id, rank)] = number
         return noticed
 
@@ -163,7 +164,8 @@ class Grants:
     def _request(self, lease_id: str, rank: int) -> tuple[int | None, bool]:
         """Number of the newest request, and whether its node's end was announced."""
         try:
-            request = json.loads(self._store.read(keys.guard_request(lease_id, rank)))
+            key = keys.guard_request(lease_id, rank)
+            request = unwrap(self._store.read(key), key)
             return int(request["number"]), bool(request.get("noticed"))
         except (StoreKeyMissing, ValueError, KeyError, TypeError):
             return None, False

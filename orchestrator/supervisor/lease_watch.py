@@ -5,7 +5,6 @@ Each turn: see, accrue, tell, ask the run to stop where it must, renew and answe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from orchestrator.supervisor.incidentals import Extras
 from orchestrator.supervisor.lease_policy import Terms
 from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+from trainer.run_store.envelope import RecordError, Writer, unwrap, wrap
 
 
 @dataclass(slots=True)
@@ -263,7 +263,7 @@ class Watch:
         failures = self.store.list(keys.FAILURES)
         if not failures:
             return "training failed twice at one step, without a record of why"
-        failure = json.loads(self.store.read(failures[-1]))
+        failure = unwrap(self.store.read(failures[-1]), failures[-1])
         return f"training failed twice at step {failure.get('step')}: {failure.get('message')}"
 
     def _count_nodes(self, state: LeaseState, account: LeaseAccount) -> LeaseAccount:
@@ -317,10 +317,9 @@ class Watch:
 
     def _json(self, key: str) -> dict[str, Any] | None:
         try:
-            content = json.loads(self.store.read(key))
-        except (StoreKeyMissing, ValueError):
+            return unwrap(self.store.read(key), key)
+        except (StoreKeyMissing, RecordError):
             return None
-        return content if isinstance(content, dict) else None
 
     def _read_progress(self, account: LeaseAccount) -> None:
         progress = self._progress()
@@ -365,7 +364,7 @@ class Watch:
     def _ask(self, cause: Cause, detail: str) -> None:
         """Ask the training loop for a checkpoint and its end; the lease goes on until it has done so."""
         message = {"command": "stop", "number": 1, "reason": cause.value}
-        self.store.write(keys.control(self.lease.lease_id), json.dumps(message).encode())
+        self.store.write(keys.control(self.lease.lease_id), wrap(message, Writer.SUPERVISOR))
         self._stopping, self._stop_detail = cause, detail
         self._stop_asked_at = self.clock.real_seconds()
         self.tell("warning", f"asking for a checkpoint and a stop: {detail}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 from cost.errors import SlmError
 from tasks import run_store_keys as keys
 from trainer.run_store.base import Store, StoreKeyMissing
+from trainer.run_store.envelope import Writer, unwrap, wrap
 
 PARALLEL = 8
 
@@ -30,7 +30,7 @@ def offer_data(store: Store, data_dir: Path) -> str:
     listed = keys.data_file(folder, keys.DATA_LIST)
     files = {str(path.relative_to(data_dir)): path.stat().st_size for path in sorted(data_dir.rglob("*"))}
     files = {file: size for file, size in files.items() if (data_dir / file).is_file() and not _hidden(file)}
-    listing = json.dumps(files, sort_keys=True).encode()
+    listing = wrap({"files": files}, Writer.SUPERVISOR)
     with contextlib.suppress(StoreKeyMissing):
         if store.read(listed) == listing:
             return folder
@@ -56,7 +56,8 @@ def fetch_data(store: Store, place: str, cache: Path) -> Path:
         if target.is_dir():
             return target
         try:
-            files: Mapping[str, int] = json.loads(store.read(keys.data_file(place, keys.DATA_LIST)))
+            listed = keys.data_file(place, keys.DATA_LIST)
+            files: Mapping[str, int] = unwrap(store.read(listed), listed)["files"]
             half = target.with_name(f".{target.name}.half")
             shutil.rmtree(half, ignore_errors=True)
             for folder in {(half / file).parent for file in files}:

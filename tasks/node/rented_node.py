@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from tasks.run_store_keys import EXIT_BROKEN
 from tasks.spec import RunSpec
 from tasks.stores.opening import open_store
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+from trainer.run_store.envelope import Writer, wrap
 
 LOG_SECONDS = 3.0
 LONGEST_LOG_BYTES = 2_000_000
@@ -92,7 +92,7 @@ def tell_set_up(store: Store, env: NodeEnv, *, data_seconds: float) -> None:
         "node_ip": env.node_ip,
     }
     with contextlib.suppress(StoreError):
-        store.write(keys.set_up(env.lease_id, env.rank), json.dumps(facts).encode())
+        store.write(keys.set_up(env.lease_id, env.rank), wrap(facts, Writer.NODE))
 
 
 class LogShipper:

@@ -11,7 +11,6 @@ Ray Train restarts a broken group by itself; three things would make that slow o
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -28,6 +27,7 @@ from tasks.spec import RunSpec
 from tasks.stages.registry import stage_of, store_of_stage
 from tasks.stores.opening import open_store
 from trainer.run_store.base import Store, StoreKeyMissing
+from trainer.run_store.envelope import unwrap
 
 KNOCK_SECONDS = 0.5
 WATCH_SECONDS = 0.5
@@ -116,7 +116,7 @@ def read_failures(store: Store) -> list[dict[str, Any]]:
     failures = []
     for key in store.list(keys.FAILURES):
         try:
-            failures.append(json.loads(store.read(key)))
+            failures.append(unwrap(store.read(key), key))
         except (StoreKeyMissing, ValueError):
             continue
     return failures
@@ -239,10 +239,11 @@ class Keeper(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     def _parent(self) -> object:
         """What the newest incarnation began from."""
         incarnation = newest_incarnation(self._store)
+        if incarnation is None:
+            return None
+        key = keys.incarnation(incarnation)
         try:
-            return (
-                None if incarnation is None else json.loads(self._store.read(keys.incarnation(incarnation)))["parent"]
-            )
+            return unwrap(self._store.read(key), key)["parent"]
         except (StoreKeyMissing, ValueError, KeyError):
             return None
 

@@ -33,6 +33,7 @@ from tasks.stages.registry import stage_of, store_of_stage
 from tasks.stores.opening import open_store
 from trainer.checkpoints.lineage import Superseded
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+from trainer.run_store.envelope import Writer, unwrap, wrap
 
 if TYPE_CHECKING:
     from trainer.loop import Result, Signal
@@ -304,7 +305,8 @@ class NodeSignals:
     def _save_seconds(self) -> float:
         """What the newest save took, by rank 0's account, whichever group it was of; 0 where nobody knows."""
         try:
-            return float(json.loads(self._stage_store.read(keys.PROGRESS))["checkpoint_save_seconds"])
+            progress = unwrap(self._stage_store.read(keys.PROGRESS), keys.PROGRESS)
+            return float(progress["checkpoint_save_seconds"])
         except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
             return 0.0
 
@@ -316,7 +318,8 @@ class NodeSignals:
     def _obey(self) -> bool:
         """Read the supervisor's newest command; whether it is a new wish for a checkpoint."""
         try:
-            facts = json.loads(self._run_store.read(keys.control(self._env.lease_id)))
+            key = keys.control(self._env.lease_id)
+            facts = unwrap(self._run_store.read(key), key)
             command, number = facts["command"], int(facts["number"])
         except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
             return False  # none yet; a store that is lost says so when the next checkpoint fails
@@ -372,7 +375,7 @@ def record_failure(store: Store, env: NodeEnv, error: BaseException, step: int) 
     }
     env.say(f"failure at step {step}: {first_line(error)}\n{facts['traceback']}")
     number = len(store.list(keys.FAILURES))
-    while not store.create(keys.failure(number), json.dumps(facts, indent=1).encode()):
+    while not store.create(keys.failure(number), wrap(facts, Writer.NODE, indent=1)):
         number += 1
 
 
@@ -420,7 +423,7 @@ class Phases:
         }
         number = int(self._group.get("number", 1))
         try:
-            while not store.create(keys.phases(env.lease_id, number), json.dumps(facts, indent=1).encode()):
+            while not store.create(keys.phases(env.lease_id, number), wrap(facts, Writer.NODE, indent=1)):
                 number += 1
         except StoreError as error:
             env.say(str(error))

@@ -19,6 +19,7 @@ from tasks.recipe.stages import StageOptions
 from tasks.run_store_keys import stage_manifest
 from tasks.spec import RunSpec
 from trainer.run_store.base import Store, StoreKeyMissing
+from trainer.run_store.envelope import Writer, unwrap, wrap
 
 
 class Outcome(StrEnum):
@@ -43,14 +44,13 @@ class Manifest:
     """With the outcome CAP: the run's cap then. A higher one makes the stage incomplete again."""
 
     def to_bytes(self) -> bytes:
-        content = asdict(self) | {"cap_usd": None if self.cap_usd is None else str(self.cap_usd)}
-        return json.dumps(content, sort_keys=True, indent=1).encode()
+        return wrap(self._content(), Writer.SUPERVISOR, indent=1)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Manifest | None:
         """None for what is no manifest: the stage is then not complete, and is run again."""
         try:
-            read = json.loads(content)
+            read = unwrap(content, "manifest")
             cap = read.get("cap_usd")
             return cls(
                 stage=str(read["stage"]),
@@ -65,7 +65,11 @@ class Manifest:
 
     def digest(self) -> str:
         """By which a later stage knows what it was made of."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
+        text = json.dumps(self._content(), sort_keys=True, indent=1)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _content(self) -> dict[str, Any]:
+        return asdict(self) | {"cap_usd": None if self.cap_usd is None else str(self.cap_usd)}
 
 
 def read_manifest(store: Store, name: str) -> Manifest | None:

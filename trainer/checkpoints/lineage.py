@@ -22,8 +22,9 @@ from trainer.checkpoints.parts import Damaged as Damaged
 from trainer.checkpoints.parts import Part
 from trainer.run_store import keys
 from trainer.run_store.base import Store, StoreKeyMissing
+from trainer.run_store.envelope import Writer, envelope, require_current_layout, unwrap, wrap
 
-MANIFEST_VERSION = 2
+MANIFEST_SCHEMA = 3
 KEPT_AT_LEAST = 2
 """One could be damaged; and a zombie between its last look and its last deletion cannot take what a newer incarnation
 starts from, because that is its own newest but one at the worst."""
@@ -87,7 +88,8 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """JSON with a checksum of itself: a changed position would find the wrong, yet undamaged bytes."""
         body = json.dumps(asdict(self), indent=1)
-        head = json.dumps({"version": MANIFEST_VERSION, "sha256": hashlib.sha256(body.encode()).hexdigest()})
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        head = json.dumps({**envelope(Writer.TRAINER), "schema": MANIFEST_SCHEMA, "sha256": digest})
         return f"{head}\n{body}".encode()
 
     @classmethod
@@ -96,7 +98,7 @@ class Manifest:
         try:
             head, _, body = data.decode().partition("\n")
             said = json.loads(head)
-            if said["version"] != MANIFEST_VERSION:
+            if "version" in said or said["schema"] != MANIFEST_SCHEMA:
                 raise Damaged("its manifest has another version")
             if said["sha256"] != hashlib.sha256(body.encode()).hexdigest():
                 raise Damaged("its manifest has another checksum")
@@ -120,7 +122,7 @@ def begin_incarnation(store: Store, start: IncarnationStart) -> bool:
     """Record it; False when another group of workers took that number first."""
     parent = None if start.parent is None else start.parent._asdict()
     record = {**asdict(start), "parent": parent}
-    return store.create(keys.incarnation(start.incarnation), json.dumps(record).encode())
+    return store.create(keys.incarnation(start.incarnation), wrap(record, Writer.TRAINER))
 
 
 def require_newest(store: Store, incarnation: int) -> None:
@@ -138,6 +140,8 @@ def checkpoints_of_chain(store: Store) -> list[Place]:
             complete.setdefault(incarnation, set()).add(step)
     places: list[Place] = []
     incarnation, limit = newest_incarnation(store), None
+    if incarnation < 0:
+        require_current_layout(store)
     while incarnation >= 0:
         steps = complete.pop(incarnation, set())
         if not places:
@@ -155,7 +159,7 @@ def publish(store: Store, manifest: Manifest) -> None:
     require_newest(store, manifest.incarnation)
     place = Place(manifest.incarnation, manifest.step)
     store.write(place.prefix + keys.MANIFEST, manifest.to_bytes())
-    store.write(keys.newest_checkpoint(manifest.incarnation), json.dumps({"step": manifest.step}).encode())
+    store.write(keys.newest_checkpoint(manifest.incarnation), wrap({"step": manifest.step}, Writer.TRAINER))
 
 
 def read_manifest(store: Store, place: Place) -> Manifest:
@@ -188,7 +192,7 @@ def prune(store: Store, incarnation: int, keep_last: int, milestone_every_steps:
 def _parent_of(store: Store, incarnation: int) -> Place | None:
     key = keys.incarnation(incarnation)
     try:
-        parent = json.loads(store.read(key))["parent"]
+        parent = unwrap(store.read(key), key)["parent"]
         return None if parent is None else Place(int(parent["incarnation"]), int(parent["step"]))
     except (KeyError, ValueError, TypeError) as error:
         raise SlmError(
@@ -200,7 +204,8 @@ def _parent_of(store: Store, incarnation: int) -> Place | None:
 def _published_step(store: Store, incarnation: int) -> set[int]:
     """The step that this incarnation saved last, if that is still there."""
     try:
-        step = int(json.loads(store.read(keys.newest_checkpoint(incarnation)))["step"])
+        key = keys.newest_checkpoint(incarnation)
+        step = int(unwrap(store.read(key), key)["step"])
     except (StoreKeyMissing, ValueError, KeyError, TypeError):
         return set()
     return {step} if _exists(store, Place(incarnation, step).prefix + keys.MANIFEST) else set()

@@ -18,6 +18,9 @@ INCARNATIONS = "incarnations/"
 MANIFEST = "manifest.json"
 """In the folder of a checkpoint, written last: what makes its parts a checkpoint."""
 
+OLD_PREFIXES = ("books/", "epochs/")
+"""Of the ledger and of incarnations in run stores of versions before these had their names."""
+
 _INCARNATION = re.compile(r"incarnations/(\d+)\.json")
 _METRICS_PART = re.compile(r"metrics/incarnation=(\d+)/")
 _CHECKPOINT_FILE = re.compile(r"checkpoints/incarnation=(\d+)/step=(\d+)/(.+)")

@@ -33,6 +33,7 @@ from tasks import run_store_keys as keys
 from tasks.node.bootstrap import node_ranks
 from tasks.node.guard_archive import write_guard_archive
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
+from trainer.run_store.envelope import RecordError, Writer, unwrap, wrap
 
 CALL_SECONDS = 120.0
 """Longest wait for a query."""
@@ -275,7 +276,7 @@ class SkyBackend:
         if self._store is None:
             return
         with contextlib.suppress(StoreError):
-            self._store.write(keys.cluster(lease.lease_id), json.dumps(record, indent=1).encode())
+            self._store.write(keys.cluster(lease.lease_id), wrap(record, Writer.SUPERVISOR, indent=1))
 
     def _record(self, lease: Lease) -> dict[str, Any]:
         if lease.lease_id not in self._records:
@@ -297,10 +298,9 @@ class SkyBackend:
         if self._store is None:
             return None
         try:
-            content = json.loads(self._store.read(key))
-        except (StoreKeyMissing, ValueError):
+            return unwrap(self._store.read(key), key)
+        except (StoreKeyMissing, RecordError):
             return None
-        return content if isinstance(content, dict) else None
 
     def _tell_ready(self, lease: Lease, record: Mapping[str, Any]) -> None:
         """Once for each lease that was created here: the times until its first node was set up."""

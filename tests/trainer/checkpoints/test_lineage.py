@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from trainer.checkpoints.lineage import (
 )
 from trainer.checkpoints.parts import read_span, verify_part, write_part
 from trainer.run_store.base import DirectoryStore, Store
+from trainer.run_store.envelope import unwrap
 from trainer.run_store.keys import MANIFEST
 
 
@@ -64,7 +64,7 @@ def test_an_incarnation_records_its_parent_once(store: DirectoryStore) -> None:
     assert not begin(store, 0, (9, 9))
     assert begin(store, 1, (0, 40))
     assert newest_incarnation(store) == 1
-    assert json.loads(store.read("incarnations/1.json")) == {
+    assert unwrap(store.read("incarnations/1.json"), "incarnations/1.json") == {
         "incarnation": 1,
         "parent": {"incarnation": 0, "step": 40},
         "lease_id": "lease-0",
@@ -176,7 +176,7 @@ def test_a_missing_part_is_damage(store: DirectoryStore) -> None:
         verify(store, place)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"version": 2}', b'{"version": 2, "parts": [{}]}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"schema": 3}', b'{"schema": 3, "parts": [{}]}'])
 def test_an_unreadable_manifest_is_damage(store: DirectoryStore, content: bytes) -> None:
     place = save(store, 0, 10)
     store.write(place.prefix + MANIFEST, content)
@@ -187,8 +187,9 @@ def test_an_unreadable_manifest_is_damage(store: DirectoryStore, content: bytes)
 def test_a_missing_manifest_and_one_of_another_version_are_damage(store: DirectoryStore) -> None:
     with pytest.raises(Damaged, match="its manifest is missing"):
         read_manifest(store, Place(0, 10))
-    with pytest.raises(Damaged, match="its manifest has another version"):
-        Manifest.from_bytes(b'{"version": 1, "parts": []}')
+    for head in (b'{"version": 2, "parts": []}', b'{"schema": 4}'):
+        with pytest.raises(Damaged, match="its manifest has another version"):
+            Manifest.from_bytes(head)
 
 
 def test_an_older_incarnation_learns_that_it_was_superseded(store: DirectoryStore) -> None:
