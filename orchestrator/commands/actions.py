@@ -53,16 +53,16 @@ class Invocation:
     actions: Actions | None = None
 
 
-def invocation_of(context: typer.Context) -> Invocation:
+def given_invocation(context: typer.Context) -> Invocation:
     """What `cli.main` was called with."""
     given = context.obj
     assert isinstance(given, Invocation)
     return given
 
 
-def actions_of(context: typer.Context) -> Actions:
+def given_actions(context: typer.Context) -> Actions:
     """What `cli.main` was given to act with, or the real thing."""
-    given = invocation_of(context).actions
+    given = given_invocation(context).actions
     if given is not None:
         return given
     from orchestrator.supervisor import requests as launch

@@ -15,7 +15,7 @@ import typer
 
 from cost.errors import UserError
 from orchestrator.commands import options
-from orchestrator.commands.actions import actions_of, invocation_of
+from orchestrator.commands.actions import given_actions, given_invocation
 from orchestrator.commands.planning import prices_now, recipe_with
 from orchestrator.settings import home_from
 
@@ -110,7 +110,7 @@ def launch(
     if detach and not is_child:
         in_background(context, as_json=as_json)
         return
-    actions = actions_of(context)
+    actions = given_actions(context)
     trained, offers = planning.fixed(chosen, plan)
     run_options = RunOptions(
         backend=trained.backend or LOCAL,
@@ -168,7 +168,7 @@ def resume(
     if detach and not background.is_child():
         in_background(context, as_json=as_json)
         return
-    actions = actions_of(context)
+    actions = given_actions(context)
     watched(
         lambda emit, switch: actions.resume(
             run,
@@ -254,7 +254,7 @@ def in_background(context: typer.Context, *, as_json: bool) -> None:
     from orchestrator.views import runs as render
     from orchestrator.views.facts.document import print_json
 
-    started = background.start(invocation_of(context).arguments, home_from(os.environ).create())
+    started = background.start(given_invocation(context).arguments, home_from(os.environ).create())
     if as_json:
         print_json(started)
         return
@@ -292,7 +292,7 @@ def recover(
     from orchestrator.views.facts.document import print_json
     from orchestrator.views.facts.runs import run_facts
 
-    found = actions_of(context).recover(absolute(store) or store, home=home_from(os.environ).create())
+    found = given_actions(context).recover(absolute(store) or store, home=home_from(os.environ).create())
     if as_json:
         print_json({"runs": [run_facts(found)]})
     else:

@@ -12,7 +12,7 @@ import typer
 
 from cost.errors import UserError
 from orchestrator.commands import options
-from orchestrator.commands.actions import actions_of, invocation_of
+from orchestrator.commands.actions import given_actions, given_invocation
 from orchestrator.settings import home_from
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def show_plan(
     from orchestrator.views.facts.document import print_json
 
     best = planning.winner(planned.plan)
-    following = launch_like(invocation_of(context).arguments)
+    following = launch_like(given_invocation(context).arguments)
     explanations = planning.explained(planned, best) if explain else None
     chance = advice.finish_chance(planned)
     if as_json:
@@ -219,13 +219,13 @@ def prepare(
 
     chosen = load_recipe(recipe, options.overrides(sets))
     lines = live.PlainLines(render.console_on(sys.stderr), chosen.name)
-    folder = actions_of(context).prepare(chosen, home=home_from(os.environ).create(), on_event=lines)
+    folder = given_actions(context).prepare(chosen, home=home_from(os.environ).create(), on_event=lines)
     if as_json:
         print_json({"recipe": chosen.name, "data_dir": folder})
         return
     console = render.console_on(sys.stdout)
     render.tell(console, f"Data of {chosen.name}: {folder}")
-    render.following(console, launch_like(invocation_of(context).arguments))
+    render.following(console, launch_like(given_invocation(context).arguments))
 
 
 def recipe_with(recipe: str, overrides: Sequence[str], nodes: int | None) -> Recipe:

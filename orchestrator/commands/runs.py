@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cost.errors import UserError
-from orchestrator.commands.actions import actions_of
+from orchestrator.commands.actions import given_actions
 from orchestrator.commands.options import JsonOption, RunArgument
 from orchestrator.settings import home_from
 
@@ -81,7 +81,7 @@ def stop(
         stop_all(context, run, as_json=as_json)
         return
     lines = live.PlainLines(render.console_on(sys.stderr), run or "")
-    stopped = actions_of(context).stop(run, home=home_from(os.environ).create(), on_event=lines)
+    stopped = given_actions(context).stop(run, home=home_from(os.environ).create(), on_event=lines)
     if as_json:
         print_json({"runs": [run_facts(stopped)]})
     else:
@@ -100,7 +100,7 @@ def stop_all(context: typer.Context, run: str | None, *, as_json: bool) -> None:
     if run is not None:
         raise UserError(f"--all stops every run; remove {run}, or remove --all.")
     lines = live.PlainLines(render.console_on(sys.stderr), "")
-    done = ending.stop_all(actions_of(context).stop, home_from(os.environ).create(), lines)
+    done = ending.stop_all(given_actions(context).stop, home_from(os.environ).create(), lines)
     if as_json:
         print_json(ending_facts(done))
     else:

@@ -156,7 +156,7 @@ def options_without_recipe(
     if not offered:
         raise UserError(
             f"there is no offer on a cloud for which SkyPilot has credentials ({', '.join(prices.enabled or ())}); "
-            "add --all-clouds to rank the others too."
+            "--all-clouds ranks the others too."
         )
     known = history or History()
     options = {

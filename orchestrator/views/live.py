@@ -113,7 +113,7 @@ FIGURES = frozenset(
 def progress_line(view: RunView) -> str:
     """All figures in one line."""
     parts = [
-        f"step {_of(view.step, view.num_steps)}",
+        f"step {_fraction(view.step, view.num_steps)}",
         f"loss {nats(view.loss)}",
         f"held-out {nats(view.heldout_loss)}",
         f"{count(view.tokens_per_second)} tokens/s",
@@ -141,7 +141,7 @@ def figures(view: RunView) -> RenderableType:
     grid.add_row(
         Text(view.run_id, style="bold"),
         Text(bar(view.share_done, BAR_WIDTH), style="cyan"),
-        f"step {_of(view.step, view.num_steps)}, {count(view.tokens)} tokens, {duration(view.eta_seconds)} left",
+        f"step {_fraction(view.step, view.num_steps)}, {count(view.tokens)} tokens, {duration(view.eta_seconds)} left",
     )
     grid.add_row(
         Text(view.state),
@@ -224,8 +224,8 @@ class LiveScreen:
         from rich.console import Group
         from rich.text import Text
 
-        told = STOPPING[min(self._switch.level, len(STOPPING) - 1)]
-        return Group("", figures(self.view), Text(told, style="yellow"))
+        text = STOPPING[min(self._switch.level, len(STOPPING) - 1)]
+        return Group("", figures(self.view), Text(text, style="yellow"))
 
 
 def watcher(console: Console, run_id: str, switch: StopSwitch) -> LiveScreen | PlainLines:
@@ -233,5 +233,5 @@ def watcher(console: Console, run_id: str, switch: StopSwitch) -> LiveScreen | P
     return LiveScreen(console, run_id, switch) if console.is_terminal else PlainLines(console, run_id)
 
 
-def _of(step: Any, num_steps: Any) -> str:
+def _fraction(step: Any, num_steps: Any) -> str:
     return f"{'-' if step is None else step}/{'-' if num_steps is None else num_steps}"

@@ -235,7 +235,7 @@ def test_credentials_for_clouds_without_offers_are_told(slm: Slm, home: Home) ->
     for arguments in (["plan", "--params", "1e9"], ["frontier"], ["plan", "1.5b"]):
         ended = slm(*arguments)
         assert ended.code == 2
-        assert "--all-clouds to rank" in ended.err
+        assert "--all-clouds ranks" in ended.err
     assert slm("plan", "--params", "1e9", "--all-clouds", "--gpus", "H100-SXM").code == 0
 
 
