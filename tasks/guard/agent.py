@@ -27,7 +27,7 @@ from .decision import END_NODE, STOP_COMMAND, WAIT, Answer, State, decide, issue
 from .files import ACTING, RESTART_SECONDS, TICK_SECONDS, Pulse, beat, read_json, recorded, write_json
 from .notices import notice_source
 from .processes import KEEP_ENVIRONMENT, Identity, alive, family, send, spawn_self, start_time
-from .stores import DirectoryStore, grant_key, log_folder, open_store, request_key
+from .stores import ENVELOPE, DirectoryStore, grant_key, log_folder, open_store, request_key
 from .terminator import SCHEDULE
 from .terminators import end_node, named_terminators, unarmed
 from .timer import PowerOffTimer
@@ -234,7 +234,8 @@ class Guard:
 
     def _exchange(self) -> None:
         """Send a numbered request and read the newest answer."""
-        self.store.write(request_key(self.options.lease, self.options.rank), self._ask())
+        key = request_key(self.options.lease, self.options.rank)
+        self.store.write(key, {**ENVELOPE, **self._ask()})
         data = self.store.read(grant_key(self.options.lease, self.options.rank))
         answer = parse_answer(data) if data is not None else None
         with self.lock:

@@ -1,6 +1,7 @@
 """The run store as the guard reaches it: its keys, and a folder, a bucket or presigned URLs.
 
-A store may hang, so only threads use it. A test holds the keys to `tasks.run_store_keys`.
+A store may hang, so only threads use it. Tests hold the keys to `tasks.run_store_keys` and the envelope to
+`trainer.run_store.envelope`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from .credentials import Aws, Metadata
 from .files import write_json
 from .http import Reply, Request, call, http_moment
 from .signing import signed
+
+ENVELOPE = {"schema": 1, "writer": "guard", "tag": ""}
+"""Fields of every record that the guard writes; those of a grant are read past."""
 
 
 def request_key(lease: str, rank: int) -> str:

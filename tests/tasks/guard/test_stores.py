@@ -14,8 +14,18 @@ from tasks import run_store_keys as keys
 from tasks.guard.clock import boottime
 from tasks.guard.command_line import parse
 from tasks.guard.credentials import Aws, Metadata
+from tasks.guard.decision import Answer, parse_answer
 from tasks.guard.http import Reply
-from tasks.guard.stores import DirectoryStore, PresignedStore, S3Store, grant_key, log_folder, open_store, request_key
+from tasks.guard.stores import (
+    ENVELOPE,
+    DirectoryStore,
+    PresignedStore,
+    S3Store,
+    grant_key,
+    log_folder,
+    open_store,
+    request_key,
+)
 from tests.support.guarded import (
     LEASE,
     SLACK_SECONDS,
@@ -25,6 +35,7 @@ from tests.support.guarded import (
     until,
 )
 from tests.support.moto_cloud import BUCKET, REGION, Cloud, moto_cloud
+from trainer.run_store.envelope import Writer, envelope, unwrap, wrap
 
 __all__ = ["node"]
 GRANT_KEY = f"tests/run-1/grants/{LEASE}/0.json"
@@ -179,6 +190,13 @@ def test_a_folder_may_be_a_uri(tmp_path: Path) -> None:
     words = ["--lease", "l", "--rank", "0", "--first-grant", "1", "--mark", "m", "--node-dir", "d", "--store"]
     options = parse([*words, f"file://{tmp_path}/a%20b", "--", "true"])
     assert open_store(options).root == f"{tmp_path}/a b"
+
+
+def test_the_guard_and_the_supervisor_read_each_others_records() -> None:
+    assert envelope(Writer.GUARD) == ENVELOPE
+    grant = {"fencing_token": 2, "number": 7, "duration_seconds": 9.0, "at_ms": 1}
+    assert parse_answer(wrap(grant, Writer.SUPERVISOR)) == Answer(2, 7, 9.0)
+    assert unwrap(json.dumps({**ENVELOPE, "number": 7}).encode(), "request.json") == {"number": 7}
 
 
 def test_requests_and_grants_have_the_keys_that_the_supervisor_uses() -> None:
