@@ -19,6 +19,7 @@ from orchestrator.runs.journal import StoreJournal
 from orchestrator.runs.records import Runs
 from orchestrator.supervisor import supervise
 from orchestrator.supervisor.grants import Grants
+from orchestrator.supervisor.lease import sizing
 
 TTL_SLACK_SECONDS = 1800.0
 
@@ -48,7 +49,7 @@ def reserve_nothing(_: Machine) -> None:
 
 
 def price_of_now(_: Machine) -> None:
-    patch(supervise, "worst_price", lambda offer, _: offer.usd_per_hour)
+    patch(sizing, "worst_price", lambda offer, _: offer.usd_per_hour)
 
 
 def reserve_the_grant_only(machine: Machine) -> None:

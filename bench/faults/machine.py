@@ -29,8 +29,8 @@ from orchestrator.runs.options import RunOptions
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState
 from orchestrator.supervisor import supervise as loop
 from orchestrator.supervisor.grants import heard_ms
+from orchestrator.supervisor.lease.stopping import StopSwitch
 from orchestrator.supervisor.lease_policy import Terms, needed_usd, same_terms
-from orchestrator.supervisor.lease_watch import StopSwitch
 from tasks.run_store_keys import LEDGER, SPEC
 
 TERMS = Terms(

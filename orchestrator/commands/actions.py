@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.runs.options import LaunchRequest
     from orchestrator.runs.status import RunStatus, RunSummary
     from orchestrator.settings import Home
-    from orchestrator.supervisor.lease_watch import StopSwitch
+    from orchestrator.supervisor.lease.stopping import StopSwitch
     from tasks.recipe.schema import Recipe
 
 

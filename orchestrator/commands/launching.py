@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.backends.sky.enabled_clouds import Enabled
     from orchestrator.events import Emit
     from orchestrator.runs.status import RunSummary
-    from orchestrator.supervisor.lease_watch import StopSwitch
+    from orchestrator.supervisor.lease.stopping import StopSwitch
     from tasks.recipe.schema import Recipe
 
 FAILED_EXIT_CODE = 1
@@ -230,7 +230,7 @@ def ask(question: str, *, yes: bool) -> None:
 
 def watched(supervise: Callable[[Emit, StopSwitch], RunSummary], name: str, *, as_json: bool) -> None:
     """Supervise in the foreground and show it; ends with the summary."""
-    from orchestrator.supervisor.lease_watch import StopSwitch
+    from orchestrator.supervisor.lease.stopping import StopSwitch
     from orchestrator.views import live
     from orchestrator.views import runs as render
     from orchestrator.views.facts.document import print_json

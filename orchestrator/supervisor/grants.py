@@ -63,7 +63,7 @@ class Grants:
         return -int(-seconds * 1000 * self._clock.scale // 1)
 
     def renew(self, account: LeaseAccount) -> tuple[LeaseAccount, bool]:
-        """Pay for another term if it is due; False when time or money only reaches to the drain line.
+        """Pay for another term if it is due; False when time or money only reaches to the drain threshold.
 
         Near the end of the money the term shrinks, so that little stays unused. A limit that cannot be moved was paid
         for as a whole at its start.

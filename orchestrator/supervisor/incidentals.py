@@ -61,7 +61,7 @@ def download_usd(offer: Offer, *, num_params: int) -> Decimal:
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
+class Incidentals:
     """Keeps the lines of one run's ledger; `rates` is asked for each lease's offer."""
 
     ledger: Ledger

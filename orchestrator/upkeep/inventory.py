@@ -25,8 +25,8 @@ from orchestrator.runs.journal import StoreJournal
 from orchestrator.runs.records import Run, Runs, is_supervised
 from orchestrator.runs.status import lock_path, open_runs
 from orchestrator.settings import Home
+from orchestrator.supervisor.assembly import run_store
 from orchestrator.supervisor.reconcile import is_ours, lease_of
-from orchestrator.supervisor.requests import store_of
 from tasks.recipe.schema import Recipe
 
 TRIES = 3
@@ -204,7 +204,7 @@ def is_elsewhere(run: Run, runs: Runs, home: Home) -> bool:
     A store that cannot be read is no reason to keep an orphan: without the store nobody can grant either.
     """
     try:
-        journal = StoreJournal(store_of(run, runs, home))
+        journal = StoreJournal(run_store(run, runs, home))
         return any(found.fencing_token > run.fencing_token for found in records_from(journal, next_record(run, runs)))
     except SlmError:
         return False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from orchestrator.events import Event
-    from orchestrator.supervisor.lease_watch import StopSwitch
+    from orchestrator.supervisor.lease.stopping import StopSwitch
 
 PLAIN_PROGRESS_SECONDS = 10.0
 """Least time between two progress lines where no screen can be redrawn."""

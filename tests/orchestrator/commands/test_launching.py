@@ -23,7 +23,7 @@ from orchestrator.runs.options import LaunchRequest, RunOptions
 from orchestrator.runs.records import RunState
 from orchestrator.runs.status import RunStatus, RunSummary
 from orchestrator.settings import Home
-from orchestrator.supervisor.lease_watch import StopSwitch
+from orchestrator.supervisor.lease.stopping import StopSwitch
 from orchestrator.supervisor.requests import launch as real_launch
 from tasks.recipe.load import load_recipe
 from tasks.recipe.schema import Recipe

@@ -17,7 +17,7 @@ from orchestrator.supervisor.incidentals import (
     DOWNLOAD,
     EGRESS,
     RUN_STORE,
-    Extras,
+    Incidentals,
     Rates,
     download_usd,
     rates_on,
@@ -37,8 +37,8 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 @pytest.fixture
-def extras(ledger: Ledger) -> Extras:
-    return Extras(ledger, lambda _: RATES, lambda _: Decimal("0.30"))
+def incidentals(ledger: Ledger) -> Incidentals:
+    return Incidentals(ledger, lambda _: RATES, lambda _: Decimal("0.30"))
 
 
 def held_and_spent(ledger: Ledger) -> dict[str, tuple[Decimal, Decimal]]:
@@ -46,9 +46,9 @@ def held_and_spent(ledger: Ledger) -> dict[str, tuple[Decimal, Decimal]]:
     return {line.name: (line.held_micro_usd / micro, line.spent_micro_usd / micro) for line in ledger.lines()}
 
 
-def test_what_a_lease_can_come_to_is_set_aside_before_it_is_rented(ledger: Ledger, extras: Extras) -> None:
+def test_what_a_lease_can_come_to_is_set_aside_before_it_is_rented(ledger: Ledger, incidentals: Incidentals) -> None:
     ledger.reserve(a_lease(nodes=2), expires_ms=START_MS + 2 * HOUR_MS, latency_ms=0, at_ms=START_MS)
-    extras.keep(at_ms=START_MS)
+    incidentals.keep(at_ms=START_MS)
     held = {name: amounts[0] for name, amounts in held_and_spent(ledger).items()}
     assert held == {
         DISKS: Decimal("0.04"),  # two nodes for two hours
@@ -58,31 +58,31 @@ def test_what_a_lease_can_come_to_is_set_aside_before_it_is_rented(ledger: Ledge
     }
 
 
-def test_elapsed_time_is_charged_once_however_often_it_is_counted(ledger: Ledger, extras: Extras) -> None:
+def test_elapsed_time_is_charged_once_however_often_it_is_counted(ledger: Ledger, incidentals: Incidentals) -> None:
     lease = a_lease(nodes=2)
     ledger.reserve(lease, expires_ms=START_MS + 2 * HOUR_MS, latency_ms=0, at_ms=START_MS)
     ledger.accrue(lease.lease_id, at_ms=START_MS + HOUR_MS, usd_per_hour=Decimal("1.00"))
     for _ in range(3):
-        extras.keep(at_ms=START_MS + HOUR_MS)
+        incidentals.keep(at_ms=START_MS + HOUR_MS)
     spent = {name: amounts[1] for name, amounts in held_and_spent(ledger).items()}
     assert spent == {DISKS: Decimal("0.02"), RUN_STORE: Decimal("0.02"), EGRESS: Decimal("0.50"), DOWNLOAD: 0}
 
 
-def test_a_finished_run_pays_for_its_download_and_frees_the_rest(ledger: Ledger, extras: Extras) -> None:
+def test_a_finished_run_pays_for_its_download_and_frees_the_rest(ledger: Ledger, incidentals: Incidentals) -> None:
     lease = a_lease()
     ledger.reserve(lease, expires_ms=START_MS + 2 * HOUR_MS, latency_ms=0, at_ms=START_MS)
-    extras.keep(at_ms=START_MS)
+    incidentals.keep(at_ms=START_MS)
     ledger.settle(lease.lease_id, ended_ms=START_MS + HOUR_MS, at_ms=START_MS + HOUR_MS, outcome="finished")
-    extras.finish(at_ms=START_MS + HOUR_MS)
+    incidentals.finish(at_ms=START_MS + HOUR_MS)
     ledger.close_lines(at_ms=START_MS + HOUR_MS)
     assert ledger.balance().held_usd == 0
     assert ledger.balance().spent_usd == Decimal("1.00") + Decimal("0.01") + Decimal("0.02") + Decimal("0.80")
 
 
-def test_a_cap_that_covers_nodes_only_is_too_small(ledger: Ledger, extras: Extras) -> None:
+def test_a_cap_that_covers_nodes_only_is_too_small(ledger: Ledger, incidentals: Incidentals) -> None:
     ledger.reserve(a_lease(), expires_ms=START_MS + 10 * HOUR_MS, latency_ms=0, at_ms=START_MS)
     with pytest.raises(BudgetExceeded):
-        extras.keep(at_ms=START_MS)
+        incidentals.keep(at_ms=START_MS)
 
 
 def test_rates_are_those_of_the_cloud() -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.events import Event
-from orchestrator.supervisor.lease_watch import StopSwitch
+from orchestrator.supervisor.lease.stopping import StopSwitch
 from orchestrator.views import live
 from orchestrator.views.live import LiveScreen, PlainLines, RunView
 
