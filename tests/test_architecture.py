@@ -23,6 +23,7 @@ HEAVY = ("torch", "ray", "sky", "lightning", "numpy", "boto3", "pandas", "pyarro
 TORCH_FREE = (
     "tasks.recipe.load",
     "tasks.run_store_keys",
+    "tasks.run_store_records",
     "tasks.spec",
     "tasks.stages.registry",
     "tasks.stages.manifest",

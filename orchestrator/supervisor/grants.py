@@ -16,8 +16,9 @@ from orchestrator.backends.base import Backend, BackendError
 from orchestrator.clock import Clock
 from orchestrator.supervisor.lease_policy import Terms
 from tasks import run_store_keys as keys
+from tasks.run_store_records import Grant, GuardRequest
 from trainer.run_store.base import Store, StoreKeyMissing
-from trainer.run_store.envelope import Writer, unwrap, wrap
+from trainer.run_store.envelope import RecordError, Writer
 
 
 def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
@@ -28,9 +29,9 @@ def heard_ms(store: Store, accounts: Iterable[LeaseAccount]) -> int:
     newest = 0
     for account in accounts:
         for rank in range(account.num_nodes):
-            with suppress(StoreKeyMissing, ValueError, KeyError, TypeError):
+            with suppress(StoreKeyMissing, RecordError):
                 key = keys.grant(account.lease.lease_id, rank)
-                newest = max(newest, int(unwrap(store.read(key), key)["at_ms"]))
+                newest = max(newest, Grant.parse(store.read(key), key).at_ms)
     return newest
 
 
@@ -148,13 +149,13 @@ class Grants:
                 duration = min(duration, self._terms.term_seconds)
             if duration <= 0:
                 continue
-            grant = {
-                "fencing_token": self._ledger.fencing_token,
-                "number": number,
-                "duration_seconds": duration,
-                "at_ms": self._clock.now_ms(),  # for `heard_ms`: another machine knows by it how late it was
-            }
-            self._store.write(keys.grant(lease_id, rank), wrap(grant, Writer.SUPERVISOR))
+            grant = Grant(
+                fencing_token=self._ledger.fencing_token,
+                number=number,
+                duration_seconds=duration,
+                at_ms=self._clock.now_ms(),  # for `heard_ms`
+            )
+            self._store.write(keys.grant(lease_id, rank), grant.to_bytes(Writer.SUPERVISOR))
             self._answered[(lease_id, rank)] = number
         return noticed
 
@@ -163,9 +164,9 @@ class Grants:
 
     def _request(self, lease_id: str, rank: int) -> tuple[int | None, bool]:
         """Number of the newest request, and whether its node's end was announced."""
+        key = keys.guard_request(lease_id, rank)
         try:
-            key = keys.guard_request(lease_id, rank)
-            request = unwrap(self._store.read(key), key)
-            return int(request["number"]), bool(request.get("noticed"))
-        except (StoreKeyMissing, ValueError, KeyError, TypeError):
+            request = GuardRequest.parse(self._store.read(key), key)
+        except (StoreKeyMissing, RecordError):
             return None, False
+        return request.number, request.noticed

@@ -28,12 +28,13 @@ from tasks import run_store_keys as keys
 from tasks.node.environment import NodeEnv, boottime
 from tasks.node.notice import plan
 from tasks.ray_train.compile_cache import CompileCache
+from tasks.run_store_records import Command
 from tasks.spec import RunSpec
 from tasks.stages.registry import stage_of, store_of_stage
 from tasks.stores.opening import open_store
 from trainer.checkpoints.lineage import Superseded
 from trainer.run_store.base import Store, StoreError, StoreKeyMissing
-from trainer.run_store.envelope import Writer, unwrap, wrap
+from trainer.run_store.envelope import RecordError, Writer, unwrap, wrap
 
 if TYPE_CHECKING:
     from trainer.loop import Result, Signal
@@ -319,17 +320,16 @@ class NodeSignals:
         """Read the supervisor's newest command; whether it is a new wish for a checkpoint."""
         try:
             key = keys.control(self._env.lease_id)
-            facts = unwrap(self._run_store.read(key), key)
-            command, number = facts["command"], int(facts["number"])
-        except (StoreKeyMissing, StoreError, ValueError, KeyError, TypeError):
+            command = Command.parse(self._run_store.read(key), key)
+        except (StoreKeyMissing, StoreError, RecordError):
             return False  # none yet; a store that is lost says so when the next checkpoint fails
-        if command == "stop":
-            self._stop(STOP, f"the supervisor said so ({facts.get('reason', '')})")
+        if command.command == "stop":
+            self._stop(STOP, f"the supervisor said so ({command.reason})")
             return False
-        if number == self._done_number:
+        if command.number == self._done_number:
             return False
-        self._done_number = number
-        return bool(command == "checkpoint")
+        self._done_number = command.number
+        return command.command == "checkpoint"
 
 
 # -- failures

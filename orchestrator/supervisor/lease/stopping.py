@@ -9,8 +9,9 @@ from cost.ledger.recovery import Cause
 from orchestrator.clock import Clock
 from orchestrator.supervisor.lease_policy import Terms
 from tasks import run_store_keys as keys
+from tasks.run_store_records import Command
 from trainer.run_store.base import Store, StoreKeyMissing
-from trainer.run_store.envelope import RecordError, Writer, unwrap, wrap
+from trainer.run_store.envelope import RecordError, Writer
 
 
 @dataclass(slots=True)
@@ -50,8 +51,8 @@ class Stopping:
         Raises:
             StoreError: The run store cannot be written; nothing is asked.
         """
-        message = {"command": "stop", "number": 1, "reason": cause.value}
-        self.store.write(keys.control(self.lease_id), wrap(message, Writer.SUPERVISOR))
+        command = Command(command="stop", number=1, reason=cause.value)
+        self.store.write(keys.control(self.lease_id), command.to_bytes(Writer.SUPERVISOR))
         self.request = StopRequest(cause, detail, self.clock.real_seconds())
         self.tell("warning", f"asking for a checkpoint and a stop: {detail}")
 
@@ -59,12 +60,12 @@ class Stopping:
         """Continue with what an earlier supervisor has asked for."""
         key = keys.control(self.lease_id)
         try:
-            asked = unwrap(self.store.read(key), key)
+            asked = Command.parse(self.store.read(key), key)
         except (StoreKeyMissing, RecordError):
             return
-        if asked.get("command") == "stop":
-            detail = "asked before this supervisor took over"
-            self.request = StopRequest(Cause(asked["reason"]), detail, self.clock.real_seconds())
+        if asked.command == "stop":
+            cause = Cause(asked.reason) if asked.reason in set(Cause) else Cause.ASKED
+            self.request = StopRequest(cause, "asked before this supervisor took over", self.clock.real_seconds())
 
     @property
     def is_overdue(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.clock import Clock
 from tasks import run_store_keys as keys
+from tasks.run_store_records import Failure
 from trainer.run_store.base import Store, StoreKeyMissing
 from trainer.run_store.envelope import RecordError, unwrap
 
@@ -93,8 +94,11 @@ class Training:
         failures = self.store.list(keys.FAILURES)
         if not failures:
             return "training failed twice at one step, without a record of why"
-        failure = unwrap(self.store.read(failures[-1]), failures[-1])
-        return f"training failed twice at step {failure.get('step')}: {failure.get('message')}"
+        try:
+            failure = Failure.parse(self.store.read(failures[-1]), failures[-1])
+        except RecordError as error:
+            return f"training failed twice at one step; {error}"
+        return f"training failed twice at step {failure.step}: {failure.message}"
 
     def _read(self, key: str) -> dict[str, Any] | None:
         try:
