@@ -57,6 +57,11 @@ class Home:
         return self.root / "offers.log"
 
     @property
+    def processor(self) -> Path:
+        """How fast this machine's processor was timed to be."""
+        return self.root / "processor.json"
+
+    @property
     def starts(self) -> Path:
         """How long rented nodes took to be set up."""
         return self.root / "starts.jsonl"

@@ -16,6 +16,7 @@ TASKS = {
     "node": ("tasks.node.ray_node", "main"),
     "rented-node": ("tasks.node.rented_node", "main"),
     "drain": ("tasks.node.ray_node", "drain_main"),
+    "time-processor": ("tasks.node.time_processor", "main"),
     "pretrain": ("tasks.ray_train.driver", "main"),
     "export": ("tasks.hub.export", "export_main"),
     "import": ("tasks.hub.export", "import_main"),

@@ -31,6 +31,8 @@ CPU_FP32_FLOPS_PER_CORE = 100.5e9
 """Square fp32 product of side 1024 by torch 2.13 on one core of an AMD EPYC with AVX-512 (2026-11-23)."""
 CPU_BF16_FLOPS_PER_CORE = 212.3e9
 """The same product in bf16 (AVX512_BF16); the best of 30 timings each."""
+CPU_EMULATED_BF16_FLOPS_PER_CORE = 30e9
+"""A bf16 product of matrices by torch 2.13 on one core that has no bf16 units (2026-11-27)."""
 CPU_MEMORY_BYTES_PER_SECOND_PER_CORE = 10e9
 """Assumed share of the memory bandwidth of one core; it bounds nothing that is measured on a CPU."""
 
@@ -125,16 +127,22 @@ def accelerator(name: str) -> Accelerator:
     return accelerators()[name]
 
 
-def local_cpu(num_cores: float, memory_gib: float = 4.0) -> Accelerator:
+def local_cpu(
+    num_cores: float,
+    memory_gib: float = 4.0,
+    *,
+    bf16_flops_per_core: float = CPU_BF16_FLOPS_PER_CORE,
+    fp32_flops_per_core: float = CPU_FP32_FLOPS_PER_CORE,
+) -> Accelerator:
     """This machine's processor as a device, for the embedded local cloud and for utilization on a laptop."""
     return Accelerator(
         name=LOCAL_CPU,
         architecture="CPU",
         compute_capability="",
-        bf16_flops=num_cores * CPU_BF16_FLOPS_PER_CORE,
+        bf16_flops=num_cores * bf16_flops_per_core,
         fp16_flops=None,
         fp8_flops=None,
-        fp32_flops=num_cores * CPU_FP32_FLOPS_PER_CORE,
+        fp32_flops=num_cores * fp32_flops_per_core,
         memory_gib=memory_gib,
         memory_bytes_per_second=num_cores * CPU_MEMORY_BYTES_PER_SECOND_PER_CORE,
         intra_node="shared memory",

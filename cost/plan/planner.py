@@ -177,7 +177,11 @@ class _Task:
     def _place(self, offer: Offer, memory_gib: float, num_nodes: int, network: float) -> Placement | NoLayout:
         calibration, program, precisions = self.market.calibration, self.market.software, self.market.precisions
         if self.emulation is not None:
-            device = local_cpu(self.emulation.num_cores / num_nodes)
+            device = local_cpu(
+                self.emulation.num_cores / num_nodes,
+                bf16_flops_per_core=self.emulation.bf16_flops_per_core,
+                fp32_flops_per_core=self.emulation.fp32_flops_per_core,
+            )
             cluster = Cluster(device, 1, num_nodes, device.pcie_bytes_per_second)
             micro = self.emulation.micro_batch_size
             return emulated_layout(self.workload, cluster, micro, calibration, program, precisions=precisions)

@@ -11,7 +11,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Literal, get_args
 
-from cost.market.hardware import Precision
+from cost.market.hardware import CPU_BF16_FLOPS_PER_CORE, CPU_FP32_FLOPS_PER_CORE, Precision
 from cost.market.offers import Offer
 from cost.market.preemption import Hazards, Sighting
 from cost.outcome.scaling_law import CHINCHILLA, LossLaw, Prediction, predict
@@ -37,6 +37,11 @@ class Emulation:
     micro_batch_size: int = 1
     tokens_per_second: float | None = None
     """What a run on this machine was measured at, in real time; replaces the model."""
+    bf16_flops_per_core: float = CPU_BF16_FLOPS_PER_CORE
+    fp32_flops_per_core: float = CPU_FP32_FLOPS_PER_CORE
+    """Large square products on one core of this machine."""
+    is_timed: bool = False
+    """Whether these were timed on this machine; else they are of a table."""
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ def simulate(
       slm simulate 350m --market trace:traces/aws-v100 --deadline 120h --json
     """
     from orchestrator.planning import analysis as advice
+    from orchestrator.planning import processor
     from orchestrator.planning import recipe_plan as planning
     from orchestrator.planning.history import read_history
     from orchestrator.views import analysis as render_advice
@@ -194,7 +195,9 @@ def simulate(
 
     if plot is not None:
         plots.check(plot)
-    chosen = recipe_with(recipe, options.overrides(sets), nodes)
+    asked_for = recipe_with(recipe, options.overrides(sets), nodes)
+    speed = processor.known_speed(home_from(os.environ), asked_for)
+    chosen = processor.in_known_precision(asked_for, speed)
     prices = prices_now(chosen)
     planned = planning.planned_for(
         chosen,
@@ -209,6 +212,7 @@ def simulate(
         all_clouds=all_clouds,
         allow_unguarded=allow_unguarded,
         measured_tokens_per_second=planning.measured_here(home_from(os.environ), chosen),
+        processor=speed,
         history=read_history(home_from(os.environ)),
     )
     done = advice.simulate_plan(planned, market=market, num_zones=zones, runs=runs, seed=seed, deadline_hours=deadline)

@@ -70,6 +70,7 @@ def launch(
       slm launch my.yaml --store s3://my-bucket/runs
     """
     from orchestrator.planning import analysis as advice
+    from orchestrator.planning import processor
     from orchestrator.planning import recipe_plan as planning
     from orchestrator.planning.history import read_history
     from orchestrator.runs.options import LOCAL, LaunchRequest, RunOptions
@@ -83,7 +84,9 @@ def launch(
         sets, backend=backend, market=market, time_scale=time_scale, precision=precision, profile=profile
     )
     chosen = with_backend(recipe_with(recipe, fields, nodes))
-    chosen = planning.as_begun(home, chosen)
+    asked = planning.as_begun(home, chosen)
+    speed = processor.timed_speed(home, asked)
+    chosen = processor.in_known_precision(asked, speed)
     refuse_unasked_spending(chosen, budget, yes=yes)
     prices = prices_now(chosen)
     planned = planning.planned_for(
@@ -99,6 +102,7 @@ def launch(
         all_clouds=all_clouds,
         allow_unguarded=allow_unguarded,
         measured_tokens_per_second=planning.measured_here(home, chosen),
+        processor=speed,
         history=read_history(home),
     )
     plan = planned.plan
@@ -121,6 +125,7 @@ def launch(
             estimate.offer.offer_id: estimate.tokens_per_second / estimate.layout.world_size
             for estimate in reversed(plan.ranked)
         },
+        precision_reason=None if speed is None or chosen == asked else speed.reason,
         single_supervisor=single_supervisor,
         allow_unguarded=allow_unguarded,
     )

@@ -76,6 +76,7 @@ def plan(
       slm plan --budget 100 --params 1.1e9..3e9 --tokens-per-param 20
       slm plan --budget 100 --params max --json
     """
+    from orchestrator.planning import processor
     from orchestrator.planning import recipe_plan as planning
     from orchestrator.planning.history import read_history
 
@@ -118,7 +119,9 @@ def plan(
     if tokens_per_param is not None:
         raise UserError("--tokens-per-param needs --params; for a recipe use --set training.tokens_per_param=20.")
     fields = options.overrides(sets, backend=backend, market=market, time_scale=time_scale, precision=precision)
-    chosen = recipe_with(recipe, fields, nodes)
+    asked_for = recipe_with(recipe, fields, nodes)
+    speed = processor.known_speed(home, asked_for)
+    chosen = processor.in_known_precision(asked_for, speed)
     prices = prices_now(chosen)
     planned = planning.planned_for(
         chosen,
@@ -126,6 +129,7 @@ def plan(
         budget_usd=budget or chosen.budget_usd,
         objective=objective.value if objective else "usd_per_param",
         measured_tokens_per_second=planning.measured_here(home, chosen),
+        processor=speed,
         allow_unguarded=allow_unguarded,
         **wishes,
     )

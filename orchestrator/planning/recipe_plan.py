@@ -34,6 +34,7 @@ from orchestrator.planning.history import History, begun_precision, measured_tok
 from orchestrator.prices.table import Prices
 from orchestrator.settings import Home
 from tasks.recipe.schema import AUTO, PRECISIONS, ConcretePrecision, Recipe
+from trainer.processor import ProcessorSpeed, assumed_speed
 
 NOT_ASKED_FOR = "was not asked for"
 UNGUARDED = f"nothing ends a hung node there; {FIX}"
@@ -86,6 +87,7 @@ def planned_for(
     allow_unguarded: bool = False,
     belief: Belief | None = None,
     measured_tokens_per_second: float | None = None,
+    processor: ProcessorSpeed | None = None,
     history: History | None = None,
 ) -> Planned:
     """Rank the offers for a recipe; an option that is None is taken from the recipe.
@@ -97,7 +99,7 @@ def planned_for(
     Raises:
         UserError: A cloud or a GPU that no offer has, or a market that cannot be simulated.
     """
-    emulation = local_emulation(recipe, measured_tokens_per_second)
+    emulation = local_emulation(recipe, measured_tokens_per_second, processor)
     known = History() if history is None or emulation is not None else history
     calibration = known.calibrated()
     # The local cloud starts with all nodes that the recipe wants; elsewhere fewer may be the better buy.
@@ -338,18 +340,27 @@ def scripted_rate(script: schedule.Script, undisturbed: Plan, time_scale: float)
     return len(losses) / (best.num_nodes * best.hours)
 
 
-def local_emulation(recipe: Recipe, measured_tokens_per_second: float | None = None) -> Emulation | None:
-    """What the local cloud simulates for a recipe of the local backend; None for real clouds."""
+def local_emulation(
+    recipe: Recipe, measured_tokens_per_second: float | None = None, processor: ProcessorSpeed | None = None
+) -> Emulation | None:
+    """What the local cloud simulates for a recipe of the local backend; None for real clouds.
+
+    `processor` is the speed of its processor, which is assumed where it is not given.
+    """
     if recipe.backend != "local":
         return None
     cores = float(usable_cores())
     if recipe.training.num_threads is not None:
         cores = min(cores, float(recipe.training.num_threads * recipe.nodes.max))
+    speed = processor or assumed_speed()
     return Emulation(
         num_cores=cores,
         time_scale=recipe.local.time_scale,
         micro_batch_size=recipe.training.micro_batch_size,
         tokens_per_second=measured_tokens_per_second,
+        bf16_flops_per_core=speed.square_bf16_flops,
+        fp32_flops_per_core=speed.square_fp32_flops,
+        is_timed=speed.is_measured,
     )
 
 

@@ -62,6 +62,8 @@ class RunOptions:
     """Of the whole run by offer_id, for telling later whether another offer has become cheaper."""
     planned_speed: Mapping[str, float] = field(default_factory=dict)
     """Tokens per second of one device by offer_id."""
+    precision_reason: str | None = None
+    """Why it computes in its precision, where the recipe left that open; said in the log of each supervisor."""
     single_supervisor: bool = False
     """Whether a person has promised that no other machine supervises this run, so that its store need not fence."""
     allow_unguarded: bool = False

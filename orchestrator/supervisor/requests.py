@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 
 from cost.errors import SlmError, UserError
@@ -19,7 +20,7 @@ from cost.ledger.leases import Lease
 from cost.ledger.ledger import Ledger
 from cost.ledger.recovery import Candidate
 from cost.market.offers import Offer
-from orchestrator.events import Emit, EventLog
+from orchestrator.events import Emit, Event, EventLog
 from orchestrator.runs import journal as journals
 from orchestrator.runs.options import LaunchRequest
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
@@ -163,6 +164,8 @@ def supervise(
         if asked_to_stop and not run.is_finished:
             switch.press()
         recipe, options = Recipe.model_validate_json(run.recipe_json), run.options
+        if options.precision_reason is not None:
+            emit(Event("precision", f"precision {options.precision_reason}", datetime.now(UTC)))
         ledger = Ledger(runs.db, run_id, fencing_token=run.fencing_token, journal=journal)
         if budget_usd is not None and budget_usd != run.cap_usd:
             ledger.set_cap(budget_usd)

@@ -268,7 +268,10 @@ def price_notes(prices: Prices) -> list[str]:
 def outlook(plan: Plan, best: Estimate, belief: Belief) -> list[str]:
     """How fast, how good: with intervals, and what they rest on."""
     low, high = best.tokens_per_second_interval
-    basis = BASIS[best.throughput.basis] if plan.emulation is None else "a model of this machine's processor"
+    basis = BASIS[best.throughput.basis]
+    if plan.emulation is not None:
+        processor = "timed" if plan.emulation.is_timed else "not timed yet, which `slm launch` does"
+        basis = f"a model of this machine's processor, {processor}"
     spread = (
         "measured by an earlier run on this machine" if low == high else (f"({count(low)} to {count(high)}); {basis}")
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cost.errors import UserError
-from tasks.recipe.schema import Recipe
+from tasks.recipe.schema import AUTO, Recipe
 from tasks.recipe.sections import LENGTHS, STDLIB_CORPUS
 from trainer.model.presets import expand
 
@@ -38,6 +38,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Overriding one of num_steps, num_tokens and tokens_per_param replaces the file's choice among them. A relative
     corpus path counts from the current directory. `model.preset`, `shape` and `depth` become the fields they stand for.
+    On the local backend the precision is `auto` unless it is given.
 
     Raises:
         UserError: No such recipe, bad YAML, or a key or value that is wrong; each with its place.
@@ -53,6 +54,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     document.make_paths_absolute("data", "corpus", keep={STDLIB_CORPUS})
     document.make_paths_absolute("training", "initial_weights", keep=())
     document.values.setdefault("name", document.path.stem)
+    if document.values.get("backend") == "local":
+        document.values.setdefault("precision", AUTO)
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:

@@ -73,7 +73,7 @@ class Nodes:
             run_id="run-1",
             lease_id=LEASE,
             attempt=1,
-            recipe=load_recipe("demo", [*fixed, *settings]),
+            recipe=load_recipe("demo", ["precision=bf16", *fixed, *settings]),
             store_uri=self.store.uri,
             data_dir=str(self.root / "data"),
             num_nodes=self.num_nodes,

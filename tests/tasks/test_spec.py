@@ -19,7 +19,7 @@ def make_spec(**changes: Any) -> RunSpec:
         "run_id": "demo-1",
         "lease_id": "lease-1",
         "attempt": 1,
-        "recipe": load_recipe("demo", ["checkpoint.interval_seconds=null"]),
+        "recipe": load_recipe("demo", ["precision=bf16", "checkpoint.interval_seconds=null"]),
         "store_uri": "file:///tmp/store",
         "data_dir": "/tmp/data",
         "num_nodes": 2,
@@ -41,7 +41,7 @@ def test_losses_reach_the_trainer_per_worker_unless_the_recipe_fixes_the_interva
     losses = Losses(per_node_hour=0.8, saved_at_notice=0.9, restart_seconds=20)
     config = make_spec(losses=losses, workers_per_node=4).train_config()
     assert config.interruptions == InterruptionConfig(0.2, saved_at_notice=0.9, restart_seconds=20)
-    fixed = make_spec(losses=losses, recipe=load_recipe("demo", ["checkpoint.interval_seconds=6"]))
+    fixed = make_spec(losses=losses, recipe=load_recipe("demo", ["precision=bf16", "checkpoint.interval_seconds=6"]))
     assert fixed.train_config().interruptions.losses_per_worker_hour is None
     assert make_spec().train_config().interruptions.losses_per_worker_hour is None
 

@@ -18,7 +18,7 @@ from tasks.recipe.schema import Recipe
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe("demo", ["local.market=calm", *overrides])
+    return load_recipe("demo", ["precision=bf16", "local.market=calm", *overrides])
 
 
 def ran(home: Home, name: str, trained: Recipe, *, at: int = 1, **progress: Any) -> Path:

@@ -32,7 +32,8 @@ PRICES = Prices((H100, CHEAP, OLD_CARD), "test table", num_skipped=2)
 
 
 def demo(*overrides: str) -> Recipe:
-    return load_recipe("demo", ["local.market=calm", "offers.gpus=null", "offers.spot=null", *overrides])
+    anything = ["local.market=calm", "offers.gpus=null", "offers.spot=null"]
+    return load_recipe("demo", ["precision=bf16", *anything, *overrides])
 
 
 def test_prices_know_their_dates() -> None:

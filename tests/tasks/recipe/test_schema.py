@@ -123,16 +123,14 @@ def test_the_train_config_says_what_the_recipe_says() -> None:
     assert (config.num_steps, config.precision, config.seed) == (10, "fp32", 5)
     assert (config.checkpoint.every_steps, config.checkpoint.keep_last) == (4, 3)
     assert config.checkpoint.milestone_every_steps is None
-    assert (
-        load_recipe("demo", ["checkpoint.milestone_every_steps=50"]).train_config().checkpoint.milestone_every_steps
-        == 50
-    )
+    kept = load_recipe("demo", ["precision=bf16", "checkpoint.milestone_every_steps=50"]).train_config().checkpoint
+    assert kept.milestone_every_steps == 50
     assert (config.batch.global_batch_size, config.batch.micro_batch_size) == (32, recipe.training.micro_batch_size)
 
 
 def test_the_recipes_checkpoint_interval_comes_before_the_planned_one() -> None:
-    fixed = load_recipe("demo", ["checkpoint.interval_seconds=7"])
-    planned = load_recipe("demo", ["checkpoint.interval_seconds=null"])
+    fixed = load_recipe("demo", ["precision=bf16", "checkpoint.interval_seconds=7"])
+    planned = load_recipe("demo", ["precision=bf16", "checkpoint.interval_seconds=null"])
     assert fixed.train_config(99.0).checkpoint.interval_seconds == 7
     assert planned.train_config(99.0).checkpoint.interval_seconds == 99
 
@@ -213,6 +211,15 @@ def test_a_precision_that_is_left_open_is_never_trained() -> None:
     assert settled == load_recipe("demo", ["precision=fp32"])
     assert settled.digest() != auto.digest()
     assert auto.workload() == load_recipe("demo", ["precision=bf16"]).workload()
+
+
+def test_the_local_backend_leaves_its_precision_open_unless_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("training: {num_steps: 10}\n")
+    assert load_recipe(path).precision == "bf16"
+    assert load_recipe(path, ["backend=local"]).precision == "auto"
+    assert load_recipe(path, ["backend=local", "precision=fp32"]).precision == "fp32"
+    assert load_recipe("demo").precision == "auto"
 
 
 def test_a_preset_and_a_shape_become_plain_fields(tmp_path: Path) -> None:
