@@ -341,10 +341,14 @@ class Ledger:
         What is held for it already counts, so that repeating it changes nothing.
         """
         with self._writing(raises=True):
-            held = usd(self._line(STAGE_LINE + name).held_micro_usd)
+            held = self.held_for_stage(name)
             affordable = min(planned_usd, held + max(Decimal(0), self.balance().free_usd))
             self.set_aside(STAGE_LINE + name, affordable, at_ms=at_ms)
             return max(held, affordable)
+
+    def held_for_stage(self, name: str) -> Decimal:
+        """What is reserved for a stage that has not begun."""
+        return usd(self._line(STAGE_LINE + name).held_micro_usd)
 
     def begin_stage(self, name: str, *, at_ms: int) -> None:
         """From now on the run is in this stage, and what was reserved for it is free for its leases."""

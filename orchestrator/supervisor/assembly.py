@@ -5,7 +5,9 @@ Each follows from the run's record and its recipe alone, so that the next superv
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 from cost.ledger.leases import Lease
@@ -23,10 +25,14 @@ from orchestrator.settings import Home
 from orchestrator.supervisor.grants import heard_ms
 from orchestrator.supervisor.incidentals import Incidentals, download_usd, rates_on
 from orchestrator.supervisor.lease_policy import Terms, TermsOf, needed_usd, same_terms
+from orchestrator.supervisor.stages import planned_usd, share_of_training
 from tasks.data.store_data import offer_data
 from tasks.recipe.schema import Recipe
 from tasks.run_store_keys import SPEC
 from tasks.spec import Losses, RunSpec
+from tasks.stages.base import Stage
+from tasks.stages.manifest import inputs_of
+from tasks.stages.registry import stages_of
 from tasks.stores.opening import SUPERVISORS, open_for_training
 from trainer.run_store.base import Store
 
@@ -95,19 +101,41 @@ def lease_terms(recipe: Recipe, options: RunOptions) -> TermsOf:
     return terms_on_clouds(recipe)
 
 
-def planned_candidates(recipe: Recipe, options: RunOptions, terms: TermsOf) -> list[Candidate]:
-    """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease reserves."""
+def planned_candidates(
+    recipe: Recipe, options: RunOptions, terms: TermsOf, *, stage: Stage | None = None
+) -> list[Candidate]:
+    """Offers in plan order with all nodes, then with the fewest, each with what its smallest useful lease reserves.
+
+    What a whole run was planned to cost is the cost of its training; a stage that computes anything else has a share.
+    """
     scale = options.time_scale(recipe)
+    share = Decimal(1) if stage is None else share_of_training(stage.needs(recipe), recipe)
+    expected = {offer_id: usd * share for offer_id, usd in options.expected_usd.items()} if share else {}
     return [
         Candidate(
             offer,
             count,
             needed_usd(offer, terms(offer), num_nodes=count, scale=scale),
-            options.expected_usd.get(offer.offer_id),
+            expected.get(offer.offer_id),
         )
         for count in dict.fromkeys((recipe.nodes.max, recipe.nodes.min))
         for offer in options.offers
     ]
+
+
+def planned_cost(
+    stage: Stage, recipe: Recipe, options: RunOptions, terms: TermsOf, incidentals: Incidentals | None = None
+) -> Decimal:
+    """What is reserved for a stage while earlier ones run."""
+    candidates = planned_candidates(recipe, options, terms)
+    scale = options.time_scale(recipe)
+    return planned_usd(stage, recipe, candidates, terms=terms, scale=scale, incidentals=incidentals)
+
+
+def reserved_for_later_stages(recipe: Recipe, options: RunOptions, terms: TermsOf) -> Decimal:
+    """What is reserved while the first stage that rents anything runs."""
+    renting = [stage for stage in stages_of(recipe) if stage.needs(recipe).devices]
+    return sum((planned_cost(stage, recipe, options, terms) for stage in renting[1:]), Decimal(0))
 
 
 def candidates_now(options: RunOptions, store: Store, ledger: Ledger, candidates: list[Candidate]) -> list[Candidate]:
@@ -131,7 +159,14 @@ def incidental_costs(options: RunOptions, recipe: Recipe, ledger: Ledger) -> Inc
 
 
 def write_spec(
-    lease: Lease, run: Run, recipe: Recipe, store: Store, data_dir: str, losses: Losses | None = None
+    lease: Lease,
+    run: Run,
+    recipe: Recipe,
+    store: Store,
+    data_dir: str,
+    losses: Losses | None = None,
+    *,
+    stage: Stage,
 ) -> None:
     """Tell the nodes of this lease what to do; `data_dir`: a folder, or where the data lie in the run store."""
     workers_per_node = 1 if run.options.is_local else max(1, lease.offer.gpus_per_node)
@@ -139,7 +174,9 @@ def write_spec(
         run_id=run.run_id,
         lease_id=lease.lease_id,
         attempt=lease.attempt,
-        recipe=recipe,
+        recipe=recipe.without_stages(),
+        stage=stage.options,
+        inputs=inputs_of(store, recipe.stage_list(), stage.options.name),
         store_uri=store.uri,
         data_dir=data_dir,
         num_nodes=lease.num_nodes,
@@ -150,6 +187,13 @@ def write_spec(
         losses=losses,
     )
     store.write(SPEC, spec.to_bytes())
+
+
+@dataclass(slots=True)
+class DataPlace:
+    """Where the nodes of this supervisor find the prepared data: a folder, or where they lie in the run store."""
+
+    place: str
 
 
 def store_data(store: Store, data_dir: Path, emit: Emit) -> str:

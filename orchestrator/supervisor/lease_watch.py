@@ -211,7 +211,7 @@ class LeaseWatch:
             return asked
         if exit_code == keys.EXIT_NOTICE:
             return Cause.PREEMPTED, "the cloud announced that it takes the first node; the last step is saved"
-        words = self._from_store(lambda: self.training.last_words(self.lease.lease_id), "")
+        words = self._from_store(lambda: self.training.last_words(self.store, self.lease.lease_id), "")
         return Cause.BROKEN, f"the node's command ended with exit code {exit_code}{words}"
 
     def _asked_ending(self) -> Ending | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any
 
 from cost.errors import SlmError, UserError
 from cost.ledger.database import transaction
@@ -22,18 +24,23 @@ from cost.ledger.recovery import Candidate
 from cost.market.offers import Offer
 from orchestrator.events import Emit, Event, EventLog
 from orchestrator.runs import journal as journals
-from orchestrator.runs.options import LaunchRequest
+from orchestrator.runs.options import LaunchRequest, RunOptions
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, SupervisorLock, is_supervised
 from orchestrator.runs.status import FOLLOW_SECONDS, RunStatus, RunSummary, lock_path, open_runs, status_of, summary_of
 from orchestrator.settings import Home
 from orchestrator.supervisor import assembly
+from orchestrator.supervisor.beside import Beside
+from orchestrator.supervisor.beside import prepare as prepare
 from orchestrator.supervisor.lease.stopping import StopSwitch
+from orchestrator.supervisor.lease_policy import TermsOf
 from orchestrator.supervisor.losses import learned
 from orchestrator.supervisor.notify import keep, notified
-from orchestrator.supervisor.preparation import prepare as prepare
+from orchestrator.supervisor.stages import StageJob, StageSequence
 from orchestrator.supervisor.supervise import Supervisor
 from tasks.own_module import own_module
 from tasks.recipe.schema import Recipe
+from tasks.stages.base import Stage
+from tasks.stages.registry import stages_of, store_of_stage
 from tasks.stores.opening import below, open_store
 
 MAX_CANDIDATES = 8
@@ -62,7 +69,8 @@ def launch(request: LaunchRequest, *, home: Home, on_event: Emit, switch: StopSw
         known = unfinished(runs, recipe, home)
         if known is None:
             terms = assembly.lease_terms(recipe, options)
-            require_one_lease(assembly.planned_candidates(recipe, options, terms), cap_usd, Decimal(0))
+            later_usd = assembly.reserved_for_later_stages(recipe, options, terms)
+            require_one_lease(assembly.planned_candidates(recipe, options, terms), cap_usd - later_usd, later_usd)
             open_store(request.store or str(home.root / "store"))  # one that refuses says so before there is a run
             options = replace(options, offers=options.offers[:MAX_CANDIDATES])
         run = known or create_run(runs, home, replace(request, options=options), cap_usd=cap_usd)
@@ -170,42 +178,85 @@ def supervise(
         if budget_usd is not None and budget_usd != run.cap_usd:
             ledger.set_cap(budget_usd)
         clock = assembly.billed_clock(run, recipe, ledger, store, emit)
-        data_dir = home.data_root if switch.level else prepare(recipe, home=home, on_event=emit, switch=switch)
         terms = assembly.lease_terms(recipe, options)
         backend = assembly.rental_backend(recipe, run, store=store, home=home, emit=emit)
-        place = str(data_dir) if options.is_local or switch.level else assembly.store_data(store, data_dir, emit)
-        candidates = assembly.planned_candidates(recipe, options, terms)
+        incidentals = assembly.incidental_costs(options, recipe, ledger)
+        data = assembly.DataPlace(str(home.data_root))
 
-        def write_spec(lease: Lease) -> None:
-            losses = learned(options.losses, ledger.accounts(), runs.get(run_id).preemptions)
-            assembly.write_spec(lease, run, recipe, store, place, losses)
+        def supervisor(stage: Stage) -> Supervisor:
+            candidates = assembly.planned_candidates(recipe, options, terms, stage=stage)
 
-        supervisor = Supervisor(
-            run_record=run,
-            runs=runs,
+            def write_spec(lease: Lease) -> None:
+                losses = learned(options.losses, ledger.accounts(), runs.get(run_id).preemptions)
+                assembly.write_spec(lease, run, recipe, store, data.place, losses, stage=stage)
+
+            return Supervisor(
+                run_record=run,
+                runs=runs,
+                ledger=ledger,
+                backend=backend,
+                store=store,
+                clock=clock,
+                terms=terms,
+                candidates=lambda _: assembly.candidates_now(options, store, ledger, candidates),
+                command=own_module("tasks", "node"),
+                owner=home.owner_id(),
+                owners=options.owners,
+                write_spec=write_spec,
+                emit=emit,
+                switch=switch,
+                incidentals=incidentals,
+                stage=stage.options.name,
+                stage_store=store_of_stage(store, stage),
+            )
+
+        def prepared(printed: Mapping[str, Any]) -> None:
+            if "data_dir" in printed:
+                data_dir = Path(printed["data_dir"])
+                data.place = str(data_dir) if options.is_local else assembly.store_data(store, data_dir, emit)
+
+        def job(stage: Stage) -> StageJob:
+            if not stage.needs(recipe).devices:
+                return StageJob(stage, Beside(stage, recipe, home, store, emit, switch, prepared), rents=False)
+            planned = assembly.planned_cost(stage, recipe, options, terms, incidentals)
+            return StageJob(stage, supervisor(stage), planned_usd=planned)
+
+        stages = stages_of(recipe)
+        renting = [stage for stage in stages if stage.needs(recipe).devices]
+        sequence = StageSequence(
+            stages=recipe.stage_list(),
+            jobs=[job(stage) for stage in (renting if switch.level else stages)],
             ledger=ledger,
-            backend=backend,
             store=store,
             clock=clock,
-            terms=terms,
-            candidates=lambda _: assembly.candidates_now(options, store, ledger, candidates),
-            command=own_module("tasks", "node"),
-            owner=home.owner_id(),
-            owners=options.owners,
-            write_spec=write_spec,
-            emit=emit,
-            switch=switch,
-            incidentals=assembly.incidental_costs(options, recipe, ledger),
+            concluder=supervisor((renting or stages)[-1]),
+            tell=lambda kind, message, **data: emit(Event(kind, message, datetime.now(UTC), data)),
         )
         if not ledger.open_accounts() and not switch.level:
-            balance = ledger.balance()
-            require_one_lease(supervisor.candidates(balance.free_usd), balance.free_usd, balance.spent_usd)
-        supervisor.run()
+            require_first_lease(sequence, recipe, options, terms)
+        sequence.run()
         return summary_of(runs, run_id, home, wall_seconds=time.monotonic() - started)
 
 
-def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_usd: Decimal) -> None:
+def require_first_lease(sequence: StageSequence, recipe: Recipe, options: RunOptions, terms: TermsOf) -> None:
+    """The same for a run that is continued. Where a later stage is left, what is reserved for it may still pay for it.
+
+    Raises:
+        UserError: As `require_one_lease`.
+    """
+    pending = [job for job in sequence.pending() if job.rents]
+    if len(pending) != 1:
+        return
+    balance, stage = sequence.ledger.balance(), pending[0].stage
+    candidates = assembly.planned_candidates(recipe, options, terms, stage=stage)
+    free_usd = balance.free_usd + sequence.ledger.held_for_stage(stage.options.name)
+    require_one_lease(candidates, free_usd, balance.spent_usd)
+
+
+def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, committed_usd: Decimal) -> None:
     """Refuse a budget that pays for no lease, before anything is rented.
+
+    `committed_usd`: what of the cap is spent, or reserved for later stages.
 
     Raises:
         UserError: Nothing can be rented, or the free budget is smaller than the smallest lease.
@@ -214,9 +265,9 @@ def require_one_lease(candidates: Sequence[Candidate], free_usd: Decimal, spent_
         raise UserError("the plan has no offer that can be rented; see why with: slm plan RECIPE --json")
     smallest = min(candidate.needed_usd for candidate in candidates)
     if free_usd < smallest:
-        enough = (spent_usd + smallest).quantize(Decimal("0.01"), rounding=ROUND_CEILING)
+        enough = (committed_usd + smallest).quantize(Decimal("0.01"), rounding=ROUND_CEILING)
         raise UserError(
-            f"${free_usd:.2f} of the cap is free, and the smallest lease reserves ${smallest:.2f}; "
+            f"${max(free_usd, Decimal(0)):.2f} of the cap is free, and the smallest lease reserves ${smallest:.2f}; "
             f"give at least --budget {enough}."
         )
 

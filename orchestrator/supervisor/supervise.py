@@ -1,4 +1,6 @@
-"""The loop that keeps one run going within its cap: pay, rent, watch, settle, decide, again.
+"""The loop that keeps one stage of a run going within the cap: pay, rent, watch, settle, decide, again.
+
+`orchestrator.supervisor.stages` leads from one stage to the next.
 
 Invariant: every call that can cost money comes after a committed reservation, and nothing in here survives only in
 memory: a supervisor killed at any instant is replaced by the next one, which settles or adopts what it finds.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from cost.errors import BudgetExceeded, SlmError
 from cost.ledger.accounts import LeaseAccount
 from cost.ledger.database import DatabaseError
-from cost.ledger.leases import Lease
+from cost.ledger.leases import FIRST_STAGE, Lease
 from cost.ledger.ledger import Ledger
 from cost.ledger.recovery import (
     STOPS,
@@ -92,7 +94,10 @@ class Streak:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Everything that the loop of one run needs, passed in; `run()` returns the final state."""
+    """Everything that the loop of one stage needs, passed in.
+
+    `run()` returns the final state of a run of this stage alone; else the next stage's follows its `until_stop()`.
+    """
 
     run_record: Run
     runs: Runs
@@ -111,6 +116,10 @@ class Supervisor:
     """Names under which other machines have rented for this run."""
     incidentals: Incidentals | None = None
     """Costs beside those of nodes; None where there are none."""
+    stage: str = FIRST_STAGE
+    """Its leases work for this stage."""
+    stage_store: Store | None = None
+    """The run store as the stage sees it, with its progress and failures; None: the run store itself."""
     _alarm: CapAlarm = field(init=False)
     _closer: LeaseCloser = field(init=False)
     _sizing: LeaseSizing = field(init=False)
@@ -132,17 +141,29 @@ class Supervisor:
 
     def run(self) -> RunState:
         """Supervise until the run is finished, stopped, out of money or given up."""
+        return self.conclude(self.until_stop())
+
+    def until_stop(self) -> Stop:
+        """Keep the stage going until it is finished, stopped, out of money or given up; then no node is left."""
         self._move(RunState.LAUNCHING, "")
         account = self._repair()
         decision = self._first() if account is None else self._watch_and_decide(account)
         while not isinstance(decision, Stop):
             if self._asked_to_stop():
-                decision = Stop(StopReason.ASKED, "stopped as asked")
-                break
+                return Stop(StopReason.ASKED, "stopped as asked")
             decision = self._rent(decision)
-        self._end_lines(decision.reason)
-        state = FINAL_STATES[decision.reason]
-        self._move(state, decision.message)
+        return decision
+
+    def settle_all(self) -> None:
+        """End every lease that an earlier supervisor left behind, where no stage is left that would use one."""
+        self._move(RunState.LAUNCHING, "")
+        self._repair(adopts=False)
+
+    def conclude(self, stop: Stop) -> RunState:
+        """The end of the run; returns its final state."""
+        self._end_lines(stop.reason)
+        state = FINAL_STATES[stop.reason]
+        self._move(state, stop.message)
         self.ledger.mirror()
         return state
 
@@ -226,7 +247,7 @@ class Supervisor:
         )
 
     def _watch_and_decide(self, account: LeaseAccount) -> Decision:
-        training = Training(self.store, self.clock, lost_at=self._lost_at)
+        training = Training(self.stage_store or self.store, self.clock, lost_at=self._lost_at)
         watch = LeaseWatch(
             lease=account.lease,
             run_id=self.run_record.run_id,
@@ -262,8 +283,11 @@ class Supervisor:
 
     # -- repairing, opening, deciding ------------------------------------------------------------
 
-    def _repair(self) -> LeaseAccount | None:
-        """Settle what an earlier supervisor left behind, end orphans, adopt a lease that is still alive."""
+    def _repair(self, *, adopts: bool = True) -> LeaseAccount | None:
+        """Settle what an earlier supervisor left behind, end orphans, adopt a lease that is still alive.
+
+        The lease of another stage is settled: that stage has ended, else its own supervisor would be at work.
+        """
         open_accounts = self.ledger.open_accounts()
         now = self.clock.real_seconds()
         self._closer.taken_over(open_accounts)
@@ -272,11 +296,13 @@ class Supervisor:
         for account in reversed(open_accounts):
             state = self._poll(account.lease)
             usable = state.phase in (LeasePhase.RUNNING, LeasePhase.STARTING) and 0 in state.alive_ranks
-            if adopted is None and usable and self._set_limit(account):
+            is_ours = account.lease.stage == self.stage
+            if adopts and adopted is None and is_ours and usable and self._set_limit(account):
                 adopted = account
                 self._tell("start", f"took over {account.lease.lease_id}, {len(state.alive_ranks)} nodes alive")
             else:
-                self._closer.close(account, Cause.EXPIRED, asked_at=None if self._all_appeared(account.lease) else now)
+                cause = Cause.EXPIRED if adopts and is_ours else Cause.FINISHED
+                self._closer.close(account, cause, asked_at=None if self._all_appeared(account.lease) else now)
         return adopted
 
     def _all_appeared(self, lease: Lease) -> bool:
@@ -311,7 +337,7 @@ class Supervisor:
         """Write the intent and reserve its cost."""
         for account in self.ledger.open_accounts():  # one whose record was stored while its reply was lost
             self._closer.close(account, Cause.BROKEN, asked_at=self.clock.real_seconds())
-        lease = self._sizing.new_lease(decision.offer, decision.num_nodes)
+        lease = replace(self._sizing.new_lease(decision.offer, decision.num_nodes), stage=self.stage)
         now, grants = self.clock.now_ms(), self._grants(lease)
         account = self.ledger.reserve(
             lease,
@@ -422,4 +448,4 @@ class Supervisor:
         )
 
     def _tell(self, kind: str, message: str, **data: Any) -> None:
-        self.emit(Event(kind, message, datetime.now(UTC), data))
+        self.emit(Event(kind, message, datetime.now(UTC), {"stage": self.stage, **data}))

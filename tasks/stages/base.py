@@ -10,9 +10,9 @@ Torch-free: the orchestrator imports this package.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from cost.performance.workload import Workload
 from tasks.recipe.schema import Recipe
@@ -28,7 +28,7 @@ class Needs:
     workload: Workload | None = None
     """What is computed, where FLOPs and memory decide how long that takes."""
     node_seconds: float = 0.0
-    """Billed seconds of one node, where something else decides; added to the time of the workload."""
+    """Real seconds of one node, where something else decides; added to the time of the workload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,10 @@ class Stage(Protocol):
 
     @property
     def reads(self) -> Sequence[str]:
-        """Prefixes of the run store under each of which something must be before the stage can begin."""
+        """Patterns of keys of the run store, such as `checkpoints/*/manifest.json`.
+
+        A key must match each of them before the stage can begin.
+        """
         ...
 
     @property
@@ -79,6 +82,13 @@ class Stage(Protocol):
 
         On a node it finds its spec by the environment (`tasks.node.environment`), writes the manifest when it is done,
         and ends with one of the exit codes of a node's command. Beside the supervisor the last line that it prints is
-        JSON, which becomes the manifest's facts.
+        JSON, of which `facts` makes the manifest's.
+        """
+        ...
+
+    def facts(self, printed: Mapping[str, Any], /) -> Mapping[str, Any]:
+        """What the manifest says of the stage, from what its program beside the supervisor printed.
+
+        The same on every machine for the same work: no path of this one.
         """
         ...

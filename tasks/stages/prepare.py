@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tasks.own_module import own_arguments
 from tasks.recipe.schema import Recipe
@@ -32,3 +34,6 @@ class Prepare:
         assert place is not None, "runs beside the supervisor only"
         arguments = ("--recipe-json", place.recipe_file, "--data-root", place.data_root)
         return own_arguments("tasks", "prepare", *arguments)
+
+    def facts(self, printed: Mapping[str, Any], /) -> Mapping[str, Any]:
+        return {"data_set": Path(printed["data_dir"]).name}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tasks.own_module import own_arguments
 from tasks.recipe.schema import Recipe
@@ -37,3 +38,6 @@ class Pretrain:
 
     def command(self, _place: Place | None, /) -> Sequence[str]:
         return own_arguments("tasks", "pretrain")
+
+    def facts(self, printed: Mapping[str, Any], /) -> Mapping[str, Any]:
+        return printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 
 from cost.errors import SlmError
@@ -55,5 +56,5 @@ def store_of_stage(store: Store, stage: Stage) -> Store:
 
 
 def missing_inputs(store: Store, stage: Stage) -> list[str]:
-    """Prefixes that the stage reads and under which nobody has written anything."""
-    return [prefix for prefix in stage.reads if not store.list(prefix)]
+    """What the stage reads and nobody has written yet."""
+    return [pattern for pattern in stage.reads if not fnmatch.filter(store.list(pattern.partition("*")[0]), pattern)]

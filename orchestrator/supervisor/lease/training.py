@@ -32,6 +32,7 @@ class Training:
     """How far training is. `take_up`, `news` and `interrupted` change it; times are real seconds."""
 
     store: Store
+    """The run store as the stage of the lease sees it."""
     clock: Clock
     lost_at: float | None = None
     """When a lease or a node was lost; None once training continues."""
@@ -80,10 +81,10 @@ class Training:
         num_steps = (self._read(keys.PROGRESS) or {}).get("num_steps")
         return 1 - self.step / num_steps if num_steps and self.step is not None else None
 
-    def last_words(self, lease_id: str) -> str:
+    def last_words(self, run_store: Store, lease_id: str) -> str:
         """The last line of the first node's log, since it often says why the command ended."""
         try:
-            lines = self.store.read(keys.node_log(lease_id, 0)).decode(errors="replace").splitlines()
+            lines = run_store.read(keys.node_log(lease_id, 0)).decode(errors="replace").splitlines()
         except StoreKeyMissing:
             return ""
         words = next((line.strip() for line in reversed(lines) if line.strip()), "")
