@@ -13,11 +13,13 @@ from typing import Any
 
 from cost.ledger.accounts import LeaseAccount
 from cost.ledger.database import connect
+from cost.ledger.leases import FIRST_STAGE
 from cost.ledger.ledger import Balance, Ledger, LedgerEntry
 from orchestrator.events import read_events
 from orchestrator.runs.goodput import goodput
 from orchestrator.runs.journal import store_uri
 from orchestrator.runs.records import TERMINAL, Run, Runs, RunState, is_supervised
+from orchestrator.runs.stage_status import StageStatus, current_stage, stage_statuses
 from orchestrator.settings import Home
 from tasks import run_store_keys as keys
 from tasks.recipe.schema import Recipe
@@ -58,6 +60,9 @@ class RunStatus:
     """How often each source of the data has been seen; empty while nobody has said."""
     start_seconds: Mapping[str, float] = field(default_factory=dict)
     """Parts of the newest start of its workers, real seconds."""
+    stage: str = FIRST_STAGE
+    """That it is in, or that it would continue with."""
+    stages: Sequence[StageStatus] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,7 @@ def status_of(run: Run, runs: Runs, home: Home) -> RunStatus:
     progress = read_json(run, home, keys.PROGRESS) or {}
     step, pace = progress.get("step"), progress.get("tokens_per_second")
     left = None if step is None else recipe.num_tokens() * (1 - step / recipe.num_steps())
+    stages = stage_statuses(recipe, view, stored(run, home), is_complete=run.state is RunState.SUCCEEDED)
     updated_ms = max([run.updated_ms, *(int(account.accrued_until_ms) for account in accounts if account.is_open)])
     return RunStatus(
         run_id=run.run_id,
@@ -153,6 +159,8 @@ def status_of(run: Run, runs: Runs, home: Home) -> RunStatus:
         supervisor_alive=is_supervised(lock_path(home, run.run_id)),
         source_epochs=progress.get("source_epochs", {}),
         start_seconds=progress.get("start_seconds", {}),
+        stage=current_stage(stages),
+        stages=stages,
     )
 
 

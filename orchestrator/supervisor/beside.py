@@ -111,4 +111,6 @@ def follow_child(child: subprocess.Popen[str], switch: StopSwitch | None, *, wha
             if switch is not None and switch.level:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
-                raise SlmError(f"stopped while {what}; nothing was rented, run the command again to continue.") from None
+                raise SlmError(
+                    f"stopped while {what}; nothing was rented, run the command again to continue."
+                ) from None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from orchestrator.runs.stage_status import StageStatus
     from orchestrator.runs.status import LedgerView, RunStatus, RunSummary
     from tasks.recipe.load import RecipeSummary
 
@@ -131,12 +132,21 @@ def _status(run: RunStatus, console: Console) -> None:
         ("left", duration(run.eta_seconds)),
         ("updated", f"{run.updated_at.astimezone():%Y-%m-%d %H:%M:%S}"),
     ]
+    if len([stage for stage in run.stages if stage.kind != "prepare"]) > 1:
+        rows.insert(1, ("stages", ", ".join(_stage(stage) for stage in run.stages)))
     for name, value in rows:
         facts.add_row(name, value)
     say(console, facts)
     if not run.supervisor_alive and not is_final(run):
         say(console, "", "No supervisor is running: the nodes terminate when their grants expire.")
     following(console, next_command(run))
+
+
+def _stage(stage: StageStatus) -> str:
+    """A stage in a few words."""
+    reserved = f", {dollars(stage.reserved_usd)} reserved" if stage.reserved_usd else ""
+    step = f" at {stage.step}/{_number(stage.num_steps)}" if stage.step is not None and stage.state == "running" else ""
+    return f"{stage.name} {stage.state.replace('_', ' ')}{step}{reserved}"
 
 
 def _status_table(runs: Sequence[RunStatus], console: Console) -> None:

@@ -94,7 +94,7 @@ def drive() -> int:
         time.sleep(PART_SECONDS)
         counted += 1
         own.create(f"{COUNTED}{counted:04d}.json", json.dumps({"lease_id": env.lease_id}).encode())
-        progress = {"step": counted, "num_steps": options.parts, "epoch": spec.attempt, "stage": options.name}
+        progress = {"step": counted, "num_steps": options.parts, "incarnation": spec.attempt, "stage": options.name}
         own.write(keys.PROGRESS, json.dumps(progress).encode())
     finish(store, spec, {"num_bytes": newest_checkpoint_bytes(store)})
     return keys.EXIT_FINISHED

@@ -26,8 +26,8 @@ from tasks.stages import registry
 from tasks.stages.base import Stage
 from tasks.stages.manifest import Manifest, Outcome, inputs_of, read_manifest, write_manifest
 from tasks.stages.registry import stages_of, store_of_stage
-from tests.orchestrator.supervisor.test_supervise import SCALE, World
 from tests.support import counting_stage
+from tests.support.supervised_run import SCALE, Killed, World
 
 PLANNED = Decimal("2.00")
 
@@ -71,7 +71,7 @@ class StagedWorld(World):
         """As a supervisor makes it that takes the run over."""
         run, journal = enter(self.runs, self.run.run_id, self.store, owner="abc123")
         assert isinstance(journal, StoreJournal)
-        self.ledger = Ledger(self.db, run.run_id, epoch=run.epoch, journal=journal)
+        self.ledger = Ledger(self.db, run.run_id, fencing_token=run.fencing_token, journal=journal)
         recipe = recipe_with_count()
         jobs = [self.job(stage, recipe) for stage in stages_of(recipe)]
         concluder = jobs[-1].runner
@@ -116,10 +116,10 @@ class StagedWorld(World):
         else:
             super().trainer_starts(backend, lease)
 
-    def train(self, lease: Lease, epoch: int) -> None:
+    def train(self, lease: Lease, incarnation: int) -> None:
         if self.saves:
             self.store.write(f"{keys.checkpoint_folder(1, self.step)}{keys.MANIFEST}", b"{}")
-        super().train(lease, epoch)
+        super().train(lease, incarnation)
 
     def count(self, lease: Lease) -> None:
         if not any(node.lease_id == lease.lease_id for node in self.backend.list_alive()):
@@ -133,7 +133,7 @@ class StagedWorld(World):
             return
         self.counted += 1
         self.counted_by.append(lease.lease_id)
-        progress = {"step": self.counted, "num_steps": self.num_parts, "epoch": lease.attempt}
+        progress = {"step": self.counted, "num_steps": self.num_parts, "incarnation": lease.attempt}
         self.store.write(f"{keys.stage_folder('count')}/{keys.PROGRESS}", json.dumps(progress).encode())
         request = {"number": self.counted, "boottime": 0.0, "state": "running", "noticed": False}
         self.store.write(keys.guard_request(lease.lease_id, 0), json.dumps(request).encode())
@@ -154,10 +154,6 @@ class StagedWorld(World):
         assert self.backend.true_bill_usd() <= balance.spent_usd <= self.cap
         assert balance.held_usd == 0
         assert self.backend.list_alive() == []
-
-
-class Killed(BaseException):
-    """The supervisor was."""
 
 
 def killed_at(world: StagedWorld, seconds: float) -> None:
