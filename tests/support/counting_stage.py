@@ -89,7 +89,7 @@ def drive() -> int:
     while counted < options.parts:
         if is_told_to_stop(store, env.lease_id):
             return keys.EXIT_STOPPED
-        if counted == options.breaks_at and first < counted:
+        if counted == options.breaks_at and first < counted and spec.attempt == 1:
             return keys.EXIT_BROKEN
         time.sleep(PART_SECONDS)
         counted += 1

@@ -21,7 +21,8 @@ from orchestrator.supervisor.lease_policy import Terms, needed_usd, same_terms
 from orchestrator.supervisor.stages import StageJob, StageSequence, planned_usd
 from tasks import run_store_keys as keys
 from tasks.recipe import stages as recipe_stages
-from tasks.recipe.schema import Recipe, load_recipe
+from tasks.recipe.load import load_recipe
+from tasks.recipe.schema import Recipe
 from tasks.stages import registry
 from tasks.stages.base import Stage
 from tasks.stages.manifest import Manifest, Outcome, inputs_of, read_manifest, write_manifest
