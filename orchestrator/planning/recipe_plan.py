@@ -398,7 +398,7 @@ def known_gpus(names: Collection[str] | None) -> tuple[str, ...] | None:
     known = list(accelerators())
     found: list[str] = []
     for name in names:
-        family = [entry for entry in known if entry.upper().startswith(name.upper() + "-")]
+        family = [member for member in known if member.upper().startswith(name.upper() + "-")]
         single = canonical_name(name)
         if not family and single is None:
             hint = did_you_mean(name.upper(), known) or "."

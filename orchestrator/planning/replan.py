@@ -46,7 +46,7 @@ def measured_ratio(
 
 def replanned(candidates: Sequence[Candidate], measured: Iterable[SpeedRatio]) -> list[Candidate]:
     """The same candidates with corrected costs, cheapest first within each number of nodes; unknown costs stay last."""
-    ratios = {entry.accelerator: entry.ratio for entry in measured}
+    ratios = {speed.accelerator: speed.ratio for speed in measured}
     if not ratios:
         return list(candidates)
 

@@ -286,10 +286,10 @@ def clock(store: Store | None, time_server: tuple[str, int] | None) -> Finding:
         asked.append(clock_skew.time_server_skew(*time_server))
     seen = [finding for finding in asked if isinstance(finding, clock_skew.Skew)]
     missing = [finding for finding in asked if isinstance(finding, str)]
-    detail = "; ".join([*(f"{entry.seconds:+.1f} s against {entry.source}" for entry in seen), *missing])
+    detail = "; ".join([*(f"{skew.seconds:+.1f} s against {skew.source}" for skew in seen), *missing])
     if not seen:
         return Finding("clock", Level.WARN, f"cannot be compared: {detail}", "compare it with another clock")
-    worst = max(abs(entry.seconds) - entry.uncertain_seconds for entry in seen)
+    worst = max(abs(skew.seconds) - skew.uncertain_seconds for skew in seen)
     if worst >= clock_skew.FAIL_SECONDS:
         return Finding("clock", Level.FAIL, f"{detail}: stores refuse requests that are 15 min off", SYNCHRONIZE)
     if worst >= clock_skew.WARN_SECONDS:

@@ -53,8 +53,8 @@ class Comparison:
     def both_usd(self) -> tuple[Decimal, Decimal]:
         """Ours and SkyPilot's, summed over the leases that both know."""
         known = [lease for lease in self.leases if lease.skypilot_usd is not None]
-        theirs = sum((entry.skypilot_usd or Decimal(0) for entry in known), Decimal(0))
-        return sum((entry.charged_usd for entry in known), Decimal(0)), theirs
+        theirs = sum((lease.skypilot_usd or Decimal(0) for lease in known), Decimal(0))
+        return sum((lease.charged_usd for lease in known), Decimal(0)), theirs
 
 
 def compare(accounts: Sequence[LeaseAccount], client: CallSkyPilot) -> Comparison:

@@ -56,10 +56,10 @@ class Ec2Market:
             StartTime=moment,
             EndTime=moment,
         ):
-            for item in page["SpotPriceHistory"]:
-                is_this = item["InstanceType"] == instance_type and item["AvailabilityZone"] == zone
-                if is_this and (newest is None or item["Timestamp"] > newest[0]):
-                    newest = (item["Timestamp"], Decimal(item["SpotPrice"]))
+            for quote in page["SpotPriceHistory"]:
+                is_this = quote["InstanceType"] == instance_type and quote["AvailabilityZone"] == zone
+                if is_this and (newest is None or quote["Timestamp"] > newest[0]):
+                    newest = (quote["Timestamp"], Decimal(quote["SpotPrice"]))
         return None if newest is None else newest[1]
 
     def vcpus(self, region: str, instance_type: str) -> int:

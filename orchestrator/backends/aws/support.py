@@ -224,4 +224,5 @@ def lease_region(record: Record, lease: Lease) -> str:
 
 def recorded_ids(record: Record) -> list[str]:
     """Instance ids that the record has."""
-    return [str(entry[0]) for entry in record.get("instances") or () if str(entry[0]).startswith("i-")]
+    names = [str(name) for name, *_ in record.get("instances") or ()]
+    return [name for name in names if name.startswith("i-")]

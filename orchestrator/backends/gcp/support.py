@@ -120,7 +120,7 @@ class GcpSupport:
             )
         at = ends_at(self.account.now(), seconds)
         job = scheduler_job(project, instance, self._name(project, instance), at)
-        fields = ",".join(item for item in job if item != "name")
+        fields = ",".join(field for field in job if field != "name")
         try:
             reply = self._jobs("patch", lambda jobs: jobs.patch(name=job["name"], updateMask=fields, body=job))
         except ProviderRefused as refused:
@@ -145,7 +145,7 @@ class GcpSupport:
             return client.projects().locations().jobs().list(parent=parent, pageSize=500, pageToken=token)
 
         pages = self.account.pages("cloudscheduler.jobs.list", request)
-        return [str(item["name"]) for page in pages for item in page.get("jobs", ())]
+        return [str(job["name"]) for page in pages for job in page.get("jobs", ())]
 
     def _jobs(self, what: str, request: Any) -> dict[str, Any]:
         return self.account.ask(

@@ -207,7 +207,7 @@ class SkyBackend:
         for cluster in result["clusters"]:
             lease_id = leases.get(cluster["cluster"], cluster["cluster"])
             record = self._records.setdefault(lease_id, cluster)
-            order = [entry for entry, _ in record.get("instances") or ()]
+            order = [instance_id for instance_id, _ in record.get("instances") or ()]
             started = datetime.fromtimestamp(float(cluster.get("started") or time.time()), UTC)
             price = Decimal(cluster.get("usd_per_hour") or 0)
             run_id = record.get("run_id") or run_id_from_lease_id(lease_id)

@@ -145,7 +145,7 @@ def _record(name: str) -> dict[str, Any]:
     }
     info = handle.cached_cluster_info
     if info is not None:
-        by_ip = {item.internal_ip: item.instance_id for several in info.instances.values() for item in several}
+        by_ip = {node.internal_ip: node.instance_id for nodes in info.instances.values() for node in nodes}
         ips = [ips[0] for ips in handle.stable_internal_external_ips or ()]
         found["instances"] = [[by_ip.get(ip, ""), ip] for ip in ips]
     with contextlib.suppress(Exception):
@@ -157,7 +157,7 @@ def _waits_in_queue(record: Mapping[str, Any]) -> str:
     """Why a Slurm job has no nodes yet; empty if it has them, or does not exist."""
     with contextlib.suppress(Exception):
         seen = _query(record)
-        if seen and all(entry["status"] == "INIT" for entry in seen.values()):
+        if seen and all(job["status"] == "INIT" for job in seen.values()):
             return next(iter(seen.values()))["reason"] or "the job is pending"
     return ""
 
@@ -212,9 +212,9 @@ def _by_status(name: str) -> dict[str, dict[str, str]]:
 
     found = sdk.get(sdk.status([name], refresh=common.StatusRefreshMode.FORCE))
     return {
-        f"{entry['name']}-{rank}": {"status": entry["status"].name, "reason": ""}
-        for entry in found
-        for rank in range(entry["handle"].launched_nodes if entry.get("handle") is not None else 1)
+        f"{cluster['name']}-{rank}": {"status": cluster["status"].name, "reason": ""}
+        for cluster in found
+        for rank in range(cluster["handle"].launched_nodes if cluster.get("handle") is not None else 1)
     }
 
 
@@ -423,8 +423,8 @@ def costs(request: Mapping[str, Any], _tell: Tell) -> dict[str, Any]:
     ]
     return {
         "costs": [
-            {"cluster": entry["name"], "usd": float(entry["total_cost"]), "seconds": float(entry["duration"] or 0)}
-            for entry in found
+            {"cluster": report["name"], "usd": float(report["total_cost"]), "seconds": float(report["duration"] or 0)}
+            for report in found
         ]
     }
 
@@ -444,7 +444,7 @@ def failure_from(error: BaseException) -> Failure:
     """The failure to report for an exception of SkyPilot."""
     if isinstance(error, Refused):
         return error.failure
-    history = [f"{type(item).__name__}: {item}" for item in getattr(error, "failover_history", ())]
+    history = [f"{type(attempt).__name__}: {attempt}" for attempt in getattr(error, "failover_history", ())]
     return classify(type(error).__name__, str(error) or type(error).__name__, history)
 
 
