@@ -101,15 +101,17 @@ def train(
     phase: Callable[[str], None],
     stop_after: int | None = None,
     start_seconds: Mapping[str, float] | None = None,
+    stage: str = "pretrain",
 ) -> Result:
     """Train until done or told to stop; goes on from the newest whole checkpoint by itself.
 
     Call it on every rank of a launched `fabric`. `objective` is what is minimized, pre-training by default.
     `stop_after` ends at that step as a stop signal would. `start_seconds`, which the caller goes on filling, is
-    reported as what the start took.
+    reported as what the start took; `stage` is the stage of the run that progress names.
     Raises SlmError when the loss is not finite, StoreError when the store or a disk fails.
     """
-    run = _Run(config, objective or Pretrain(), fabric, data_dir, store, lease_id, signals, phase, start_seconds or {})
+    took = start_seconds or {}
+    run = _Run(config, objective or Pretrain(), fabric, data_dir, store, lease_id, signals, phase, took, stage)
     try:
         return run.until(config.num_steps if stop_after is None else min(stop_after, config.num_steps))
     finally:
@@ -130,8 +132,10 @@ class _Run:
         signals: Signals,
         phase: Callable[[str], None],
         start_seconds: Mapping[str, float],
+        stage: str,
     ) -> None:
         self.start_seconds = start_seconds
+        self.stage = stage
         self.objective = objective
         self.config, self.fabric, self.store, self.signals, self.phase = config, fabric, store, signals, phase
         self.rank, self.world_size = fabric.global_rank, fabric.world_size
@@ -381,6 +385,7 @@ class _Run:
             elapsed_seconds=time.monotonic() - self.started_at,
             source_epochs=self.loader.epochs(self.at.step),
             start_seconds=dict(self.start_seconds),
+            stage=self.stage,
         )
 
     def _diverged(self, loss: float, norm: float, factor: float) -> str:

@@ -57,6 +57,8 @@ class Progress:
     """How often each source of the mix has been seen, as a multiple of all its sequences."""
     start_seconds: Mapping[str, float]
     """Parts of the newest start, from what made it necessary to the first step, in their order."""
+    stage: str
+    """Of the run, that these workers train for."""
 
 
 class Rate:

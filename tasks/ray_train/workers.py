@@ -28,6 +28,7 @@ from tasks import run_store_keys as keys
 from tasks.node.environment import NodeEnv, boottime
 from tasks.node.notice import plan
 from tasks.ray_train.compile_cache import CompileCache
+from tasks.recipe.stages import StageOptions
 from tasks.run_store_records import Command
 from tasks.spec import RunSpec
 from tasks.stages.registry import stage_of, store_of_stage
@@ -38,6 +39,7 @@ from trainer.run_store.envelope import RecordError, Writer, unwrap, wrap
 
 if TYPE_CHECKING:
     from trainer.loop import Result, Signal
+    from trainer.objectives.base import Objective
 
 CONTROL_SECONDS = 1.0
 """How often rank 0 looks for a command of the supervisor."""
@@ -113,6 +115,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
         result = train(
             train_config,
+            objective=objective_of(spec.stage),
             fabric=fabric,
             data_dir=Path(spec.data_dir),
             store=store,
@@ -120,6 +123,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             signals=signals,
             phase=phase,
             start_seconds=start_seconds,
+            stage=spec.stage.name,
         )
         return outcome(fabric, signals, result)
     except BaseException as error:
@@ -128,6 +132,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         elif not isinstance(error, Regroup):
             env.say(f"worker at step {step.value}: {first_line(error)}")
         raise
+
+
+def objective_of(stage: StageOptions) -> Objective:
+    """What a stage that trains minimizes."""
+    from trainer.objectives.pretrain import Pretrain
+
+    return {"pretrain": Pretrain}[stage.kind]()
 
 
 def attention_of(fabric: Any, spec: RunSpec) -> str:
