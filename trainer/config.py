@@ -75,7 +75,7 @@ class ModelConfig:
         """Of one head."""
         return self.width // self.num_heads if self.head_size is None else self.head_size
 
-    def window_of(self, layer: int) -> int | None:
+    def layer_window(self, layer: int) -> int | None:
         """What a token sees in this layer; None is all before it."""
         sees_all = layer % WINDOW_PERIOD == WINDOW_PERIOD - 1 or layer == self.num_layers - 1
         return None if sees_all else self.window
@@ -110,7 +110,7 @@ class ModelConfig:
             num_value_embeddings=sum(map(self.has_value_embedding, layers)),
             value_gate_inputs=min(GATE_INPUTS, self.width),
             window=self.window,
-            num_windowed_layers=sum(self.window_of(layer) is not None for layer in layers),
+            num_windowed_layers=sum(self.layer_window(layer) is not None for layer in layers),
             precision=precision,
         )
 

@@ -3,6 +3,32 @@
 Invariants: step, learning rate, global batch and token count are the same at every world size; the weights after n
 steps are bitwise the same however often the run was resumed, at the same world size on the same machine; every rank
 leaves a step with the same decision, since all of them come from one small all-reduce.
+
+A tour, in the order in which things happen. Every rank runs all of it.
+1.  `train` is the only entrance. Its `TrainConfig` (`trainer.config`) says everything that a run is; the caller
+    brings Fabric, the folder of tokens, the run store, the signals and the objective.
+2.  `_Run.__init__` opens the token shards of both splits (`trainer.data.loader.TokenShards`). A `Loader` turns a step
+    number into the batch of that step; it holds no position, so nothing about data has to be saved.
+3.  `set_up_model` (`trainer.parallel`) builds the `Transformer` (`trainer.model`) with seeded weights and wraps it for
+    several devices; `Updates` (`trainer.optim`) makes Muon and AdamW over its parameters.
+4.  `Checkpoints.begin` (`trainer.checkpoints.manager`) takes the next incarnation of the run, so that an older group
+    of workers can write nothing more, and fills all tensors from the newest whole checkpoint, if there is one.
+5.  `_Run.until` evaluates once at the very beginning, compiles where that is asked for, and then repeats 6 to 11.
+6.  `_step` takes this rank's share of the global batch, and `_micro_batches` cuts it into equally many pieces on
+    every rank.
+7.  `_backward` has the objective (`trainer.objectives`) compute a loss sum and a number of targets of each piece, and
+    adds up gradients; ranks are joined only in the last piece.
+8.  `_agree` is the one small all-reduce of a step: it sums loss and targets, and joins what the ranks' signals want
+    (a checkpoint, a stop, a hold before a node is taken away) and whether a save is due or has failed.
+9.  `scale_and_clip` makes the gradient that of the mean over all targets; `learning_rate_factor`
+    (`trainer.schedule`) gives the rate of this step; `Updates.step` changes the weights. A loss that is not finite
+    ends the run before that.
+10. `_evaluate` measures the held-out loss every few steps; `_report` hands the step's numbers to the `Reporter`
+    (`trainer.metrics`), which writes progress once a second and metrics in parts.
+11. `_save`, when the interval of `Pace` (`trainer.checkpoints.interval`) is over or somebody asked, copies the tensors
+    into a buffer; a thread stores that buffer as this rank's part, and rank 0 writes the manifest when all parts are
+    durable. Training goes on meanwhile.
+12. `_finish` returns the digest of the weights and, at the last step, writes the result to the run store.
 """
 
 from __future__ import annotations
@@ -149,10 +175,10 @@ class _Run:
         heldout = TokenShards(data_dir, "heldout", config.model.sequence_length, with_documents=apart)
         self.index = shards.index
         _check_vocabulary(config.model.vocab_size, self.index.vocab_size)
-        most = config.batch.max_documents
-        self.loader = Loader(shards, config.batch.global_batch_size, config.seed, max_documents=most)
+        max_documents = config.batch.max_documents
+        self.loader = Loader(shards, config.batch.global_batch_size, config.seed, max_documents=max_documents)
         num_heldout = min(config.evaluation.eval_sequences, sum(heldout.num_windows))
-        self.heldout = Loader(heldout, num_heldout, HELDOUT_SEED, max_documents=most)
+        self.heldout = Loader(heldout, num_heldout, HELDOUT_SEED, max_documents=max_documents)
         phase("data")
 
         self.weights, self.model = set_up_model(config, fabric)
@@ -410,9 +436,9 @@ def _divides(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _check_vocabulary(of_model: int, of_data: int) -> None:
-    if of_model < of_data:
+def _check_vocabulary(model_size: int, data_size: int) -> None:
+    if model_size < data_size:
         raise UserError(
-            f"the data has a vocabulary of {of_data} tokens, the model one of {of_model}; set model.vocab_size "
-            f"to {of_data}, or prepare the data again."
+            f"the data has a vocabulary of {data_size} tokens, the model one of {model_size}; set model.vocab_size "
+            f"to {data_size}, or prepare the data again."
         )

@@ -19,7 +19,7 @@ from trainer.config import OptimizerConfig
 KINDS = ("matrix", "embedding", "head", "scalar")
 
 
-def kind_of(name: str, parameter: Tensor) -> str:
+def parameter_kind(name: str, parameter: Tensor) -> str:
     """Which learning rate a parameter has; only a "matrix" is for Muon: rows of tables are tokens or positions."""
     if parameter.ndim < 2:
         return "scalar"
@@ -35,7 +35,7 @@ class Updates:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         groups: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for name, parameter in self.parameters.items():
-            groups[kind_of(name, parameter)].append(parameter)
+            groups[parameter_kind(name, parameter)].append(parameter)
         rates = {
             "matrix": config.learning_rate,
             "embedding": config.embedding_learning_rate,
@@ -88,14 +88,14 @@ class Updates:
         """
         tensors = {}
         for name, parameter in self.parameters.items():
-            for kind, tensor in self._state_of(parameter).items():
+            for kind, tensor in self._parameter_state(parameter).items():
                 tensors[f"{name}/{kind}"] = tensor
         return tensors
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [self._adamw] if self._muon is None else [self._muon, self._adamw]
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _parameter_state(self, parameter: Tensor) -> dict[str, Tensor]:
         in_muon = self._muon is not None and any(parameter is p for p in self._muon.param_groups[0]["params"])
         optimizer = self._muon if self._muon is not None and in_muon else self._adamw
         state: dict[str, Tensor] = optimizer.state[parameter]

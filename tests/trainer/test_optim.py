@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trainer.config import ModelConfig, OptimizerConfig
 from trainer.model.transformer import Transformer, build_model
-from trainer.optim import Updates, kind_of, scale_and_clip
+from trainer.optim import Updates, parameter_kind, scale_and_clip
 
 SHAPE = ModelConfig(
     vocab_size=20, sequence_length=4, num_layers=1, width=8, num_heads=2, num_kv_heads=1, hidden_size=12
@@ -140,7 +140,7 @@ def test_one_step_of_muon_is_that_of_the_reference() -> None:
     gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
     Updates(model, OptimizerConfig(name="muon", muon_learning_rate=0.1, weight_decay=0.5)).step(0.4)
     for name, after in model.named_parameters():
-        if kind_of(name, after) == "matrix":
+        if parameter_kind(name, after) == "matrix":
             # Nesterov: the first momentum is the gradient times 0.05, looked at 0.95 ahead; the scale does not matter.
             update = orthogonalized(gradients[name]) * max(1.0, after.shape[0] / after.shape[1]) ** 0.5
             wanted = before[name] * (1 - 0.04 * 0.5) - 0.04 * update
@@ -181,7 +181,7 @@ def test_each_kind_of_parameter_moves_at_its_own_rate() -> None:
 
 def test_tables_are_not_for_muon_whatever_they_hold() -> None:
     config = replace(SHAPE, positions="learned", value_embeddings=True, residual_scalars=True, biases=True)
-    kinds_found = {name: kind_of(name, value) for name, value in build_model(config, 0).named_parameters()}
+    kinds_found = {name: parameter_kind(name, value) for name, value in build_model(config, 0).named_parameters()}
     assert kinds_found["position_embedding.weight"] == kinds_found["embedding.weight"] == "embedding"
     assert kinds_found["blocks.0.attention.value_embedding.weight"] == "embedding"
     assert kinds_found["blocks.0.attention.query.bias"] == kinds_found["stream_scale"] == "scalar"

@@ -147,7 +147,7 @@ def checkpoints_of_chain(store: Store) -> list[Place]:
         if not places:
             steps |= _published_step(store, incarnation)
         places += [Place(incarnation, step) for step in sorted(steps, reverse=True) if limit is None or step <= limit]
-        parent = _parent_of(store, incarnation)
+        parent = _parent_place(store, incarnation)
         if parent is None or (places and not any(older < incarnation for older in complete)):
             break
         incarnation, limit = parent
@@ -189,7 +189,7 @@ def prune(store: Store, incarnation: int, keep_last: int, milestone_every_steps:
         store.delete(key)
 
 
-def _parent_of(store: Store, incarnation: int) -> Place | None:
+def _parent_place(store: Store, incarnation: int) -> Place | None:
     key = keys.incarnation(incarnation)
     try:
         parent = unwrap(store.read(key), key)["parent"]

@@ -72,7 +72,7 @@ class Staging:
         return self.buffer.numpy().data
 
     def _dtype(self, name: str) -> torch.dtype:
-        return dtype_of(self.tensors[name]["dtype"])
+        return dtype_named(self.tensors[name]["dtype"])
 
     def _view(self, chunk: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
         num_bytes = _num_bytes(chunk["sizes"], dtype)
@@ -135,7 +135,7 @@ def read_into(tensors: Mapping[str, Tensor], manifest: Manifest, store: Store, p
 def empty_tensors(manifest: Manifest, prefix: str = "") -> dict[str, Tensor]:
     """Memory for every saved tensor whose name begins with `prefix`, whole."""
     return {
-        name: torch.empty(where["size"], dtype=dtype_of(where["dtype"]))
+        name: torch.empty(where["size"], dtype=dtype_named(where["dtype"]))
         for name, where in manifest.tensors.items()
         if name.startswith(prefix)
     }
@@ -146,7 +146,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def dtype_of(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
     """float32 as torch.float32."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -168,7 +168,7 @@ def _wanted(tensors: Mapping[str, Tensor], manifest: Manifest) -> list[Wanted]:
     for item in planner.create_local_plan().items:
         name = item.storage_index.fqn
         chunk = pieces[name, tuple(item.storage_index.offset or ())]
-        dtype = dtype_of(manifest.tensors[name]["dtype"])
+        dtype = dtype_named(manifest.tensors[name]["dtype"])
         offsets, lengths, rows = list(item.storage_offsets), list(item.lengths), list(chunk["sizes"])
         begin = chunk["at"]
         if rows:  # only the rows that are needed, each of them whole
@@ -200,7 +200,7 @@ def _length(run: list[Wanted]) -> int:
 
 def _storage_metadata(where: Mapping[str, Any]) -> TensorStorageMetadata:
     chunks = [ChunkStorageMetadata(torch.Size(item["offsets"]), torch.Size(item["sizes"])) for item in where["chunks"]]
-    return TensorStorageMetadata(TensorProperties(dtype=dtype_of(where["dtype"])), torch.Size(where["size"]), chunks)
+    return TensorStorageMetadata(TensorProperties(dtype=dtype_named(where["dtype"])), torch.Size(where["size"]), chunks)
 
 
 def _num_bytes(sizes: list[int], dtype: torch.dtype) -> int:

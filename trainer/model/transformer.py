@@ -87,7 +87,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.size_of_heads
         self.max_seqlen = config.sequence_length
-        self.window = config.window_of(layer)
+        self.window = config.layer_window(layer)
         q_width, kv_width = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
         self.query = nn.Linear(config.width, q_width, bias=config.biases)
         self.key = nn.Linear(config.width, kv_width, bias=config.biases)

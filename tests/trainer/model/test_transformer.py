@@ -69,7 +69,7 @@ def plain_logits(model: Transformer, tokens_T: Tensor) -> Tensor:
                 q_TK, k_TK = norm(q_TK, f"{layer}.attention.query_norm"), norm(k_TK, f"{layer}.attention.key_norm")
             scores = turned(q_TK) @ turned(k_TK).T / math.sqrt(K)
             for t in range(T):
-                window = config.window_of(number)
+                window = config.layer_window(number)
                 for s in range(T):
                     if s > t or (window is not None and s <= t - window):
                         scores[t, s] = -math.inf
@@ -221,7 +221,7 @@ def test_the_planner_counts_the_parameters_that_the_model_has(name: str) -> None
 def test_the_planner_counts_the_pairs_that_attention_computes(name: str) -> None:
     config = replace(variant(name), sequence_length=64)
     pairs = sum(
-        int(visible(1, 64, None, config.window_of(layer), torch.device("cpu")).sum())
+        int(visible(1, 64, None, config.layer_window(layer), torch.device("cpu")).sum())
         for layer in range(config.num_layers)
     )
     exact = 12 * config.num_heads * config.size_of_heads * pairs / 64
@@ -231,7 +231,7 @@ def test_the_planner_counts_the_pairs_that_attention_computes(name: str) -> None
 
 def test_windows_leave_out_every_fourth_layer_and_the_last() -> None:
     config = replace(SHAPE, num_layers=6, window=3)
-    assert [config.window_of(layer) for layer in range(6)] == [3, 3, 3, None, 3, None]
+    assert [config.layer_window(layer) for layer in range(6)] == [3, 3, 3, None, 3, None]
     assert [config.has_value_embedding(layer) for layer in range(6)] == [False] * 6
     valued = replace(config, value_embeddings=True)
     assert [valued.has_value_embedding(layer) for layer in range(6)] == [False, True] * 3
