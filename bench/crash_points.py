@@ -73,11 +73,11 @@ class WatchedConnection(sqlite3.Connection):
 
 @dataclass(slots=True)
 class DiskMachine(Machine):
-    """Books in a file, opened anew by every supervisor, as a new process would."""
+    """A ledger in a file, opened anew by every supervisor, as a new process would."""
 
     folder: Path = field(default_factory=Path)
 
-    def _new_books(self) -> None:
+    def _new_ledger(self) -> None:
         self._open()
         migrate(self.db)
 
@@ -139,14 +139,14 @@ def take_one(cloud: FakeCloud) -> None:
 def problems(machine: Machine, cloud: FakeCloud) -> list[str]:
     """What does not hold at the end."""
     found = []
-    ledger = Ledger(machine.db, machine.run.run_id, epoch=0)
+    ledger = Ledger(machine.db, machine.run.run_id, fencing_token=0)
     bill = cloud.true_bill_usd()
     if machine.end != "OUT_OF_BUDGET":
         found.append(f"it ended as {machine.end}")
     if bill > machine.cap_usd + DOLLAR_TOLERANCE:
         found.append(f"billed ${bill:.4f} of a cap of ${machine.cap_usd:.4f}")
     if machine.shortfall_usd > DOLLAR_TOLERANCE:
-        found.append(f"the books were ${machine.shortfall_usd:.4f} short")
+        found.append(f"the ledger was ${machine.shortfall_usd:.4f} short")
     if cloud.alive():
         found.append(f"{len(cloud.alive())} nodes live")
     if ledger.open_accounts():
