@@ -1,10 +1,10 @@
 """Kill the supervisor at every single boundary of its reads and writes, and run the command again.
 
-`python bench/crash_points.py [--profile CLOUD] [--every N] [--json]`. One run of the simulation, with its ledger on
+`python bench/crash_points.py [--profile CLOUD] [--every N] [--json]`. One run of the simulation, with the ledger on
 disk: it rents two nodes, renews, loses one and rents it again, reaches the drain threshold, stops and settles. All
 boundaries of the ledger's transactions, the run store and the provider are counted first; then, for each of them, the
-run is repeated and killed just there. What must hold then: the next supervisor brings the run to an end, the true bill
-was covered by the ledger at each look and stays under the cap, nothing is alive, and the entries add up.
+run is played anew and killed just there. What must hold then: the next supervisor brings the run to an end, the true
+bill was covered by the ledger at each look and stays under the cap, nothing lives, and the entries add up.
 """
 
 from __future__ import annotations
