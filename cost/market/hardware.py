@@ -32,7 +32,7 @@ CPU_FP32_FLOPS_PER_CORE = 100.5e9
 CPU_BF16_FLOPS_PER_CORE = 212.3e9
 """The same product in bf16 (AVX512_BF16); the best of 30 timings each."""
 CPU_EMULATED_BF16_FLOPS_PER_CORE = 30e9
-"""A bf16 product of matrices by torch 2.13 on one core that has no bf16 units (2026-11-27)."""
+"""A bf16 product on one core without bf16 units: assumed, a fifth of what such a core reaches in fp32."""
 CPU_MEMORY_BYTES_PER_SECOND_PER_CORE = 10e9
 """Assumed share of the memory bandwidth of one core; it bounds nothing that is measured on a CPU."""
 

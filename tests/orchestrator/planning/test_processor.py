@@ -77,3 +77,23 @@ def test_a_plan_knows_that_bf16_is_emulated() -> None:
         assert plan.best is not None
         hours[precision] = 1 / plan.best.tokens_per_second
     assert 3 < hours["bf16"] / hours["fp32"] < 5
+
+
+@pytest.mark.times_processor
+def test_a_real_timing_is_kept_and_decides_the_precision(home: Home) -> None:
+    pytest.importorskip("torch")
+    demo = load_recipe("demo")
+    found = processor.timed_speed(home, demo)
+    assert found is not None
+    assert found.is_measured
+    assert min(found.fp32_flops, found.bf16_flops, found.square_fp32_flops, found.square_bf16_flops) > 1e8
+    assert processor.known_speed(home, demo) == found
+    assert processor.in_known_precision(demo, found).precision == found.precision
+
+
+@pytest.mark.times_processor
+def test_a_child_that_cannot_time_leaves_the_table(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "own_module", lambda *arguments: ["false"])
+    found = processor.timed_speed(home, load_recipe("demo"))
+    assert found is not None
+    assert not found.is_measured
