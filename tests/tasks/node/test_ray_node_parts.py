@@ -71,7 +71,8 @@ def test_lines_of_all_processes_reach_the_nodes_log(tmp_path: Path, capsys: pyte
 
 def test_an_unknown_task_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert tasks_main(["trian"]) == 2
-    assert "no task is called 'trian'; one of: prepare, node, rented-node, drain, pretrain" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "no task is called 'trian'; one of: prepare, node, rented-node, drain, time-processor, pretrain" in message
     assert tasks_main([]) == 2
 
 
