@@ -26,6 +26,7 @@ from trainer.model.loss import IGNORED
 from trainer.model.transformer import build_model, parameters_sha256
 from trainer.objectives.base import LossSum
 from trainer.run_store.base import DirectoryStore
+from trainer.run_store.envelope import unwrap
 
 RunSingle = Callable[..., Result]
 MetricsOf = Callable[[Path], list[dict[str, Any]]]
@@ -63,7 +64,7 @@ def test_a_finished_run_says_so(tiny: TrainConfig, run_single: RunSingle, tmp_pa
     result = run_single(tiny, tmp_path, phase=phases.append)
     assert tuple(phases) == PHASES == ("data", "model", "load", "first_step")
     assert (result.outcome, result.step) == ("finished", 6)
-    assert json.loads((tmp_path / "result.json").read_text()) == {
+    assert unwrap((tmp_path / "result.json").read_bytes(), "result.json") == {
         **asdict(result),
         "tokens": 6 * 8 * 16,
         "source_epochs": {"text": 33 / 149, "code": 15 / 43},  # 0.7 and 0.3 of 48 sequences
@@ -75,7 +76,7 @@ def test_a_finished_run_says_so(tiny: TrainConfig, run_single: RunSingle, tmp_pa
 
 def test_progress_has_every_field_and_the_last_state(tiny: TrainConfig, run_single: RunSingle, tmp_path: Path) -> None:
     result = run_single(tiny, tmp_path)
-    progress = Progress(**json.loads((tmp_path / "progress" / "latest.json").read_text()))
+    progress = Progress(**unwrap((tmp_path / "progress" / "latest.json").read_bytes(), "progress/latest.json"))
     assert (progress.step, progress.num_steps, progress.tokens) == (6, 6, 768)
     assert (progress.world_size, progress.incarnation, progress.checkpoint_step) == (1, 0, 6)
     assert progress.heldout_loss == result.heldout_loss
